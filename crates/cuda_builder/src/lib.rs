@@ -1,0 +1,1 @@
+//! Builds a Rust device crate to PTX.

@@ -1,0 +1,1 @@
+//! The CUDA driver's entry points, resolved from libcuda at run time.

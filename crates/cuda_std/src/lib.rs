@@ -1,0 +1,1 @@
+//! Device-side standard library for kernels in Rust, on rustc's NVPTX backend.

@@ -1,0 +1,1 @@
+//! GPU integration tests of liquidgemm.

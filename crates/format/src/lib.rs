@@ -1,1 +1,10 @@
 //! Packed weight layout, dequantization arithmetic and work schedule, shared by host and device.
+//!
+//! Whatever both sides of a launch must agree on exists here once: this crate is unit-tested on the CPU and
+//! compiled into the PTX. It allocates nothing, uses no `unsafe` and depends on nothing.
+
+#![cfg_attr(not(test), no_std)]
+#![forbid(unsafe_code)]
+
+pub mod brick;
+pub mod dequant;

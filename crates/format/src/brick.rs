@@ -1,0 +1,177 @@
+//! The brick: the unit in which packed weights are stored, 64 channels × 64 K with its own scales.
+//!
+//! The maps here are the only definition of the layout. The order of the codes is the one in which wgmma's A
+//! operand (`m64nNk32`, from registers) wants them: each of a warpgroup's 128 threads finds its 32 codes for
+//! the brick's two `k32` MMAs in 16 contiguous bytes.
+//!
+//! With warp `w`, `g = lane / 4` and `c = lane % 4`, thread `t` owns bytes `16 t .. 16 t + 16`, read as four
+//! little-endian words:
+//!
+//! | word | MMA | channel | k in low nibbles | k in high nibbles |
+//! |---|---|---|---|---|
+//! | 0 | 0 | `16 w + g` | `4 c ..` | `16 + 4 c ..` |
+//! | 1 | 0 | `16 w + g + 8` | `4 c ..` | `16 + 4 c ..` |
+//! | 2 | 1 | `16 w + g` | `32 + 4 c ..` | `48 + 4 c ..` |
+//! | 3 | 1 | `16 w + g + 8` | `32 + 4 c ..` | `48 + 4 c ..` |
+//!
+//! Behind the codes, for each warp and each `g`, lie the four bytes `[s, a]` of channel `16 w + g` and
+//! `[s, a]` of channel `16 w + g + 8`.
+
+/// Output channels (rows of W) in a brick; also the height of a strip.
+pub const BRICK_CHANNELS: usize = 64;
+/// Elements along K in a brick, which is also the smallest quantization group.
+pub const BRICK_K: usize = 64;
+/// Bytes of 4-bit codes in a brick.
+pub const CODE_BYTES: usize = BRICK_CHANNELS * BRICK_K / 2;
+/// Bytes of `(s, a)` pairs in a brick, behind the codes.
+pub const SCALE_BYTES: usize = BRICK_CHANNELS * 2;
+/// Bytes of a whole brick.
+pub const BRICK_BYTES: usize = CODE_BYTES + SCALE_BYTES;
+/// The largest K: up to here `|acc| ≤ K · 128 · 127` stays below 2³¹.
+pub const MAX_K: usize = 131_072;
+
+const _: () =
+    assert!(BRICK_BYTES == 2176 && BRICK_BYTES.is_multiple_of(16), "bulk copies move multiples of 16 bytes");
+const _: () = assert!((MAX_K as u64) * 128 * 127 < 1 << 31, "int32 accumulators must not wrap");
+
+/// Strips of 64 channels that hold `n` channels, the last one padded.
+pub const fn strips(n: usize) -> usize {
+    n.div_ceil(BRICK_CHANNELS)
+}
+
+/// Blocks of 64 along K that hold `k` elements, the last one padded.
+pub const fn k_blocks(k: usize) -> usize {
+    k.div_ceil(BRICK_K)
+}
+
+/// Byte at which brick (`strip`, `k_block`) begins in a stream whose strips are `k_blocks` bricks long.
+///
+/// Bricks lie k-fastest, so one strip is one contiguous piece of the stream.
+pub const fn brick_offset(strip: usize, k_block: usize, k_blocks: usize) -> usize {
+    (strip * k_blocks + k_block) * BRICK_BYTES
+}
+
+/// Bytes of the whole stream for `[n, k]` weights, or `None` where that exceeds `usize`.
+pub const fn stream_bytes(n: usize, k: usize) -> Option<usize> {
+    match strips(n).checked_mul(k_blocks(k)) {
+        Some(bricks) => bricks.checked_mul(BRICK_BYTES),
+        None => None,
+    }
+}
+
+/// Where the code of (`channel`, `k`) lies inside its brick: the byte, and whether it is the high nibble.
+///
+/// Both arguments are positions inside the brick, below 64.
+pub const fn code_position(channel: usize, k: usize) -> (usize, bool) {
+    debug_assert!(channel < BRICK_CHANNELS && k < BRICK_K);
+    let (warp, row_half, g) = (channel / 16, channel / 8 % 2, channel % 8);
+    let (mma, high, c, byte_in_word) = (k / 32, k / 16 % 2, k / 4 % 4, k % 4);
+    let thread = warp * 32 + g * 4 + c;
+    let word = mma * 2 + row_half;
+    (thread * 16 + word * 4 + byte_in_word, high == 1)
+}
+
+/// The (`channel`, `k`) inside the brick whose code lies at `byte` in the given nibble: [`code_position`]
+/// backwards.
+pub const fn code_at(byte: usize, high: bool) -> (usize, usize) {
+    debug_assert!(byte < CODE_BYTES);
+    let (thread, word, byte_in_word) = (byte / 16, byte / 4 % 4, byte % 4);
+    let (warp, g, c) = (thread / 32, thread / 4 % 8, thread % 4);
+    let (mma, row_half) = (word / 2, word % 2);
+    (warp * 16 + row_half * 8 + g, mma * 32 + (high as usize) * 16 + c * 4 + byte_in_word)
+}
+
+/// Byte inside the brick at which the pair of `channel` (below 64) lies: `s` there, `a` right behind it.
+pub const fn scale_offset(channel: usize) -> usize {
+    debug_assert!(channel < BRICK_CHANNELS);
+    let (warp, row_half, g) = (channel / 16, channel / 8 % 2, channel % 8);
+    CODE_BYTES + 4 * (warp * 8 + g) + 2 * row_half
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn every_channel_and_k_maps_to_its_own_nibble_and_back() {
+        let mut taken = [[false; 2]; CODE_BYTES];
+        for channel in 0..BRICK_CHANNELS {
+            for k in 0..BRICK_K {
+                let (byte, high) = code_position(channel, k);
+                assert!(!core::mem::replace(&mut taken[byte][high as usize], true), "nibble taken twice");
+                assert_eq!(code_at(byte, high), (channel, k));
+            }
+        }
+        assert!(taken.iter().flatten().all(|&nibble| nibble), "no nibble may stay unused");
+    }
+
+    #[test]
+    fn a_thread_finds_its_wgmma_fragment_in_sixteen_contiguous_bytes() {
+        // Written out from the PTX manual's picture of the A fragment, not from the map under test.
+        for warp in 0..4 {
+            for lane in 0..32 {
+                let (g, c) = (lane / 4, lane % 4);
+                let base = (warp * 32 + lane) * 16;
+                for mma in 0..2 {
+                    for register in 0..4 {
+                        // Registers 0 and 2 hold row g, 1 and 3 row g + 8; 2 and 3 the k's from 16 on.
+                        let channel = 16 * warp + g + 8 * (register % 2);
+                        for j in 0..4 {
+                            let k = 32 * mma + 16 * (register / 2) + 4 * c + j;
+                            let word = 2 * mma + register % 2;
+                            assert_eq!(code_position(channel, k), (base + 4 * word + j, register >= 2));
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn scale_pairs_fill_the_bytes_behind_the_codes_without_overlap() {
+        let mut taken = [false; SCALE_BYTES / 2];
+        for channel in 0..BRICK_CHANNELS {
+            let offset = scale_offset(channel);
+            assert!(offset >= CODE_BYTES && offset + 2 <= BRICK_BYTES && offset % 2 == 0);
+            assert!(!core::mem::replace(&mut taken[(offset - CODE_BYTES) / 2], true));
+        }
+        assert!(taken.iter().all(|&pair| pair));
+    }
+
+    #[test]
+    fn one_scale_word_serves_rows_g_and_g_plus_eight() {
+        for warp in 0..4 {
+            for g in 0..8 {
+                let word = CODE_BYTES + 4 * (warp * 8 + g);
+                assert_eq!(scale_offset(16 * warp + g), word);
+                assert_eq!(scale_offset(16 * warp + g + 8), word + 2);
+            }
+        }
+    }
+
+    #[test]
+    fn padding_rounds_up_to_whole_bricks() {
+        assert_eq!((strips(1), strips(64), strips(65)), (1, 1, 2));
+        assert_eq!((k_blocks(1), k_blocks(64), k_blocks(MAX_K)), (1, 1, 2048));
+        assert_eq!(stream_bytes(65, 64), Some(2 * BRICK_BYTES));
+        assert_eq!(stream_bytes(usize::MAX, MAX_K), None);
+    }
+
+    proptest! {
+        #[test]
+        fn bricks_lie_k_fastest_and_end_to_end(n in 1usize..2000, k in 1usize..5000) {
+            let (strips, k_blocks) = (strips(n), k_blocks(k));
+            prop_assert!((strips - 1) * 64 < n && n <= strips * 64);
+            prop_assert!((k_blocks - 1) * 64 < k && k <= k_blocks * 64);
+            let mut expected = 0;
+            for strip in 0..strips {
+                for k_block in 0..k_blocks {
+                    prop_assert_eq!(brick_offset(strip, k_block, k_blocks), expected);
+                    expected += BRICK_BYTES;
+                }
+            }
+            prop_assert_eq!(stream_bytes(n, k), Some(expected));
+        }
+    }
+}

@@ -133,7 +133,7 @@ mod tests {
         let mut taken = [false; SCALE_BYTES / 2];
         for channel in 0..BRICK_CHANNELS {
             let offset = scale_offset(channel);
-            assert!(offset >= CODE_BYTES && offset + 2 <= BRICK_BYTES && offset % 2 == 0);
+            assert!(offset >= CODE_BYTES && offset + 2 <= BRICK_BYTES && offset.is_multiple_of(2));
             assert!(!core::mem::replace(&mut taken[(offset - CODE_BYTES) / 2], true));
         }
         assert!(taken.iter().all(|&pair| pair));

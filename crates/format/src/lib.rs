@@ -6,5 +6,9 @@
 #![cfg_attr(not(test), no_std)]
 #![forbid(unsafe_code)]
 
+pub mod arguments;
 pub mod brick;
 pub mod dequant;
+pub mod ring;
+pub mod schedule;
+pub mod tile;

@@ -1,0 +1,40 @@
+//! Where a block stands in its thread-block cluster, and the cluster's barrier.
+
+use core::arch::asm;
+
+/// The block's rank in its cluster.
+#[inline(always)]
+pub fn block_rank() -> u32 {
+    let rank;
+    // SAFETY: reads a special register.
+    unsafe { asm!("mov.u32 {}, %cluster_ctarank;", out(reg32) rank, options(pure, nomem, nostack)) }
+    rank
+}
+
+/// The cluster's index in the grid along x.
+#[inline(always)]
+pub fn cluster_idx_x() -> u32 {
+    let index;
+    // SAFETY: reads a special register.
+    unsafe { asm!("mov.u32 {}, %clusterid.x;", out(reg32) index, options(pure, nomem, nostack)) }
+    index
+}
+
+/// The number of clusters in the grid along x.
+#[inline(always)]
+pub fn cluster_dim_x() -> u32 {
+    let count;
+    // SAFETY: reads a special register.
+    unsafe { asm!("mov.u32 {}, %nclusterid.x;", out(reg32) count, options(pure, nomem, nostack)) }
+    count
+}
+
+/// Waits for every thread of every block of the cluster; their earlier memory accesses are visible
+/// afterwards.
+#[inline(always)]
+pub fn sync_cluster() {
+    // SAFETY: the barrier touches no memory of its own.
+    unsafe {
+        asm!("barrier.cluster.arrive.release.aligned;", "barrier.cluster.wait.acquire.aligned;", options(nostack))
+    }
+}

@@ -1,0 +1,49 @@
+//! What the host passes to the GEMM kernel by value.
+
+use crate::schedule::Schedule;
+
+/// The type of the result, as the kernel's `output_type` says it.
+pub mod output_type {
+    /// bfloat16.
+    pub const BF16: u32 = 0;
+    /// IEEE half precision.
+    pub const F16: u32 = 1;
+    /// IEEE single precision.
+    pub const F32: u32 = 2;
+    /// The raw accumulator.
+    pub const I32: u32 = 3;
+}
+
+/// Arguments of the GEMM kernels. Pointers are device addresses.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct GemmArguments {
+    /// The packed weights: `strips × k_blocks` bricks.
+    pub bricks: u64,
+    /// f32 `[n]`, level-1 scale of each channel.
+    pub channel_scales: u64,
+    /// f32 `[m]`, scale of each token.
+    pub token_scales: u64,
+    /// f32 `[n]`, or 0 for none.
+    pub bias: u64,
+    /// `[m, n]`, row-major with `output_stride` elements from row to row.
+    pub output: u64,
+    /// One slot of [`crate::tile::TileShape::partial_bytes`] for each worker.
+    pub partials: u64,
+    /// One u32 for each worker and consumer, zero between launches.
+    pub flags: u64,
+    /// Tokens.
+    pub m: u32,
+    /// Output channels.
+    pub n: u32,
+    /// Bricks along K.
+    pub k_blocks: u32,
+    /// 64-channel strips.
+    pub strips: u32,
+    /// Elements from one row of the output to the next.
+    pub output_stride: u32,
+    /// One of [`output_type`].
+    pub output_type: u32,
+    /// Who computes what.
+    pub schedule: Schedule,
+}

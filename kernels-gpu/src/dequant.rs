@@ -1,0 +1,62 @@
+//! A consumer thread's share of a brick, and its way from packed codes to wgmma operands.
+//!
+//! The arithmetic is `liquidgemm_format::dequant`'s; this file supplies its two instructions and knows which
+//! word feeds which register.
+
+use liquidgemm_format::brick::CODE_BYTES;
+use liquidgemm_format::dequant::dequantize_word;
+
+use crate::ptx::integer::{multiply_add_flip, permute_bytes};
+use crate::ptx::memory::{load_shared, load_shared_x4};
+
+/// 32 codes of two channels and the channels' pairs, as they lie in the brick.
+#[derive(Clone, Copy)]
+pub struct BrickShare {
+    words: [u32; 4],
+    pairs: u32,
+}
+
+/// Where in every brick a thread's share lies.
+#[derive(Clone, Copy)]
+pub struct SharePlace {
+    codes: u32,
+    pairs: u32,
+}
+
+impl SharePlace {
+    /// The place of thread `thread` of a warpgroup.
+    #[inline(always)]
+    pub fn of_thread(thread: u32) -> Self {
+        let (warp, group) = (thread / 32, thread % 32 / 4);
+        Self { codes: thread * 16, pairs: CODE_BYTES as u32 + (warp * 8 + group) * 4 }
+    }
+}
+
+impl BrickShare {
+    /// Loads the share from the brick at `brick` in shared memory.
+    ///
+    /// # Safety
+    /// A whole brick lies at `brick`, 16-byte aligned.
+    #[inline(always)]
+    pub unsafe fn load(brick: u32, place: SharePlace) -> Self {
+        // SAFETY: the place lies inside the brick.
+        unsafe {
+            Self { words: load_shared_x4(brick + place.codes), pairs: load_shared(brick + place.pairs) }
+        }
+    }
+
+    /// The A operands of the brick's two k32 MMAs.
+    #[inline(always)]
+    pub fn dequantize(self) -> [[u32; 4]; 2] {
+        // Bytes of `pairs`: s and a of channel g, s and a of channel g + 8. Selector digit 4 is a zero byte.
+        let upper = (permute_bytes::<0x4440>(self.pairs), permute_bytes::<0x1111>(self.pairs));
+        let lower = (permute_bytes::<0x4442>(self.pairs), permute_bytes::<0x3333>(self.pairs));
+        let weights = |word, (s, a4)| dequantize_word(word, s, a4, multiply_add_flip);
+        let operand = |upper_word, lower_word| {
+            let [upper_low, upper_high] = weights(upper_word, upper);
+            let [lower_low, lower_high] = weights(lower_word, lower);
+            [upper_low, lower_low, upper_high, lower_high]
+        };
+        [operand(self.words[0], self.words[1]), operand(self.words[2], self.words[3])]
+    }
+}

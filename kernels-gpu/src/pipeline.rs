@@ -1,0 +1,114 @@
+//! Shared memory as the kernel carves it up, and the full and empty barriers of its ring.
+//!
+//! The layout is `liquidgemm_format::tile`'s, from which the host takes the size.
+
+use liquidgemm_format::tile::{CONSUMERS, STRIP_STAGE_BYTES, TileShape};
+
+use crate::ptx::mbarrier;
+
+/// Arrivals that empty a stage: one a consumer warp.
+const EMPTY_ARRIVALS: u32 = CONSUMERS * 4;
+
+/// The block's shared memory for one tile shape.
+#[derive(Clone, Copy)]
+pub struct Shared {
+    base: u32,
+    shape: TileShape,
+}
+
+impl Shared {
+    /// The memory at `base`, 1,024-byte aligned and at least `shape.shared_bytes()` long.
+    #[inline(always)]
+    pub fn new(base: u32, shape: TileShape) -> Self {
+        Self { base, shape }
+    }
+
+    /// The activation tile of a stage: a row of 128 bytes a token, swizzled.
+    #[inline(always)]
+    pub fn activations(self, stage: u32) -> u32 {
+        self.base + stage * self.shape.activation_bytes()
+    }
+
+    /// The bricks of consumer `consumer`'s strip in a stage, along K.
+    #[inline(always)]
+    pub fn bricks(self, stage: u32, consumer: u32) -> u32 {
+        self.base + self.shape.weights_offset() + (stage * CONSUMERS + consumer) * STRIP_STAGE_BYTES
+    }
+
+    /// The buffer in which a consumer transposes its result.
+    #[inline(always)]
+    pub fn epilogue(self, consumer: u32) -> u32 {
+        self.base + self.shape.epilogue_offset() + consumer * self.shape.epilogue_bytes()
+    }
+
+    /// A consumer's copy of the tile's token scales.
+    #[inline(always)]
+    pub fn token_scales(self, consumer: u32) -> u32 {
+        self.base + self.shape.token_scales_offset() + consumer * self.shape.tokens * 4
+    }
+
+    #[inline(always)]
+    fn full(self, stage: u32) -> u32 {
+        self.base + self.shape.barriers_offset() + stage * 8
+    }
+
+    #[inline(always)]
+    fn empty(self, stage: u32) -> u32 {
+        self.full(self.shape.stages + stage)
+    }
+
+    /// Makes the ring's barriers.
+    ///
+    /// # Safety
+    /// One thread calls it, and a block barrier separates it from every use of the ring.
+    #[inline(always)]
+    pub unsafe fn init_barriers(self) {
+        let mut stage = 0;
+        while stage < self.shape.stages {
+            // SAFETY: the barriers lie inside the block's shared memory.
+            unsafe {
+                mbarrier::init(self.full(stage), 1);
+                mbarrier::init(self.empty(stage), EMPTY_ARRIVALS);
+            }
+            stage += 1;
+        }
+        // SAFETY: this thread made the barriers.
+        unsafe { mbarrier::fence_init() }
+    }
+
+    /// Producer: waits until the consumers are done with a stage, announces `bytes` of copies into it, and
+    /// returns the barrier on which they count.
+    ///
+    /// # Safety
+    /// The barriers are made; one thread of the block is the producer.
+    #[inline(always)]
+    pub unsafe fn acquire_empty(self, stage: u32, parity: u32, bytes: u32) -> u32 {
+        let full = self.full(stage);
+        // SAFETY: the caller vouches for the barriers.
+        unsafe {
+            mbarrier::wait(self.empty(stage), parity);
+            mbarrier::arrive_expect(full, bytes);
+        }
+        full
+    }
+
+    /// Consumer: waits until a stage has its data.
+    ///
+    /// # Safety
+    /// The barriers are made.
+    #[inline(always)]
+    pub unsafe fn acquire_full(self, stage: u32, parity: u32) {
+        // SAFETY: the caller vouches for the barriers.
+        unsafe { mbarrier::wait(self.full(stage), parity) }
+    }
+
+    /// Consumer: gives a stage back. One lane of each warp calls it.
+    ///
+    /// # Safety
+    /// The barriers are made, and the warp no longer reads the stage.
+    #[inline(always)]
+    pub unsafe fn release(self, stage: u32) {
+        // SAFETY: the caller vouches for the barriers.
+        unsafe { mbarrier::arrive(self.empty(stage)) }
+    }
+}

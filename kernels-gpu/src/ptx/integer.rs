@@ -1,0 +1,79 @@
+//! Integer and conversion instructions whose exact form matters.
+
+use core::arch::asm;
+
+/// `(nibbles · s + a4) XOR 0x80808080`: LiquidQuant's dequantization of four codes, one IMAD and one LOP3.
+#[inline(always)]
+pub fn multiply_add_flip(nibbles: u32, s: u32, a4: u32) -> u32 {
+    let weights;
+    // SAFETY: register arithmetic.
+    unsafe {
+        asm!(
+            "mad.lo.u32 {0}, {1}, {2}, {3};",
+            "xor.b32 {0}, {0}, 0x80808080;",
+            out(reg32) weights,
+            in(reg32) nibbles,
+            in(reg32) s,
+            in(reg32) a4,
+            options(pure, nomem, nostack)
+        );
+    }
+    weights
+}
+
+/// The bytes of `value` that the four hex digits of `SELECTOR` name, lowest digit first.
+#[inline(always)]
+pub fn permute_bytes<const SELECTOR: u32>(value: u32) -> u32 {
+    let permuted;
+    // SAFETY: register arithmetic.
+    unsafe {
+        asm!("prmt.b32 {}, {}, 0, {};", out(reg32) permuted, in(reg32) value, const SELECTOR, options(pure, nomem, nostack));
+    }
+    permuted
+}
+
+/// Two f32 rounded to bf16, `low` in the lower half.
+#[inline(always)]
+pub fn pack_bf16(low: f32, high: f32) -> u32 {
+    let packed;
+    // SAFETY: register arithmetic.
+    unsafe {
+        asm!("cvt.rn.bf16x2.f32 {}, {}, {};", out(reg32) packed, in(reg32) high, in(reg32) low, options(pure, nomem, nostack));
+    }
+    packed
+}
+
+/// Two f32 rounded to f16, `low` in the lower half.
+#[inline(always)]
+pub fn pack_f16(low: f32, high: f32) -> u32 {
+    let packed;
+    // SAFETY: register arithmetic.
+    unsafe {
+        asm!("cvt.rn.f16x2.f32 {}, {}, {};", out(reg32) packed, in(reg32) high, in(reg32) low, options(pure, nomem, nostack));
+    }
+    packed
+}
+
+/// `rn(rn(rn(f32(accumulator) · channel_scale) · token_scale) + bias)`: four rounded operations, none fused.
+///
+/// A bias of −0.0 changes nothing, not even the sign of a zero.
+#[inline(always)]
+pub fn scale(accumulator: i32, channel_scale: f32, token_scale: f32, bias: f32) -> f32 {
+    let result;
+    // SAFETY: register arithmetic.
+    unsafe {
+        asm!(
+            "cvt.rn.f32.s32 {0}, {1};",
+            "mul.rn.f32 {0}, {0}, {2};",
+            "mul.rn.f32 {0}, {0}, {3};",
+            "add.rn.f32 {0}, {0}, {4};",
+            out(reg32) result,
+            in(reg32) accumulator,
+            in(reg32) channel_scale,
+            in(reg32) token_scale,
+            in(reg32) bias,
+            options(pure, nomem, nostack)
+        );
+    }
+    result
+}

@@ -1,0 +1,38 @@
+//! `stmatrix`: 8×8 matrices of 16-bit elements from the registers of a warp to shared memory.
+
+use core::arch::asm;
+
+/// Stores four 8×8 matrices, transposed. Lane `8·i + r` gives the address of row `r` of matrix `i`, 16 bytes.
+///
+/// # Safety
+/// All lanes take part; each address is 16-byte aligned and has 16 bytes of the block's shared memory.
+#[inline(always)]
+pub unsafe fn store_transposed_x4(address: u32, matrices: [u32; 4]) {
+    let [a, b, c, d] = matrices;
+    // SAFETY: the caller vouches for the addresses.
+    unsafe {
+        asm!(
+            "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [{}], {{{}, {}, {}, {}}};",
+            in(reg32) address, in(reg32) a, in(reg32) b, in(reg32) c, in(reg32) d,
+            options(nostack)
+        );
+    }
+}
+
+/// Stores two 8×8 matrices, transposed. Lane `8·i + r` of the lower half-warp gives the address of row `r` of
+/// matrix `i`.
+///
+/// # Safety
+/// As for [`store_transposed_x4`].
+#[inline(always)]
+pub unsafe fn store_transposed_x2(address: u32, matrices: [u32; 2]) {
+    let [a, b] = matrices;
+    // SAFETY: the caller vouches for the addresses.
+    unsafe {
+        asm!(
+            "stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [{}], {{{}, {}}};",
+            in(reg32) address, in(reg32) a, in(reg32) b,
+            options(nostack)
+        );
+    }
+}

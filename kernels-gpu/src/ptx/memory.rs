@@ -1,0 +1,171 @@
+//! Loads, stores and fences with the state space and width spelled out.
+
+use core::arch::asm;
+use cuda_std::thread;
+
+/// Polls after which a wait on another block is taken for a deadlock: about ten seconds of cycles.
+const DEADLOCK_CYCLES: u64 = 20_000_000_000;
+
+/// 16 bytes of shared memory.
+///
+/// # Safety
+/// `address` is 16-byte aligned in the block's shared memory.
+#[inline(always)]
+pub unsafe fn load_shared_x4(address: u32) -> [u32; 4] {
+    let (a, b, c, d);
+    // SAFETY: the caller vouches for the address.
+    unsafe {
+        asm!(
+            "ld.shared.v4.u32 {{{}, {}, {}, {}}}, [{}];",
+            out(reg32) a, out(reg32) b, out(reg32) c, out(reg32) d, in(reg32) address,
+            options(nostack)
+        );
+    }
+    [a, b, c, d]
+}
+
+/// 4 bytes of shared memory.
+///
+/// # Safety
+/// `address` is 4-byte aligned in the block's shared memory.
+#[inline(always)]
+pub unsafe fn load_shared(address: u32) -> u32 {
+    let value;
+    // SAFETY: the caller vouches for the address.
+    unsafe { asm!("ld.shared.u32 {}, [{}];", out(reg32) value, in(reg32) address, options(nostack)) }
+    value
+}
+
+/// Two f32 of shared memory.
+///
+/// # Safety
+/// `address` is 8-byte aligned in the block's shared memory.
+#[inline(always)]
+pub unsafe fn load_shared_f32x2(address: u32) -> [f32; 2] {
+    let (a, b);
+    // SAFETY: the caller vouches for the address.
+    unsafe {
+        asm!("ld.shared.v2.f32 {{{}, {}}}, [{}];", out(reg32) a, out(reg32) b, in(reg32) address, options(nostack));
+    }
+    [a, b]
+}
+
+/// Stores an f32 to shared memory.
+///
+/// # Safety
+/// `address` is 4-byte aligned in the block's shared memory.
+#[inline(always)]
+pub unsafe fn store_shared_f32(address: u32, value: f32) {
+    // SAFETY: the caller vouches for the address.
+    unsafe { asm!("st.shared.f32 [{}], {};", in(reg32) address, in(reg32) value, options(nostack)) }
+}
+
+/// A read-only f32 of global memory.
+///
+/// # Safety
+/// `address` is valid, and nothing writes to it while the kernel runs.
+#[inline(always)]
+pub unsafe fn load_global_f32(address: u64) -> f32 {
+    let value;
+    // SAFETY: the caller vouches for the address.
+    unsafe { asm!("ld.global.nc.f32 {}, [{}];", out(reg32) value, in(reg64) address, options(nostack)) }
+    value
+}
+
+/// 16 bytes of global memory, from L2: for what other blocks wrote during this kernel.
+///
+/// # Safety
+/// `address` is valid and 16-byte aligned.
+#[inline(always)]
+pub unsafe fn load_global_x4(address: u64) -> [i32; 4] {
+    let (a, b, c, d);
+    // SAFETY: the caller vouches for the address.
+    unsafe {
+        asm!(
+            "ld.global.cg.v4.u32 {{{}, {}, {}, {}}}, [{}];",
+            out(reg32) a, out(reg32) b, out(reg32) c, out(reg32) d, in(reg64) address,
+            options(nostack)
+        );
+    }
+    [a, b, c, d]
+}
+
+/// Stores 16 bytes to global memory.
+///
+/// # Safety
+/// `address` is valid and 16-byte aligned.
+#[inline(always)]
+pub unsafe fn store_global_x4(address: u64, values: [u32; 4]) {
+    let [a, b, c, d] = values;
+    // SAFETY: the caller vouches for the address.
+    unsafe {
+        asm!(
+            "st.global.v4.u32 [{}], {{{}, {}, {}, {}}};",
+            in(reg64) address, in(reg32) a, in(reg32) b, in(reg32) c, in(reg32) d,
+            options(nostack)
+        );
+    }
+}
+
+/// Stores 4 bytes to global memory.
+///
+/// # Safety
+/// `address` is valid and 4-byte aligned.
+#[inline(always)]
+pub unsafe fn store_global(address: u64, value: u32) {
+    // SAFETY: the caller vouches for the address.
+    unsafe { asm!("st.global.u32 [{}], {};", in(reg64) address, in(reg32) value, options(nostack)) }
+}
+
+/// Stores the lower 2 bytes of `value` to global memory.
+///
+/// # Safety
+/// `address` is valid and 2-byte aligned.
+#[inline(always)]
+pub unsafe fn store_global_u16(address: u64, value: u32) {
+    // SAFETY: the caller vouches for the address.
+    unsafe {
+        asm!(
+            "{{",
+            ".reg .b16 half;",
+            "cvt.u16.u32 half, {1};",
+            "st.global.b16 [{0}], half;",
+            "}}",
+            in(reg64) address, in(reg32) value,
+            options(nostack)
+        );
+    }
+}
+
+/// Raises the flag at `address`: what this thread and, through a barrier, its warpgroup wrote before is visible
+/// to whoever sees the flag.
+///
+/// # Safety
+/// `address` is valid and 4-byte aligned.
+#[inline(always)]
+pub unsafe fn raise_flag(address: u64) {
+    // SAFETY: the caller vouches for the address.
+    unsafe { asm!("fence.acq_rel.gpu;", "st.release.gpu.global.u32 [{}], 1;", in(reg64) address, options(nostack)) }
+}
+
+/// Waits until the flag at `address` is raised, then lowers it again for the next launch.
+///
+/// # Safety
+/// `address` is valid and 4-byte aligned; one thread waits for it.
+#[inline(always)]
+pub unsafe fn await_flag(address: u64) {
+    let start = thread::clock64();
+    loop {
+        let raised: u32;
+        // SAFETY: the caller vouches for the address.
+        unsafe { asm!("ld.acquire.gpu.global.u32 {}, [{}];", out(reg32) raised, in(reg64) address, options(nostack)) }
+        if raised != 0 {
+            break;
+        }
+        if thread::clock64().wrapping_sub(start) > DEADLOCK_CYCLES {
+            thread::trap();
+        }
+    }
+    // SAFETY: as above.
+    unsafe { asm!("st.global.u32 [{}], 0;", "fence.acq_rel.gpu;", in(reg64) address, options(nostack)) }
+}

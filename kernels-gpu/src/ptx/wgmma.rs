@@ -1,0 +1,143 @@
+//! `wgmma` m64nNk32 on int8: the A operand from registers, B from shared memory, int32 accumulators.
+
+use core::arch::asm;
+use seq_macro::seq;
+
+/// Orders this warpgroup's register accesses before the wgmmas that follow.
+///
+/// # Safety
+/// All threads of the warpgroup call it.
+#[inline(always)]
+pub unsafe fn fence() {
+    // SAFETY: a fence.
+    unsafe { asm!("wgmma.fence.sync.aligned;", options(nostack)) }
+}
+
+/// Closes the group of the wgmmas issued since the last one.
+///
+/// # Safety
+/// All threads of the warpgroup call it.
+#[inline(always)]
+pub unsafe fn commit() {
+    // SAFETY: touches no memory.
+    unsafe { asm!("wgmma.commit_group.sync.aligned;", options(nostack)) }
+}
+
+/// Waits until at most `PENDING` groups are unfinished.
+///
+/// # Safety
+/// All threads of the warpgroup call it.
+#[inline(always)]
+pub unsafe fn wait<const PENDING: u32>() {
+    // SAFETY: touches no memory.
+    unsafe { asm!("wgmma.wait_group.sync.aligned {};", const PENDING, options(nostack)) }
+}
+
+/// The descriptor of a K-major B tile with 128-byte swizzle: rows of 128 bytes, 8 of them in 1,024 bytes.
+///
+/// `address` may point 32, 64 or 96 bytes into the first row, to start at a later k32 of the tile.
+#[inline(always)]
+pub fn descriptor(address: u32) -> u64 {
+    const SWIZZLE_128: u64 = 1 << 62;
+    const STRIDE_8_ROWS: u64 = (1024 >> 4) << 32;
+    const LEADING: u64 = 1 << 16;
+    SWIZZLE_128 | STRIDE_8_ROWS | LEADING | ((address & 0x3_FFFF) >> 4) as u64
+}
+
+/// A thread's share of a 64-channel × [`TOKENS`](Self::TOKENS) int32 accumulator tile.
+///
+/// Thread `t` of the warpgroup (warp `w`, `g = lane/4`, `c = lane%4`) holds for each eight tokens `j` the four
+/// sums of channels `16w+g` and `16w+g+8`: `[(g, 8j+2c), (g, 8j+2c+1), (g+8, 8j+2c), (g+8, 8j+2c+1)]`.
+///
+/// The registers may only be named by constants: one rolled loop over them would send them all to local
+/// memory. So whatever walks them does it through [`visit`](Self::visit), unrolled here.
+pub trait Accumulator {
+    /// Tokens of the tile: the instruction's n.
+    const TOKENS: u32;
+
+    /// All zeros.
+    fn zero() -> Self;
+
+    /// Issues `self += A · B`, A being 64×32 from the warpgroup's registers.
+    ///
+    /// # Safety
+    /// All threads of the warpgroup call it after [`fence`], and touch neither `self` nor `a`'s registers until
+    /// [`wait`] says that the group is done. `descriptor` describes a tile in the block's shared memory.
+    unsafe fn multiply_accumulate(&mut self, a: [u32; 4], descriptor: u64);
+
+    /// Hands each block of four sums, `j` ascending, to `visitor`.
+    fn visit(&mut self, visitor: &mut impl BlockVisitor);
+}
+
+/// What [`Accumulator::visit`] calls for every eight tokens.
+pub trait BlockVisitor {
+    /// `block` holds the four sums of tokens `8·j …`; see [`Accumulator`].
+    fn block(&mut self, j: u32, block: &mut [i32; 4]);
+}
+
+macro_rules! accumulator {
+    ($name:ident, $tokens:tt, $blocks:tt) => {
+        #[doc = concat!("64 channels × ", $tokens, " tokens.")]
+        pub struct $name([[i32; 4]; $blocks]);
+
+        impl Accumulator for $name {
+            const TOKENS: u32 = $tokens;
+
+            #[inline(always)]
+            fn zero() -> Self {
+                Self([[0; 4]; $blocks])
+            }
+
+            #[inline(always)]
+            unsafe fn multiply_accumulate(&mut self, a: [u32; 4], descriptor: u64) {
+                let [x0, x1, x2, x3] = a;
+                seq!(J in 1..$blocks {
+                    // SAFETY: the caller vouches for the warpgroup and the descriptor.
+                    unsafe {
+                        asm!(
+                            "{{",
+                            ".reg .pred accumulate;",
+                            "setp.ne.b32 accumulate, 1, 0;",
+                            concat!(
+                                "wgmma.mma_async.sync.aligned.m64n", $tokens, "k32.s32.s8.s8 {{{a0}, {b0}, {c0}, {d0}",
+                                #( ", {a", J, "}, {b", J, "}, {c", J, "}, {d", J, "}", )*
+                                "}}, {{{x0}, {x1}, {x2}, {x3}}}, {descriptor}, accumulate;"
+                            ),
+                            "}}",
+                            a0 = inout(reg32) self.0[0][0],
+                            b0 = inout(reg32) self.0[0][1],
+                            c0 = inout(reg32) self.0[0][2],
+                            d0 = inout(reg32) self.0[0][3],
+                            #(
+                                a~J = inout(reg32) self.0[J][0],
+                                b~J = inout(reg32) self.0[J][1],
+                                c~J = inout(reg32) self.0[J][2],
+                                d~J = inout(reg32) self.0[J][3],
+                            )*
+                            x0 = in(reg32) x0,
+                            x1 = in(reg32) x1,
+                            x2 = in(reg32) x2,
+                            x3 = in(reg32) x3,
+                            descriptor = in(reg64) descriptor,
+                            options(nostack)
+                        );
+                    }
+                });
+            }
+
+            #[inline(always)]
+            fn visit(&mut self, visitor: &mut impl BlockVisitor) {
+                seq!(J in 0..$blocks {
+                    #( visitor.block(J, &mut self.0[J]); )*
+                });
+            }
+        }
+    };
+}
+
+accumulator!(Accumulator8, 8, 1);
+accumulator!(Accumulator16, 16, 2);
+accumulator!(Accumulator32, 32, 4);
+accumulator!(Accumulator64, 64, 8);
+accumulator!(Accumulator128, 128, 16);
+accumulator!(Accumulator256, 256, 32);

@@ -1,0 +1,285 @@
+//! The CPU backend: the exact integer GEMM and its epilogue, on all cores.
+//!
+//! It is the default where there is no GPU and the oracle for every GPU test, so it does what the format's
+//! definition says and nothing else: dequantize to int8, multiply, add in int32, scale. A task is one strip of
+//! 64 channels times a block of tokens; it dequantizes a chunk of K once and multiplies all of its tokens with
+//! it. Which instructions do that is a [`Kernel`]; every kernel gives the same bits.
+
+mod portable;
+#[cfg(target_arch = "x86_64")]
+mod vnni;
+
+use std::fmt;
+use std::sync::OnceLock;
+
+use liquidgemm_format::brick::{BRICK_BYTES, BRICK_CHANNELS, BRICK_K, CODE_BYTES, code_at};
+use liquidgemm_format::dequant::{broadcast, dequantize_word};
+use rayon::prelude::*;
+
+use crate::error::{check_finite, check_length, checked_elements};
+use crate::{ActivationsView, Error, Output, OutputType, PackedWeights};
+
+/// Bricks that a task dequantizes at once: as int8 they take 16 KiB, half of a usual L1 cache.
+const CHUNK_BRICKS: usize = 4;
+/// Elements along K of such a chunk.
+const CHUNK_K: usize = CHUNK_BRICKS * BRICK_K;
+/// Bytes of a chunk of bricks.
+const CHUNK_BYTES: usize = CHUNK_BRICKS * BRICK_BYTES;
+
+/// Tokens a task multiplies with each dequantized chunk, where there are strips enough to keep all cores busy …
+const LONG_TOKEN_BLOCK: usize = 256;
+/// … and where there are not.
+const SHORT_TOKEN_BLOCK: usize = 64;
+/// Rows of the output that are dealt out to tasks at a time, to bound the bookkeeping.
+const ROWS_AT_ONCE: usize = 1024;
+
+/// The accumulators of one token for a strip's channels.
+type Accumulators = [i32; BRICK_CHANNELS];
+
+/// `out[m, n] = epilogue(Σₖ x[m, k] · level1[n, k])`, row-major, exact before the epilogue.
+///
+/// `bias` is `[n]`; `out` has exactly `m · n` elements and is written only if everything was in order. The
+/// epilogue is [`Output::from_accumulator`].
+///
+/// # Errors
+/// K of weights and activations that differ, an `out` or `bias` of another length, a bias that is not finite,
+/// a bias with `i32` output.
+pub fn gemm<'a, T: Output>(
+    weights: &PackedWeights,
+    x: impl Into<ActivationsView<'a>>,
+    bias: Option<&[f32]>,
+    out: &mut [T],
+) -> Result<(), Error> {
+    let x = x.into();
+    check_call::<T>(weights, &x, bias, out.len())?;
+    multiply(Kernel::best(), weights, &x, bias, out);
+    Ok(())
+}
+
+/// Everything that must hold before a product of these operands may be written to `out_length` elements.
+pub(crate) fn check_call<T: Output>(
+    weights: &PackedWeights,
+    x: &ActivationsView<'_>,
+    bias: Option<&[f32]>,
+    out_length: usize,
+) -> Result<(), Error> {
+    if weights.k() != x.k() {
+        return Err(Error::KMismatch { weights: weights.k(), activations: x.k() });
+    }
+    check_length("output", "[m, n]", checked_elements("output matrix", x.m(), weights.n())?, out_length)?;
+    if let Some(bias) = bias {
+        if T::TYPE == OutputType::I32 {
+            return Err(Error::BiasWithRawOutput);
+        }
+        check_length("bias", "[n]", weights.n(), bias.len())?;
+        check_finite("bias", bias)?;
+    }
+    Ok(())
+}
+
+/// The instructions that the inner loop runs on. All kernels give the same bits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Kernel {
+    /// Whatever the compiler makes of it for the target's baseline.
+    Portable,
+    /// The same source compiled for AVX2.
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    /// AVX-512 with its int8 dot products.
+    #[cfg(target_arch = "x86_64")]
+    Avx512Vnni,
+}
+
+impl Kernel {
+    /// The fastest kernel that this CPU has the instructions for; what [`gemm`] uses.
+    pub fn best() -> Self {
+        static BEST: OnceLock<Kernel> = OnceLock::new();
+        *BEST.get_or_init(|| *Self::available().last().expect("the portable kernel is always there"))
+    }
+
+    /// Every kernel that this CPU has the instructions for, slowest first.
+    fn available() -> Vec<Self> {
+        #[cfg_attr(not(target_arch = "x86_64"), expect(unused_mut))]
+        let mut kernels = vec![Kernel::Portable];
+        #[cfg(target_arch = "x86_64")]
+        {
+            if std::is_x86_feature_detected!("avx2") {
+                kernels.push(Kernel::Avx2);
+            }
+            if vnni::is_available() {
+                kernels.push(Kernel::Avx512Vnni);
+            }
+        }
+        kernels
+    }
+
+    /// Adds the products of one chunk of bricks to the accumulators of every token in `x`.
+    fn accumulate(self, bricks: &[u8], x: &TokenBlock<'_>, chunk: usize, task: &mut Task) {
+        match self {
+            Kernel::Portable => portable::accumulate(bricks, x, chunk, task),
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: `Avx2` comes only from `available`, which has asked the CPU.
+            Kernel::Avx2 => unsafe { portable::accumulate_avx2(bricks, x, chunk, task) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: `Avx512Vnni` comes only from `available`, which has asked the CPU.
+            Kernel::Avx512Vnni => unsafe { vnni::accumulate(bricks, x, chunk, task) },
+        }
+    }
+}
+
+impl fmt::Display for Kernel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Kernel::Portable => "portable",
+            #[cfg(target_arch = "x86_64")]
+            Kernel::Avx2 => "AVX2",
+            #[cfg(target_arch = "x86_64")]
+            Kernel::Avx512Vnni => "AVX-512 VNNI",
+        })
+    }
+}
+
+/// The tokens that a task multiplies.
+struct TokenBlock<'a> {
+    x: &'a ActivationsView<'a>,
+    first: usize,
+    count: usize,
+}
+
+impl TokenBlock<'_> {
+    /// The part of token `token` (counted from the block's first) that meets chunk `chunk` of K: up to
+    /// [`CHUNK_K`] codes, fewer at the end of K.
+    #[inline(always)]
+    fn codes(&self, token: usize, chunk: usize) -> &[i8] {
+        let row = self.x.row(self.first + token);
+        let start = chunk * CHUNK_K;
+        &row[start..row.len().min(start + CHUNK_K)]
+    }
+}
+
+/// The memory that a task works in; one a thread, used again for the next task.
+#[derive(Default)]
+struct Task {
+    /// `[tokens][64]`.
+    accumulators: Vec<Accumulators>,
+    portable: portable::Panels,
+    #[cfg(target_arch = "x86_64")]
+    vnni: vnni::Panels,
+}
+
+/// One strip's channels of the output for a block of tokens: one slice a token.
+struct OutputBlock<'a, T> {
+    strip: usize,
+    first_token: usize,
+    rows: Vec<&'a mut [T]>,
+}
+
+/// The product itself; the operands fit.
+fn multiply<T: Output>(
+    kernel: Kernel,
+    weights: &PackedWeights,
+    x: &ActivationsView<'_>,
+    bias: Option<&[f32]>,
+    out: &mut [T],
+) {
+    let enough_strips = weights.strips() >= 4 * rayon::current_num_threads();
+    let token_block = if enough_strips { LONG_TOKEN_BLOCK } else { SHORT_TOKEN_BLOCK };
+    for (index, rows) in out.chunks_mut(ROWS_AT_ONCE * weights.n()).enumerate() {
+        deal_out(rows, index * ROWS_AT_ONCE, weights.n(), token_block).into_par_iter().for_each_init(
+            Task::default,
+            |task, block| {
+                multiply_block(kernel, weights, x, &block, task);
+                write_block(weights, x, bias, block, &task.accumulators);
+            },
+        );
+    }
+}
+
+/// Cuts rows of the output, `[rows, n]` from row `first_row` on, into blocks of 64 channels × `token_block`.
+fn deal_out<T>(rows: &mut [T], first_row: usize, n: usize, token_block: usize) -> Vec<OutputBlock<'_, T>> {
+    let mut blocks = Vec::new();
+    for (index, rows) in rows.chunks_mut(token_block * n).enumerate() {
+        let first_token = first_row + index * token_block;
+        let first_block = blocks.len();
+        blocks.extend((0..n.div_ceil(BRICK_CHANNELS)).map(|strip| OutputBlock {
+            strip,
+            first_token,
+            rows: Vec::with_capacity(rows.len() / n),
+        }));
+        for row in rows.chunks_mut(n) {
+            for (block, piece) in blocks[first_block..].iter_mut().zip(row.chunks_mut(BRICK_CHANNELS)) {
+                block.rows.push(piece);
+            }
+        }
+    }
+    blocks
+}
+
+/// Leaves the exact products of one block in `task.accumulators`.
+fn multiply_block<T>(
+    kernel: Kernel,
+    weights: &PackedWeights,
+    x: &ActivationsView<'_>,
+    block: &OutputBlock<'_, T>,
+    task: &mut Task,
+) {
+    let strip_bytes = weights.k_blocks() * BRICK_BYTES;
+    let strip = &weights.bricks()[block.strip * strip_bytes..][..strip_bytes];
+    let tokens = TokenBlock { x, first: block.first_token, count: block.rows.len() };
+    task.accumulators.clear();
+    task.accumulators.resize(tokens.count, [0; BRICK_CHANNELS]);
+    for (chunk, bricks) in strip.chunks(CHUNK_BYTES).enumerate() {
+        kernel.accumulate(bricks, &tokens, chunk, task);
+    }
+}
+
+/// The epilogue of one block.
+fn write_block<T: Output>(
+    weights: &PackedWeights,
+    x: &ActivationsView<'_>,
+    bias: Option<&[f32]>,
+    block: OutputBlock<'_, T>,
+    accumulators: &[Accumulators],
+) {
+    let first_channel = block.strip * BRICK_CHANNELS;
+    let channel_scales = &weights.channel_scales()[first_channel..];
+    let bias = bias.map(|bias| &bias[first_channel..]);
+    let token_scales = &x.scales()[block.first_token..];
+    for ((row, accumulators), &token_scale) in block.rows.into_iter().zip(accumulators).zip(token_scales) {
+        for (channel, (y, &acc)) in row.iter_mut().zip(accumulators).enumerate() {
+            let bias = bias.map(|bias| bias[channel]);
+            *y = T::from_accumulator(acc, channel_scales[channel], token_scale, bias);
+        }
+    }
+}
+
+/// Dequantizes one brick and calls `store(channel, k, four)` for every run of four weights along K, first one
+/// in the lowest byte. What `multiply_add_flip` computes is up to the caller, as in [`dequantize_word`].
+#[inline(always)]
+fn dequantize_brick(
+    brick: &[u8],
+    multiply_add_flip: impl Fn(u32, u32, u32) -> u32,
+    mut store: impl FnMut(usize, usize, u32),
+) {
+    let (codes, scales) = brick.split_at(CODE_BYTES);
+    // The 16 words behind one word of scales: four threads' fragments of the rows g and g + 8.
+    for (index, (codes, scales)) in codes.chunks_exact(64).zip(scales.chunks_exact(4)).enumerate() {
+        let s = [scales[0], scales[2]].map(u32::from);
+        let a4 = [scales[1], scales[3]].map(broadcast);
+        let fours: [[u32; 2]; 16] = std::array::from_fn(|word| {
+            let codes = u32::from_le_bytes(std::array::from_fn(|byte| codes[4 * word + byte]));
+            dequantize_word(codes, s[word % 2], a4[word % 2], &multiply_add_flip)
+        });
+        for (word, [low, high]) in fours.into_iter().enumerate() {
+            let byte = 64 * index + 4 * word;
+            let (channel, k) = code_at(byte, false);
+            store(channel, k, low);
+            let (channel, k) = code_at(byte, true);
+            store(channel, k, high);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

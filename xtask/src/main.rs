@@ -1,2 +1,47 @@
-//! Automation.
-fn main() {}
+//! Automation behind `cargo xtask`: one file a subcommand, none of which hooks into a build. Everything runs from the
+//! workspace's root, wherever it was called.
+
+mod gpu_test;
+mod steps;
+mod test;
+
+use std::path::Path;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Build, check and test automation of LiquidGEMM
+#[derive(Parser)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run everything that CI runs
+    Test,
+    GpuTest(gpu_test::Arguments),
+}
+
+fn main() -> ExitCode {
+    let outcome =
+        std::env::set_current_dir(root()).map_err(anyhow::Error::from).and_then(
+            |()| match Arguments::parse().command {
+                Command::Test => test::run(),
+                Command::GpuTest(arguments) => gpu_test::run(&arguments),
+            },
+        );
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// The workspace's root.
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("xtask lies in the workspace")
+}

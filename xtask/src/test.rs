@@ -1,0 +1,32 @@
+//! `cargo xtask test`: everything that CI runs, in order, on a machine without a GPU.
+
+use crate::steps::{Steps, cargo, check};
+
+/// Runs every step and lists them with their times.
+pub fn run() -> anyhow::Result<()> {
+    let mut steps = Steps::default();
+    steps.run("format", || {
+        check(&mut cargo(["fmt", "--all", "--check"]))?;
+        // Formatted by the host's rustfmt, because the device's toolchain need not have one.
+        check(&mut cargo(["fmt", "--manifest-path", "kernels-gpu/Cargo.toml", "--check"]))
+    });
+    steps.run("clippy", || {
+        check(&mut cargo(["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]))?;
+        // The library as others use it, without the command and its dependencies.
+        check(&mut cargo([
+            "clippy",
+            "--package",
+            "liquidgemm",
+            "--lib",
+            "--no-default-features",
+            "--",
+            "-D",
+            "warnings",
+        ]))
+    });
+    steps.run("documentation", || {
+        check(cargo(["doc", "--workspace", "--no-deps", "--quiet"]).env("RUSTDOCFLAGS", "-D warnings"))
+    });
+    steps.run("tests", || check(&mut cargo(["test", "--workspace", "--no-fail-fast"])));
+    steps.finish()
+}

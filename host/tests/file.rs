@@ -1,0 +1,289 @@
+//! Packed weights on disk: whatever was saved comes back, and nothing else is ever accepted.
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use liquidgemm::{Error, FileError, Group, PackedWeights};
+use proptest::prelude::*;
+use safetensors::tensor::{Dtype, TensorView};
+
+fn weights(n: usize, k: usize, group: Group) -> PackedWeights {
+    let values: Vec<f32> = (0..n * k).map(|i| ((i * i) as f32 * 0.37).sin()).collect();
+    PackedWeights::quantize(&values, n, k, group).unwrap()
+}
+
+fn saved_bytes(weights: &PackedWeights) -> Vec<u8> {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("w.safetensors");
+    weights.save(&path).unwrap();
+    std::fs::read(path).unwrap()
+}
+
+/// What a file says, to be changed and written again.
+struct Contents {
+    metadata: HashMap<String, String>,
+    tensors: Vec<(String, Dtype, Vec<usize>, Vec<u8>)>,
+}
+
+impl Contents {
+    fn of(bytes: &[u8]) -> Self {
+        let (_, header) = safetensors::SafeTensors::read_metadata(bytes).unwrap();
+        let tensors = safetensors::SafeTensors::deserialize(bytes).unwrap();
+        Self {
+            metadata: header.metadata().clone().unwrap(),
+            tensors: tensors
+                .tensors()
+                .into_iter()
+                .map(|(name, view)| (name, view.dtype(), view.shape().to_vec(), view.data().to_vec()))
+                .collect(),
+        }
+    }
+
+    fn with(mut self, key: &str, value: &str) -> Self {
+        self.metadata.insert(key.to_owned(), value.to_owned());
+        self
+    }
+
+    fn without(mut self, key: &str) -> Self {
+        self.metadata.remove(key);
+        self
+    }
+
+    fn tensor(&mut self, name: &str) -> &mut (String, Dtype, Vec<usize>, Vec<u8>) {
+        self.tensors.iter_mut().find(|tensor| tensor.0 == name).unwrap()
+    }
+
+    /// A checksum that matches the contents, computed from the description of the format.
+    fn resealed(mut self) -> Self {
+        let mut text = String::new();
+        for key in ["format", "format_version", "n", "k", "group"] {
+            text += &format!("{}\n", self.metadata[key]);
+        }
+        let mut sealed = text.into_bytes();
+        sealed.extend(self.tensor("bricks").3.clone());
+        sealed.extend(self.tensor("channel_scales").3.clone());
+        let checksum = format!("{:016x}", xxhash_rust::xxh3::xxh3_64(&sealed));
+        self.with("checksum", &checksum)
+    }
+
+    fn bytes(self) -> Vec<u8> {
+        let tensors = self.tensors.iter().map(|(name, dtype, shape, data)| {
+            (name.clone(), TensorView::new(*dtype, shape.clone(), data).unwrap())
+        });
+        safetensors::serialize(tensors, Some(self.metadata)).unwrap()
+    }
+
+    fn load(self) -> Result<PackedWeights, FileError> {
+        PackedWeights::from_file_bytes(&self.bytes())
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(60))]
+
+    #[test]
+    fn any_saved_weights_load_as_they_were(
+        n in 1usize..200,
+        k in 1usize..400,
+        group in prop_oneof![Just(Group::K(64)), Just(Group::K(192)), Just(Group::Channel)],
+    ) {
+        let weights = weights(n, k, group);
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("w.safetensors");
+        weights.save(&path).unwrap();
+        prop_assert_eq!(PackedWeights::load(&path).unwrap(), weights);
+    }
+
+    #[test]
+    fn arbitrary_bytes_are_an_error_and_never_a_panic(bytes: Vec<u8>) {
+        prop_assert!(PackedWeights::from_file_bytes(&bytes).is_err());
+    }
+}
+
+#[test]
+fn the_checksum_is_the_one_that_the_format_describes() {
+    let bytes = saved_bytes(&weights(3, 70, Group::Channel));
+    let stored = Contents::of(&bytes).metadata["checksum"].clone();
+    assert_eq!(Contents::of(&bytes).resealed().metadata["checksum"], stored);
+}
+
+#[test]
+fn a_flip_of_any_single_bit_is_found() {
+    let bytes = saved_bytes(&weights(2, 3, Group::default()));
+    let mut damaged = bytes.clone();
+    for bit in 0..8 * bytes.len() {
+        damaged[bit / 8] ^= 1 << (bit % 8);
+        assert!(PackedWeights::from_file_bytes(&damaged).is_err(), "bit {} of byte {}", bit % 8, bit / 8);
+        damaged[bit / 8] = bytes[bit / 8];
+    }
+    assert!(PackedWeights::from_file_bytes(&damaged).is_ok());
+}
+
+#[test]
+fn a_file_cut_off_anywhere_is_found() {
+    let bytes = saved_bytes(&weights(2, 3, Group::default()));
+    for length in 0..bytes.len() {
+        assert!(matches!(PackedWeights::from_file_bytes(&bytes[..length]), Err(FileError::Safetensors(_))));
+    }
+}
+
+#[test]
+fn bytes_behind_the_end_are_found() {
+    let mut bytes = saved_bytes(&weights(2, 3, Group::default()));
+    bytes.push(0);
+    assert!(matches!(PackedWeights::from_file_bytes(&bytes), Err(FileError::Safetensors(_))));
+}
+
+#[test]
+fn a_damaged_code_is_a_checksum_error() {
+    let mut contents = Contents::of(&saved_bytes(&weights(2, 3, Group::default())));
+    contents.tensor("bricks").3[5] ^= 1;
+    assert!(matches!(contents.load(), Err(FileError::ChecksumMismatch { .. })));
+}
+
+#[test]
+fn a_sealed_file_that_breaks_the_invariant_is_rejected_with_its_place_and_values() {
+    let mut contents = Contents::of(&saved_bytes(&weights(70, 130, Group::default())));
+    // Channel 65 is row 1 of the second strip; its pair in k block 2 is the second scale word there.
+    let brick = (3 + 2) * 2176;
+    contents.tensor("bricks").3[brick + 2048 + 4..][..2].copy_from_slice(&[9, 121]);
+    match contents.resealed().load() {
+        Err(FileError::Invalid(error)) => match *error {
+            Error::InvariantBroken { channel: 65, k_block: 2, s: 9, a: 121 } => {}
+            other => panic!("{other}"),
+        },
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_scale_of_zero_in_a_pair_is_rejected() {
+    let mut contents = Contents::of(&saved_bytes(&weights(1, 1, Group::default())));
+    contents.tensor("bricks").3[2048] = 0;
+    let error = contents.resealed().load().unwrap_err();
+    assert!(error.to_string().contains("s must be at least 1"), "{error}");
+}
+
+#[test]
+fn a_channel_scale_that_is_not_finite_is_rejected() {
+    for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        let mut contents = Contents::of(&saved_bytes(&weights(3, 5, Group::default())));
+        contents.tensor("channel_scales").3[4..8].copy_from_slice(&bad.to_le_bytes());
+        match contents.resealed().load() {
+            Err(FileError::Invalid(error)) => {
+                assert!(matches!(*error, Error::NonFiniteParameter { index: 1, .. }), "{error}");
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+#[test]
+fn metadata_that_contradict_the_tensors_are_rejected() {
+    let bytes = saved_bytes(&weights(70, 130, Group::default()));
+    let load = |key: &str, value: &str| Contents::of(&bytes).with(key, value).resealed().load();
+    assert!(matches!(load("n", "69"), Err(FileError::WrongTensor { name: "channel_scales", .. })));
+    assert!(matches!(load("n", "128"), Err(FileError::WrongTensor { name: "channel_scales", .. })));
+    assert!(matches!(load("k", "128"), Err(FileError::WrongTensor { name: "bricks", .. })));
+    // Pairs of a group of 64 do not repeat over a whole channel.
+    assert!(matches!(load("group", "channel"), Err(FileError::Invalid(_))));
+}
+
+#[test]
+fn metadata_that_say_nothing_sensible_are_rejected() {
+    let bytes = saved_bytes(&weights(70, 130, Group::default()));
+    let load = |key: &str, value: &str| Contents::of(&bytes).with(key, value).resealed().load();
+    assert!(matches!(load("format", "other"), Err(FileError::WrongFormat { .. })));
+    assert!(matches!(load("format_version", "2"), Err(FileError::WrongVersion { .. })));
+    for (key, values) in [
+        ("n", ["", "-1", "1.5", "99999999999999999999999"]),
+        ("k", ["", "x", "+", "0x10"]),
+        ("group", ["0", "65", "channels", "-64"]),
+    ] {
+        for value in values {
+            assert!(matches!(load(key, value), Err(FileError::BadMetadata { .. })), "{key} = {value:?}");
+        }
+    }
+    for (key, value) in [("n", "0"), ("k", "0"), ("k", "131073"), ("n", "18446744073709551615")] {
+        assert!(matches!(load(key, value), Err(FileError::Invalid(_))), "{key} = {value}");
+    }
+}
+
+#[test]
+fn missing_metadata_and_tensors_are_named() {
+    let bytes = saved_bytes(&weights(2, 3, Group::default()));
+    for key in ["format", "format_version", "n", "k", "group", "checksum"] {
+        let error = Contents::of(&bytes).without(key).load().unwrap_err();
+        assert!(error.to_string().contains(key) || key == "format_version", "{key}: {error}");
+    }
+    for name in ["bricks", "channel_scales"] {
+        let mut contents = Contents::of(&bytes);
+        contents.tensors.retain(|tensor| tensor.0 != name);
+        let error = contents.load().unwrap_err();
+        assert!(error.to_string().contains(name), "{error}");
+    }
+}
+
+#[test]
+fn tensors_of_another_type_or_shape_are_rejected() {
+    let bytes = saved_bytes(&weights(2, 3, Group::default()));
+    let mut contents = Contents::of(&bytes);
+    contents.tensor("channel_scales").1 = Dtype::I32;
+    assert!(matches!(contents.load(), Err(FileError::WrongTensor { name: "channel_scales", .. })));
+    let mut contents = Contents::of(&bytes);
+    contents.tensor("bricks").2 = vec![2176];
+    assert!(matches!(contents.load(), Err(FileError::WrongTensor { name: "bricks", .. })));
+}
+
+#[test]
+fn any_other_safetensors_file_is_called_what_it_is() {
+    let data = [0u8; 4];
+    let view = TensorView::new(Dtype::F32, vec![1], &data).unwrap();
+    let bytes = safetensors::serialize([("x", view)], None).unwrap();
+    assert!(matches!(
+        PackedWeights::from_file_bytes(&bytes),
+        Err(FileError::WrongFormat { found: None, .. })
+    ));
+}
+
+#[test]
+fn saving_replaces_a_file_whole_and_leaves_nothing_beside_it() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("w.safetensors");
+    let (first, second) = (weights(100, 200, Group::default()), weights(2, 3, Group::Channel));
+    first.save(&path).unwrap();
+    second.save(&path).unwrap();
+    assert_eq!(PackedWeights::load(&path).unwrap(), second);
+    assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1);
+}
+
+#[test]
+fn a_failed_save_leaves_nothing_behind() {
+    let directory = tempfile::tempdir().unwrap();
+    // A directory stands where the file should go, so the last step fails.
+    let path = directory.path().join("taken");
+    std::fs::create_dir(&path).unwrap();
+    let error = weights(2, 3, Group::default()).save(&path).unwrap_err();
+    assert!(matches!(error, Error::File { problem: FileError::Io { .. }, .. }), "{error}");
+    assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1);
+}
+
+#[test]
+fn file_errors_name_the_file_and_what_was_tried() {
+    for path in ["no/such/directory/w.safetensors", "no-such-file.safetensors"] {
+        let error = PackedWeights::load(path).unwrap_err();
+        assert!(error.to_string().starts_with(&format!("{path}: cannot open")), "{error}");
+    }
+    let error = weights(1, 1, Group::default()).save("no/such/directory/w.safetensors").unwrap_err();
+    assert!(error.to_string().contains("no/such/directory/w.safetensors: cannot create"), "{error}");
+}
+
+#[test]
+fn empty_files_and_directories_are_errors() {
+    let directory = tempfile::tempdir().unwrap();
+    let empty = directory.path().join("empty");
+    std::fs::write(&empty, []).unwrap();
+    for path in [empty.as_path(), directory.path(), Path::new("")] {
+        assert!(matches!(PackedWeights::load(path), Err(Error::File { .. })), "{}", path.display());
+    }
+}

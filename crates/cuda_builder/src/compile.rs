@@ -1,0 +1,210 @@
+//! cargo's command line and environment for a device crate.
+//!
+//! What the caller's environment says about flags, targets, wrappers and profiles is kept out: the same sources
+//! give the same PTX in every shell and inside every other cargo.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::io::{BufRead, BufReader, IsTerminal};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use serde_json::Value;
+
+use crate::error::Error;
+use crate::toolchain::Toolchain;
+
+/// rustc's name for the device.
+const TARGET: &str = "nvptx64-nvidia-cuda";
+
+/// The PTX version that the kernels' instructions ask for.
+const PTX_FEATURE: &str = "+ptx80";
+
+/// rustc's flags for the device code.
+pub(crate) fn flags(target: &str) -> Vec<String> {
+    vec![
+        format!("-Ctarget-cpu={target}"),
+        format!("-Ctarget-feature={PTX_FEATURE}"),
+        "--emit=asm".to_owned(),
+        // The assembly is the product; nothing has to be linked.
+        "-Clinker=true".to_owned(),
+    ]
+}
+
+/// What cargo left behind.
+pub(crate) struct Assembly {
+    /// The PTX as the compiler wrote it.
+    pub(crate) text: String,
+    /// The files of this repository that went into it.
+    pub(crate) sources: Vec<PathBuf>,
+    /// How many warnings the compiler had for them.
+    pub(crate) warnings: usize,
+}
+
+/// Compiles a device crate with everything that it depends on, `core` included, to one PTX text.
+pub(crate) fn compile(
+    toolchain: &Toolchain,
+    crate_dir: &Path,
+    target: &str,
+    target_dir: &Path,
+) -> Result<Assembly, Error> {
+    let manifest = crate_dir.join("Cargo.toml");
+    let mut command = Command::new(&toolchain.cargo);
+    let format = if std::io::stderr().is_terminal() { "json-diagnostic-rendered-ansi" } else { "json" };
+    command
+        .args(["build", "--release", "-Zbuild-std=core", "--target", TARGET, "--message-format", format])
+        .arg("--manifest-path")
+        .arg(&manifest)
+        .arg("--target-dir")
+        .arg(target_dir);
+    // Not in the device crate itself, whose toolchain file is not meant for whatever `cargo` resolves to.
+    command.current_dir(crate_dir.parent().unwrap_or(crate_dir));
+    for (name, _) in std::env::vars_os().filter(|(name, _)| is_about_another_build(name)) {
+        command.env_remove(name);
+    }
+    command
+        .env("RUSTC", &toolchain.rustc)
+        .env("RUSTC_WRAPPER", "")
+        .env("RUSTC_WORKSPACE_WRAPPER", "")
+        // `-Zbuild-std` and the NVPTX target's features are not stable.
+        .env("RUSTC_BOOTSTRAP", "1")
+        .env("CARGO_ENCODED_RUSTFLAGS", flags(target).join("\x1f"));
+    toolchain.set_library_path(&mut command);
+
+    let program = toolchain.cargo.display().to_string();
+    let mut child = command
+        .stdout(Stdio::piped())
+        .spawn()
+        .map_err(|source| Error::Start { program: program.clone(), source })?;
+    let mut messages = Messages::default();
+    if let Some(output) = child.stdout.take() {
+        for line in BufReader::new(output).lines() {
+            messages.read(&line.map_err(Error::file("read the messages of", &toolchain.cargo))?, &manifest);
+        }
+    }
+    let status = child.wait().map_err(|source| Error::Start { program, source })?;
+    if !status.success() {
+        return Err(Error::Compile { crate_dir: crate_dir.to_owned(), status });
+    }
+
+    let release = target_dir.join(TARGET).join("release");
+    let name = messages.library.unwrap_or_else(|| "unknown".to_owned());
+    let assembly = release.join("deps").join(format!("{name}.s"));
+    if !assembly.is_file() {
+        return Err(Error::NoAssembly {
+            crate_dir: crate_dir.to_owned(),
+            expected: assembly,
+            target_dir: target_dir.to_owned(),
+        });
+    }
+    let text = fs::read_to_string(&assembly).map_err(Error::file("read", &assembly))?;
+    let dependencies = release.join(format!("{name}.d"));
+    let list = fs::read_to_string(&dependencies).map_err(Error::file("read", &dependencies))?;
+    Ok(Assembly { text, sources: listed_sources(&list), warnings: messages.warnings })
+}
+
+/// Whether an environment variable was meant for the build around this one.
+fn is_about_another_build(name: &OsStr) -> bool {
+    let name = name.to_string_lossy();
+    let exact =
+        ["RUSTC", "RUSTDOC", "RUSTFLAGS", "RUSTDOCFLAGS", "CARGO_ENCODED_RUSTFLAGS", "CARGO_INCREMENTAL"];
+    let families =
+        ["RUSTUP_TOOLCHAIN", "RUSTC_", "CARGO_BUILD_", "CARGO_TARGET_", "CARGO_PROFILE_", "CARGO_UNSTABLE_"];
+    let caller = ["CARGO_MANIFEST_", "CARGO_PKG_", "CARGO_CRATE_", "CARGO_BIN_", "CARGO_PRIMARY_"];
+    exact.contains(&&*name) || families.iter().chain(&caller).any(|family| name.starts_with(family))
+}
+
+/// What is of interest in cargo's messages.
+#[derive(Default)]
+struct Messages {
+    /// The file name, less its extension, of the crate's own output.
+    library: Option<String>,
+    warnings: usize,
+}
+
+impl Messages {
+    /// Takes one line; passes the compiler's diagnostics on to the user.
+    fn read(&mut self, line: &str, manifest: &Path) {
+        let Ok(message) = serde_json::from_str::<Value>(line) else {
+            eprintln!("{line}");
+            return;
+        };
+        match message["reason"].as_str() {
+            Some("compiler-message") => {
+                let diagnostic = &message["message"];
+                if let Some(rendered) = diagnostic["rendered"].as_str() {
+                    eprint!("{rendered}");
+                }
+                // The line that sums up the warnings is one itself, with nothing to point at.
+                let points_somewhere = diagnostic["spans"].as_array().is_some_and(|spans| !spans.is_empty());
+                if diagnostic["level"] == "warning" && points_somewhere {
+                    self.warnings += 1;
+                }
+            }
+            Some("compiler-artifact") => {
+                let of_crate =
+                    message["manifest_path"].as_str().is_some_and(|path| Path::new(path) == manifest);
+                let kind = &message["target"]["kind"];
+                if of_crate && kind.as_array().is_some_and(|kinds| kinds.iter().any(|kind| kind == "cdylib"))
+                {
+                    self.library = message["target"]["name"].as_str().map(|name| name.replace('-', "_"));
+                }
+            }
+            _ => {}
+        }
+    }
+}
+
+/// The sources in a dependency file: after the colon, separated by spaces; spaces in names are escaped.
+fn listed_sources(list: &str) -> Vec<PathBuf> {
+    let Some((_, sources)) = list.lines().next().unwrap_or_default().split_once(": ") else {
+        return Vec::new();
+    };
+    let escaped = sources.replace("\\ ", "\0");
+    escaped.split_whitespace().map(|path| PathBuf::from(path.replace('\0', " "))).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_surrounding_builds_variables_are_recognized_and_network_settings_are_kept() {
+        for name in [
+            "RUSTFLAGS",
+            "CARGO_TARGET_DIR",
+            "RUSTUP_TOOLCHAIN",
+            "RUSTC_WRAPPER",
+            "CARGO_PROFILE_RELEASE_LTO",
+        ] {
+            assert!(is_about_another_build(OsStr::new(name)), "{name}");
+        }
+        for name in
+            ["CARGO_HOME", "CARGO_HTTP_PROXY", "CARGO_NET_OFFLINE", "PATH", "CARGO_REGISTRIES_X_INDEX"]
+        {
+            assert!(!is_about_another_build(OsStr::new(name)), "{name}");
+        }
+    }
+
+    #[test]
+    fn sources_are_listed_with_their_spaces() {
+        let list = "/t/release/kernels.ptx: /a\\ b/lib.rs /a\\ b/ptx/mod.rs\n";
+        assert_eq!(listed_sources(list), [PathBuf::from("/a b/lib.rs"), PathBuf::from("/a b/ptx/mod.rs")]);
+    }
+
+    #[test]
+    fn warnings_count_once_each_and_the_crates_own_library_is_named() {
+        let mut messages = Messages::default();
+        let manifest = Path::new("/k/Cargo.toml");
+        for line in [
+            r#"{"reason":"compiler-message","message":{"level":"warning","spans":[{}]}}"#,
+            r#"{"reason":"compiler-message","message":{"level":"warning","spans":[]}}"#,
+            r#"{"reason":"compiler-artifact","manifest_path":"/o/Cargo.toml","target":{"name":"o","kind":["cdylib"]}}"#,
+            r#"{"reason":"compiler-artifact","manifest_path":"/k/Cargo.toml","target":{"name":"k-gpu","kind":["cdylib"]}}"#,
+            r#"{"reason":"build-finished","success":true}"#,
+        ] {
+            messages.read(line, manifest);
+        }
+        assert_eq!((messages.warnings, messages.library.as_deref()), (1, Some("k_gpu")));
+    }
+}

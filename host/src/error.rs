@@ -183,6 +183,10 @@ pub enum Error {
     #[error("int32 output is the raw accumulator and takes no bias; leave the bias out or ask for f32")]
     BiasWithRawOutput,
 
+    /// Something between this crate and the GPU.
+    #[error(transparent)]
+    Gpu(#[from] crate::gpu::GpuError),
+
     /// A file that could not be written or read, or holds something else than packed weights.
     #[error("{}: {problem}", path.display())]
     File {

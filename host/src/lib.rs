@@ -33,16 +33,21 @@
 //! Functions check all of their input before they write any output, and answer bad input with an [`Error`].
 
 mod activations;
+mod backend;
 pub mod cpu;
 mod error;
 mod file;
 mod float;
+pub mod gpu;
 mod output;
 mod packed;
+mod plan;
 mod quantize;
 
 pub use activations::{ActivationsView, QuantizedActivations, smooth_weights};
+pub use backend::Backend;
 pub use error::{Error, FileError};
 pub use float::Float;
 pub use output::{Output, OutputType};
 pub use packed::{Group, PackedWeights, UnpackedCodes};
+pub use plan::Plan;

@@ -173,6 +173,8 @@ unsafe fn accumulate<A: Accumulator, const STAGES: u32>(
             multiply_brick(accumulator, share, tile);
             let second = BrickShare::load(bricks + BRICK_BYTES as u32, place);
             wgmma::wait::<1>();
+            // The other lanes' reads of the stage come before the arrival of the one that gives it back.
+            warp::sync_warp();
             if releases && unreleased != STAGES {
                 shared.release(unreleased);
             }
@@ -189,6 +191,7 @@ unsafe fn accumulate<A: Accumulator, const STAGES: u32>(
             wgmma::wait::<1>();
         }
         wgmma::wait::<0>();
+        warp::sync_warp();
         if releases {
             shared.release(unreleased);
         }

@@ -11,6 +11,7 @@ pub mod epilogue;
 pub mod gemm;
 pub mod partials;
 pub mod pipeline;
+pub mod probes;
 pub mod ptx;
 
 use cuda_std::kernel;
@@ -52,3 +53,23 @@ gemm_kernel!(gemm_32, Accumulator32);
 gemm_kernel!(gemm_64, Accumulator64);
 gemm_kernel!(gemm_128, Accumulator128);
 gemm_kernel!(gemm_256, Accumulator256);
+
+/// [`probes::stream`].
+///
+/// # Safety
+/// See there.
+#[kernel(max_threads = 32, min_blocks = 1)]
+pub unsafe fn probe_stream(source: u64, pieces: u32) {
+    // SAFETY: the launcher vouches for the arguments.
+    unsafe { probes::stream(source, pieces) }
+}
+
+/// [`probes::mma`].
+///
+/// # Safety
+/// See there.
+#[kernel(max_threads = 256, min_blocks = 1)]
+pub unsafe fn probe_mma(sink: u64, rounds: u32) {
+    // SAFETY: the launcher vouches for the arguments.
+    unsafe { probes::mma(sink, rounds) }
+}

@@ -28,6 +28,16 @@ pub unsafe fn fence_init() {
     unsafe { asm!("fence.mbarrier_init.release.cluster;", "fence.proxy.async;", options(nostack)) }
 }
 
+/// Makes this thread's earlier stores to shared memory visible to the tensor cores and the copy engine.
+///
+/// # Safety
+/// None; a barrier must follow before others rely on it.
+#[inline(always)]
+pub unsafe fn fence_async() {
+    // SAFETY: a fence.
+    unsafe { asm!("fence.proxy.async.shared::cta;", options(nostack)) }
+}
+
 /// Arrives, and lets the phase wait for `bytes` more of asynchronous copies.
 ///
 /// # Safety

@@ -60,6 +60,16 @@ pub unsafe fn store_shared_f32(address: u32, value: f32) {
     unsafe { asm!("st.shared.f32 [{}], {};", in(reg32) address, in(reg32) value, options(nostack)) }
 }
 
+/// Stores 4 bytes to shared memory.
+///
+/// # Safety
+/// `address` is 4-byte aligned in the block's shared memory.
+#[inline(always)]
+pub unsafe fn store_shared(address: u32, value: u32) {
+    // SAFETY: the caller vouches for the address.
+    unsafe { asm!("st.shared.u32 [{}], {};", in(reg32) address, in(reg32) value, options(nostack)) }
+}
+
 /// A read-only f32 of global memory.
 ///
 /// # Safety

@@ -1,0 +1,170 @@
+//! What can go wrong between this crate and the GPU.
+
+use std::ffi::CStr;
+use std::fmt;
+use std::ptr;
+
+use cust::error::CudaError;
+use cust::sys::{self, CUresult};
+
+/// A status that the driver returned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DriverStatus(
+    /// The driver's number for it.
+    pub u32,
+);
+
+impl fmt::Display for DriverStatus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut text = ptr::null();
+        // SAFETY: the driver takes any number; it leaves `text` null or at a string of its own.
+        let text = unsafe {
+            // Without a driver the call does nothing.
+            let _ = sys::cuGetErrorString(std::mem::transmute::<u32, CUresult>(self.0), &mut text);
+            if text.is_null() { c"unknown error" } else { CStr::from_ptr(text) }
+        };
+        write!(f, "{} (CUDA status {})", text.to_string_lossy(), self.0)
+    }
+}
+
+/// An error of the GPU backend.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum GpuError {
+    /// The machine has no usable NVIDIA driver.
+    #[error(transparent)]
+    NoDriver(#[from] cuda_driver::LoadError),
+
+    /// The driver can't compile the kernels' PTX.
+    #[error(
+        "the NVIDIA driver supports CUDA {found}, but the kernels need {needed}; update the driver to 525 or newer"
+    )]
+    DriverTooOld {
+        /// What the driver supports.
+        found: cuda_driver::CudaVersion,
+        /// The least that is needed.
+        needed: cuda_driver::CudaVersion,
+    },
+
+    /// The driver works but there is no GPU, or none is visible.
+    #[error("the NVIDIA driver found no GPU; check nvidia-smi and CUDA_VISIBLE_DEVICES")]
+    NoDevice,
+
+    /// The GPU's number is beyond what there is.
+    #[error("there is no GPU {ordinal}; this machine has {count}")]
+    NoSuchDevice {
+        /// What was asked for.
+        ordinal: u32,
+        /// How many there are.
+        count: u32,
+    },
+
+    /// The GPU isn't a Hopper.
+    #[error(
+        "{name} has compute capability {major}.{minor}, but the kernels need 9.0 (Hopper: H100, H200, GH200)"
+    )]
+    WrongDevice {
+        /// The device's name.
+        name: String,
+        /// Its compute capability, before the dot.
+        major: i32,
+        /// And after.
+        minor: i32,
+    },
+
+    /// No context is current on this thread.
+    #[error("no CUDA context is current on this thread; make one current first, or use Gpu::new")]
+    NoContext,
+
+    /// A call of the driver failed.
+    #[error("{action} failed: {status}")]
+    Cuda {
+        /// What was being done.
+        action: &'static str,
+        /// The driver's answer.
+        status: DriverStatus,
+    },
+
+    /// The driver lacks a function.
+    #[error("the NVIDIA driver has no {name}; update it to 525 or newer")]
+    MissingFunction {
+        /// The function's name.
+        name: &'static str,
+    },
+
+    /// A buffer is smaller than what lies in it.
+    #[error("the {what} buffer has {actual} bytes, but {needed} are needed")]
+    BufferTooSmall {
+        /// Which buffer.
+        what: &'static str,
+        /// Bytes that are needed.
+        needed: usize,
+        /// Bytes that it has.
+        actual: usize,
+    },
+
+    /// An address or a stride that the copy engine can't work with.
+    #[error("the {what} is {value}, but must be a multiple of {multiple}; {fix}")]
+    Misaligned {
+        /// What is misaligned.
+        what: &'static str,
+        /// Its value.
+        value: u64,
+        /// What it must be a multiple of.
+        multiple: u64,
+        /// What to do.
+        fix: &'static str,
+    },
+
+    /// Rows of the output that would overlap.
+    #[error(
+        "an output row stride of {stride} elements is shorter than a row of n = {n}; it must be at least n"
+    )]
+    OutputStrideTooShort {
+        /// The stride, in elements.
+        stride: usize,
+        /// Elements in a row.
+        n: usize,
+    },
+
+    /// A value that doesn't fit the kernel's 32-bit arguments.
+    #[error("{what} is {value}; the GPU kernels take at most {limit}")]
+    OutOfRange {
+        /// What is too large.
+        what: &'static str,
+        /// Its value.
+        value: usize,
+        /// The largest value that is taken.
+        limit: usize,
+    },
+
+    /// A plan that was made for another problem or another GPU.
+    #[error("the plan is for {plan}, but the call is {call}")]
+    PlanMismatch {
+        /// What the plan is for.
+        plan: String,
+        /// What the call has.
+        call: String,
+    },
+}
+
+/// Names what a driver call was for.
+pub(crate) trait During<T> {
+    /// Turns the driver's error into a [`GpuError`] that says `action`.
+    fn during(self, action: &'static str) -> Result<T, GpuError>;
+}
+
+impl<T> During<T> for Result<T, CudaError> {
+    fn during(self, action: &'static str) -> Result<T, GpuError> {
+        self.map_err(|error| GpuError::Cuda { action, status: DriverStatus(error as u32) })
+    }
+}
+
+impl During<()> for CUresult {
+    fn during(self, action: &'static str) -> Result<(), GpuError> {
+        match self as u32 {
+            0 => Ok(()),
+            status => Err(GpuError::Cuda { action, status: DriverStatus(status) }),
+        }
+    }
+}

@@ -1,0 +1,200 @@
+//! Checks and launches one GEMM. The device twin is `kernels-gpu/src/gemm.rs`.
+
+use std::ffi::c_void;
+use std::ptr;
+
+use cust::stream::Stream;
+use cust::sys::{self, CUstream};
+use liquidgemm_format::arguments::{GemmArguments, output_type};
+use liquidgemm_format::tile::{BLOCK_THREADS, STAGE_K};
+
+use crate::gpu::Gpu;
+use crate::gpu::error::{During, GpuError};
+use crate::gpu::memory::{DeviceSpan, DeviceWeights, Workspace};
+use crate::gpu::tensor_map::TensorMap;
+use crate::{Error, OutputType, Plan};
+
+/// What a GEMM reads and writes in device memory, besides the weights.
+#[derive(Clone, Copy, Debug)]
+pub struct Operands {
+    /// Tokens.
+    pub m: usize,
+    /// int8 `[m, k]`, row-major; 16-byte aligned.
+    pub activations: DeviceSpan,
+    /// Bytes from one row of the activations to the next: at least k, a multiple of 16.
+    pub activation_stride: usize,
+    /// f32 `[m]`, the scale of each token.
+    pub token_scales: DeviceSpan,
+    /// f32 `[n]`, added to every row. Not with [`OutputType::I32`].
+    pub bias: Option<DeviceSpan>,
+    /// `[m, n]` of `output_type`, row-major.
+    pub output: DeviceSpan,
+    /// Elements from one row of the output to the next: at least n. A multiple of 8 makes 16-bit stores fast.
+    pub output_stride: usize,
+    /// The output's type.
+    pub output_type: OutputType,
+}
+
+/// A stream to launch on: `cust`'s, or a raw one that another framework made.
+#[derive(Clone, Copy, Debug)]
+pub struct StreamHandle(CUstream);
+
+impl StreamHandle {
+    /// A raw `CUstream`. Null is the default stream.
+    ///
+    /// # Safety
+    /// The stream belongs to the context of the [`Gpu`] that it is used with, and outlives the launches on it.
+    pub const unsafe fn from_raw(stream: CUstream) -> Self {
+        Self(stream)
+    }
+
+    /// The raw handle.
+    pub const fn as_raw(self) -> CUstream {
+        self.0
+    }
+}
+
+impl From<&Stream> for StreamHandle {
+    fn from(stream: &Stream) -> Self {
+        Self(stream.as_inner())
+    }
+}
+
+impl Operands {
+    fn check(&self, weights: &DeviceWeights) -> Result<(), Error> {
+        let (m, n, k) = (self.m, weights.n(), weights.k());
+        if m == 0 {
+            return Err(Error::EmptyDimension { dimension: "m" });
+        }
+        if self.activation_stride < k {
+            return Err(Error::StrideTooShort { stride: self.activation_stride, k });
+        }
+        if !self.activation_stride.is_multiple_of(16) {
+            return Err(GpuError::Misaligned {
+                what: "activations' row stride",
+                value: self.activation_stride as u64,
+                multiple: 16,
+                fix: "pad each row, as QuantizedActivations does",
+            }
+            .into());
+        }
+        if self.output_stride < n {
+            return Err(GpuError::OutputStrideTooShort { stride: self.output_stride, n }.into());
+        }
+        if self.bias.is_some() && self.output_type == OutputType::I32 {
+            return Err(Error::BiasWithRawOutput);
+        }
+        let limit = u32::MAX as usize;
+        if self.output_stride > limit {
+            return Err(GpuError::OutOfRange {
+                what: "the output's row stride",
+                value: self.output_stride,
+                limit,
+            }
+            .into());
+        }
+        // The last row needs no padding behind it.
+        let span = |stride: usize, row: usize, size: usize| {
+            (m - 1)
+                .checked_mul(stride)
+                .and_then(|rows| rows.checked_add(row)?.checked_mul(size))
+                .unwrap_or(usize::MAX)
+        };
+        let size = self.output_type.size();
+        self.activations.check("activations", span(self.activation_stride, k, 1), 16)?;
+        self.token_scales.check("token scales", m.saturating_mul(4), 4)?;
+        self.output.check("output", span(self.output_stride, n, size), size as u64)?;
+        if let Some(bias) = self.bias {
+            bias.check("bias", n * 4, 4)?;
+        }
+        Ok(())
+    }
+}
+
+impl Gpu {
+    /// Launches `output = epilogue(activations · weightsᵀ)` on `stream` and returns at once.
+    ///
+    /// Nothing is allocated and nothing waits, so the call can be captured in a CUDA graph (after the first call
+    /// with each tile shape, which compiles its kernel).
+    ///
+    /// # Errors
+    /// Shapes, strides, sizes and alignments that don't fit together, a plan for another problem, or the driver's
+    /// own errors. Nothing is launched then.
+    ///
+    /// # Safety
+    /// Until the launch has finished on `stream`:
+    /// 1. the operands' spans, the weights and the workspace stay allocated;
+    /// 2. nothing else writes to what the GEMM reads, and nothing reads or writes its output;
+    /// 3. no other launch uses `workspace`, except later ones on the same stream.
+    ///
+    /// All of them belong to this GPU's context.
+    pub unsafe fn gemm(
+        &self,
+        weights: &DeviceWeights,
+        operands: &Operands,
+        plan: &Plan,
+        workspace: &Workspace,
+        stream: impl Into<StreamHandle>,
+    ) -> Result<(), Error> {
+        operands.check(weights)?;
+        let problem = [operands.m, weights.n(), weights.k()];
+        if plan.problem() != problem || plan.schedule().workers > workspace.workers() {
+            return Err(GpuError::PlanMismatch {
+                plan: format!("[m, n, k] = {:?} on {} blocks", plan.problem(), plan.schedule().workers),
+                call: format!("{problem:?} with a workspace for {} blocks", workspace.workers()),
+            }
+            .into());
+        }
+        self.make_current()?;
+        let shape = plan.shape();
+        let kernel = self.kernels.gemm(shape)?;
+        let mut map = TensorMap::of_bytes(
+            self.encode_tensor_map,
+            operands.activations.address(),
+            [operands.m, weights.k()],
+            operands.activation_stride,
+            [shape.tokens, STAGE_K],
+        )?;
+        let mut arguments = GemmArguments {
+            bricks: weights.bricks(),
+            channel_scales: weights.channel_scales(),
+            token_scales: operands.token_scales.address(),
+            bias: operands.bias.map_or(0, DeviceSpan::address),
+            output: operands.output.address(),
+            partials: workspace.partials(),
+            flags: workspace.flags(),
+            m: operands.m as u32,
+            n: weights.n() as u32,
+            k_blocks: liquidgemm_format::brick::k_blocks(weights.k()) as u32,
+            strips: liquidgemm_format::brick::strips(weights.n()) as u32,
+            output_stride: operands.output_stride as u32,
+            output_type: match operands.output_type {
+                OutputType::Bf16 => output_type::BF16,
+                OutputType::F16 => output_type::F16,
+                OutputType::F32 => output_type::F32,
+                OutputType::I32 => output_type::I32,
+            },
+            schedule: *plan.schedule(),
+        };
+        let mut parameters: [*mut c_void; 2] = [map.as_argument(), (&raw mut arguments).cast()];
+        // SAFETY: the parameters are the kernel's two, and the driver copies them before it returns; the caller
+        // vouches for the memory behind them.
+        unsafe {
+            sys::cuLaunchKernel(
+                kernel.function(),
+                plan.schedule().workers,
+                1,
+                1,
+                BLOCK_THREADS,
+                1,
+                1,
+                shape.shared_bytes(),
+                stream.into().as_raw(),
+                parameters.as_mut_ptr(),
+                ptr::null_mut(),
+            )
+        }
+        .during("launching the GEMM")?;
+        Ok(())
+    }
+}

@@ -1,0 +1,161 @@
+//! What lies in device memory: spans that the caller owns, packed weights, and the kernels' workspace.
+
+use cust::memory::{CopyDestination, DeviceBuffer, DeviceCopy};
+use liquidgemm_format::tile::{CONSUMERS, TILE_SHAPES};
+
+use crate::gpu::error::{During, GpuError};
+use crate::{Group, PackedWeights};
+
+/// A span of device memory, wherever it comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DeviceSpan {
+    address: u64,
+    bytes: usize,
+}
+
+impl DeviceSpan {
+    /// A span from a raw device address, such as another framework's tensor has.
+    ///
+    /// # Safety
+    /// `bytes` bytes of device memory are allocated at `address`, and stay so while calls that use the span run.
+    pub const unsafe fn from_raw(address: u64, bytes: usize) -> Self {
+        Self { address, bytes }
+    }
+
+    /// The device address.
+    pub const fn address(self) -> u64 {
+        self.address
+    }
+
+    /// The length in bytes.
+    pub const fn bytes(self) -> usize {
+        self.bytes
+    }
+
+    /// Fails unless the span holds `needed` bytes and starts at a multiple of `alignment`.
+    pub(crate) fn check(self, what: &'static str, needed: usize, alignment: u64) -> Result<(), GpuError> {
+        if self.bytes < needed {
+            return Err(GpuError::BufferTooSmall { what, needed, actual: self.bytes });
+        }
+        if !self.address.is_multiple_of(alignment) {
+            return Err(GpuError::Misaligned {
+                what,
+                value: self.address,
+                multiple: alignment,
+                fix: "take it from the start of an allocation, or copy it to an aligned one",
+            });
+        }
+        Ok(())
+    }
+}
+
+impl<T: DeviceCopy> From<&DeviceBuffer<T>> for DeviceSpan {
+    fn from(buffer: &DeviceBuffer<T>) -> Self {
+        Self { address: buffer.as_device_ptr().as_raw(), bytes: buffer.len() * size_of::<T>() }
+    }
+}
+
+/// Packed weights in device memory, as [`Gpu::upload`](crate::gpu::Gpu::upload) puts them there.
+#[derive(Debug)]
+pub struct DeviceWeights {
+    n: usize,
+    k: usize,
+    group: Group,
+    bricks: DeviceBuffer<u8>,
+    channel_scales: DeviceBuffer<f32>,
+}
+
+impl DeviceWeights {
+    pub(crate) fn upload(weights: &PackedWeights) -> Result<Self, GpuError> {
+        Ok(Self {
+            n: weights.n(),
+            k: weights.k(),
+            group: weights.group(),
+            bricks: DeviceBuffer::from_slice(weights.bricks()).during("copying the weights to the GPU")?,
+            channel_scales: DeviceBuffer::from_slice(weights.channel_scales())
+                .during("copying the channel scales to the GPU")?,
+        })
+    }
+
+    /// Copies the weights back to the host.
+    ///
+    /// # Errors
+    /// If the driver fails.
+    pub fn download(&self) -> Result<PackedWeights, crate::Error> {
+        let mut bricks = vec![0; self.bricks.len()];
+        let mut channel_scales = vec![0.0; self.channel_scales.len()];
+        self.bricks.copy_to(&mut bricks[..]).during("copying the weights from the GPU")?;
+        self.channel_scales.copy_to(&mut channel_scales[..]).during("copying the scales from the GPU")?;
+        PackedWeights::from_parts(bricks, channel_scales, self.n, self.k, self.group)
+    }
+
+    /// Output channels.
+    pub fn n(&self) -> usize {
+        self.n
+    }
+
+    /// Elements a channel.
+    pub fn k(&self) -> usize {
+        self.k
+    }
+
+    /// How many weights share a pair.
+    pub fn group(&self) -> Group {
+        self.group
+    }
+
+    /// Device memory that the weights take, in bytes.
+    pub fn bytes(&self) -> usize {
+        self.bricks.len() + self.channel_scales.len() * size_of::<f32>()
+    }
+
+    pub(crate) fn bricks(&self) -> u64 {
+        self.bricks.as_device_ptr().as_raw()
+    }
+
+    pub(crate) fn channel_scales(&self) -> u64 {
+        self.channel_scales.as_device_ptr().as_raw()
+    }
+}
+
+/// Where the kernels keep partial sums when several thread blocks share a tile.
+///
+/// Launches on one stream may share a workspace; launches that may run at the same time need one each.
+#[derive(Debug)]
+pub struct Workspace {
+    partials: DeviceBuffer<u8>,
+    flags: DeviceBuffer<u32>,
+    workers: u32,
+}
+
+impl Workspace {
+    pub(crate) fn new(workers: u32) -> Result<Self, GpuError> {
+        let slot = TILE_SHAPES.iter().map(|shape| shape.partial_bytes()).max().unwrap_or(0) as usize;
+        Ok(Self {
+            // SAFETY: the kernels write a slot before they read it.
+            partials: unsafe { DeviceBuffer::uninitialized(workers as usize * slot) }
+                .during("allocating the workspace")?,
+            flags: DeviceBuffer::from_slice(&vec![0; (workers * CONSUMERS) as usize])
+                .during("allocating the workspace's flags")?,
+            workers,
+        })
+    }
+
+    /// Device memory that the workspace takes, in bytes.
+    pub fn bytes(&self) -> usize {
+        self.partials.len() + self.flags.len() * size_of::<u32>()
+    }
+
+    /// Thread blocks that it has room for.
+    pub(crate) fn workers(&self) -> u32 {
+        self.workers
+    }
+
+    pub(crate) fn partials(&self) -> u64 {
+        self.partials.as_device_ptr().as_raw()
+    }
+
+    pub(crate) fn flags(&self) -> u64 {
+        self.flags.as_device_ptr().as_raw()
+    }
+}

@@ -1,0 +1,128 @@
+//! The GPU's GEMM against the CPU's, bit for bit.
+
+use libtest_mimic::Failed;
+use liquidgemm::gpu::Gpu;
+use liquidgemm::{OutputType, Plan};
+use liquidgemm_format::tile::TILE_SHAPES;
+use liquidgemm_gpu_tests::{Problem, Session, Test, rng, run};
+use rand::Rng;
+use rand::seq::IndexedRandom;
+
+const TESTS: [Test; 6] = [
+    ("small_problems_equal_the_cpu_for_every_tile", small_problems_equal_the_cpu_for_every_tile),
+    ("every_output_type_equals_the_cpu_for_every_tile", every_output_type_equals_the_cpu_for_every_tile),
+    ("random_problems_equal_the_cpu", random_problems_equal_the_cpu),
+    ("the_longest_k_equals_the_cpu", the_longest_k_equals_the_cpu),
+    ("any_number_of_blocks_gives_the_same_bits", any_number_of_blocks_gives_the_same_bits),
+    ("repeated_launches_give_the_same_bits", repeated_launches_give_the_same_bits),
+];
+
+fn main() {
+    run(&TESTS).exit();
+}
+
+fn small_problems_equal_the_cpu_for_every_tile(gpu: &'static Gpu) -> Result<(), Failed> {
+    let mut rng = rng(1);
+    let session = Session::new(gpu)?;
+    for shape in TILE_SHAPES {
+        for [m, n, k] in [[1, 1, 1], [3, 5, 64], [8, 64, 128], [17, 129, 100], [40, 200, 1000]] {
+            let problem = Problem::random(gpu, &mut rng, [m, n, k])?;
+            let plan = Plan::with_tile(m, n, k, shape, 4)?;
+            problem.check_type(gpu, &session, &plan, OutputType::I32, false, 0)?;
+            problem.check_type(gpu, &session, &plan, OutputType::Bf16, true, 0)?;
+        }
+    }
+    Ok(())
+}
+
+fn every_output_type_equals_the_cpu_for_every_tile(gpu: &'static Gpu) -> Result<(), Failed> {
+    let mut rng = rng(2);
+    let session = Session::new(gpu)?;
+    for shape in TILE_SHAPES {
+        for (m, n, k) in [(300, 264, 448), (77, 1000, 1024)] {
+            let problem = Problem::random(gpu, &mut rng, [m, n, k])?;
+            let plan = Plan::with_tile(m, n, k, shape, gpu.multiprocessors())?;
+            for output_type in OutputType::ALL {
+                for bias in [false, true] {
+                    // Aligned rows, and rows that allow no 16-byte stores.
+                    for padding in [0, 8, 3] {
+                        problem.check_type(gpu, &session, &plan, output_type, bias, padding)?;
+                    }
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The most multiply-adds of a random problem, to bound the CPU's time.
+const MOST_PRODUCTS: usize = 400_000_000;
+
+fn random_problems_equal_the_cpu(gpu: &'static Gpu) -> Result<(), Failed> {
+    let mut rng = rng(3);
+    let session = Session::new(gpu)?;
+    let m_of = [1, 2, 7, 8, 9, 16, 31, 64, 65, 127, 128, 129, 251, 256, 257, 509, 1024, 2048, 5000];
+    let n_of = [1, 2, 63, 64, 65, 127, 128, 191, 256, 509, 1021, 1536, 4096];
+    let k_of = [1, 63, 64, 65, 127, 128, 192, 251, 384, 1000, 1024, 4096, 11008];
+    let mut done = 0;
+    while done < 240 {
+        let pick = |rng: &mut rand::rngs::StdRng, of: &[usize], limit: usize| {
+            if rng.random() { *of.choose(rng).unwrap_or(&1) } else { rng.random_range(1..=limit) }
+        };
+        let (m, n, k) =
+            (pick(&mut rng, &m_of, 5000), pick(&mut rng, &n_of, 3000), pick(&mut rng, &k_of, 5000));
+        if m * n * k > MOST_PRODUCTS {
+            continue;
+        }
+        let problem = Problem::random(gpu, &mut rng, [m, n, k])?;
+        let plan = if rng.random() {
+            gpu.plan(m, n, k)?
+        } else {
+            let shape = *TILE_SHAPES.choose(&mut rng).unwrap_or(&TILE_SHAPES[0]);
+            Plan::with_tile(m, n, k, shape, gpu.multiprocessors())?
+        };
+        let output_type = *OutputType::ALL.choose(&mut rng).unwrap_or(&OutputType::Bf16);
+        let padding = *[0, 0, 1, 8].choose(&mut rng).unwrap_or(&0);
+        problem.check_type(gpu, &session, &plan, output_type, rng.random(), padding)?;
+        done += 1;
+    }
+    Ok(())
+}
+
+fn the_longest_k_equals_the_cpu(gpu: &'static Gpu) -> Result<(), Failed> {
+    let mut rng = rng(4);
+    let session = Session::new(gpu)?;
+    for [m, n] in [[1, 65], [5, 128], [130, 66]] {
+        let problem = Problem::random(gpu, &mut rng, [m, n, 131_072])?;
+        let plan = gpu.plan(m, n, 131_072)?;
+        problem.check_type(gpu, &session, &plan, OutputType::I32, false, 0)?;
+        problem.check_type(gpu, &session, &plan, OutputType::F32, true, 0)?;
+    }
+    Ok(())
+}
+
+fn any_number_of_blocks_gives_the_same_bits(gpu: &'static Gpu) -> Result<(), Failed> {
+    let mut rng = rng(5);
+    let session = Session::new(gpu)?;
+    for shape in TILE_SHAPES {
+        let (m, n, k) = (shape.tokens as usize + 3, 700, 4096);
+        let problem = Problem::random(gpu, &mut rng, [m, n, k])?;
+        for blocks in [1, 2, 3, 5, 12, 31, 64, gpu.multiprocessors()] {
+            let plan = Plan::with_tile(m, n, k, shape, blocks)?;
+            problem.check_type(gpu, &session, &plan, OutputType::I32, false, 0)?;
+        }
+    }
+    Ok(())
+}
+
+fn repeated_launches_give_the_same_bits(gpu: &'static Gpu) -> Result<(), Failed> {
+    let mut rng = rng(6);
+    let session = Session::new(gpu)?;
+    let (m, n, k) = (16, 4096, 4096);
+    let problem = Problem::random(gpu, &mut rng, [m, n, k])?;
+    let plan = gpu.plan(m, n, k)?;
+    for _ in 0..20 {
+        problem.check_type(gpu, &session, &plan, OutputType::Bf16, true, 0)?;
+    }
+    Ok(())
+}

@@ -1,1 +1,0 @@
-//! GPU integration tests of liquidgemm.

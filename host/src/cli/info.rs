@@ -1,0 +1,40 @@
+//! `liquidgemm info`: what this machine has and what would be used of it.
+
+use std::fmt::Write;
+
+use super::{BackendChoice, Report};
+
+/// Show driver, GPU, the backend that would be used and why, and what the kernels were built from
+#[derive(clap::Args)]
+pub(super) struct Arguments {
+    /// Which backend to ask for
+    #[arg(long, value_enum, default_value = "auto")]
+    backend: BackendChoice,
+}
+
+pub(super) fn run(arguments: &Arguments) -> anyhow::Result<Report> {
+    let backend = arguments.backend.open()?;
+    let mut text = String::new();
+    let mut line =
+        |what: &str, value: String| writeln!(text, "{what:<9} {value}").expect("a String takes all");
+    line("version", env!("CARGO_PKG_VERSION").into());
+    line("backend", backend.to_string());
+    line("because", backend.reason().into());
+    line(
+        "driver",
+        match cuda_driver::load() {
+            Ok(driver) => format!("supports CUDA {}", driver.version()),
+            Err(error) => error.to_string(),
+        },
+    );
+    line(
+        "GPU",
+        match backend.as_gpu() {
+            Some(gpu) => gpu.description(),
+            None => "none in use".into(),
+        },
+    );
+    line("CPU", format!("{}, {} kernel", std::env::consts::ARCH, liquidgemm::cpu::Kernel::best()));
+    line("PTX", format!("built from sources {}", liquidgemm::gpu::ptx_hash()));
+    Ok(Report { text, success: true })
+}

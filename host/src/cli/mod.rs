@@ -1,0 +1,76 @@
+//! Command-line interface: arguments, exit codes and what the subcommands share.
+//!
+//! Exit codes: 0 for success, 1 for a failure at work (one line on stderr) or a result that is not bit-exact,
+//! 2 for arguments that make no sense. Results go to stdout, progress and errors to stderr.
+
+mod check;
+mod demo;
+mod info;
+mod problem;
+mod progress;
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand, ValueEnum};
+use liquidgemm::{Backend, Error};
+
+/// W4A8 matrix products for NVIDIA Hopper: 4-bit weights, 8-bit activations, exact integer accumulation.
+#[derive(Parser)]
+#[command(version)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Demo(demo::Arguments),
+    Info(info::Arguments),
+}
+
+/// Where to compute.
+#[derive(Clone, Copy, ValueEnum)]
+enum BackendChoice {
+    /// The GPU if one can be used, otherwise the CPU
+    Auto,
+    /// The CPU
+    Cpu,
+    /// The GPU; an error where none can be used
+    Gpu,
+}
+
+impl BackendChoice {
+    fn open(self) -> Result<Backend, Error> {
+        match self {
+            BackendChoice::Auto => Ok(Backend::auto()),
+            BackendChoice::Cpu => Ok(Backend::cpu()),
+            BackendChoice::Gpu => Backend::gpu(),
+        }
+    }
+}
+
+/// What a subcommand has to say, and whether it is good news.
+struct Report {
+    text: String,
+    success: bool,
+}
+
+/// Runs the command that the process was started with.
+pub fn run() -> ExitCode {
+    let outcome = match Arguments::parse().command {
+        Command::Demo(arguments) => demo::run(&arguments),
+        Command::Info(arguments) => info::run(&arguments),
+    };
+    match outcome {
+        Ok(report) => {
+            // Unlike `println!`, this does not panic when the reader has gone (`liquidgemm demo | head -1`).
+            let _ = std::io::stdout().write_all(report.text.as_bytes());
+            if report.success { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+        }
+        Err(error) => {
+            eprintln!("error: {}", error.to_string().replace('\n', "; "));
+            ExitCode::FAILURE
+        }
+    }
+}

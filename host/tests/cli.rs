@@ -1,0 +1,172 @@
+//! The `liquidgemm` command from outside: what it prints where, its exit codes, and that no argument makes it
+//! panic. Nothing here depends on whether the machine has a GPU.
+#![cfg(feature = "cli")]
+
+use assert_cmd::Command;
+
+/// The command's exit code, stdout and stderr.
+fn run(arguments: &[&str]) -> (i32, String, String) {
+    finish(Command::cargo_bin("liquidgemm").unwrap().args(arguments))
+}
+
+fn finish(command: &mut Command) -> (i32, String, String) {
+    let output = command.output().unwrap();
+    let text = |bytes| String::from_utf8(bytes).unwrap();
+    (output.status.code().expect("not killed by a signal"), text(output.stdout), text(output.stderr))
+}
+
+/// The value behind a label of the report.
+fn field<'a>(report: &'a str, label: &str) -> &'a str {
+    let line = report.lines().find_map(|line| line.trim_start().strip_prefix(label));
+    line.unwrap_or_else(|| panic!("no {label:?} in:\n{report}")).trim()
+}
+
+#[test]
+fn demo_multiplies_the_real_layer_exactly() {
+    let (code, report, errors) = run(&["demo", "--backend", "cpu"]);
+    assert_eq!((code, errors.as_str()), (0, ""), "{report}");
+    assert!(report.starts_with("Y[106, 1536] = X[106, 384] · W[1536, 384]ᵀ + bias"), "{report}");
+    assert!(field(&report, "problem").contains("all-MiniLM-L6-v2"));
+    assert!(field(&report, "backend").starts_with("CPU, "));
+    assert_eq!(field(&report, "because"), "asked for");
+    assert!(field(&report, "exact").starts_with("yes: all 162816 outputs compared are bit for bit those of"));
+    // 4.25 bits and a scale a channel, against 16 bits.
+    assert!(field(&report, "memory").contains("(3.69 × less)"), "{report}");
+    // What 4-bit weights in groups of 64 cost on this layer; a wrong scale or layout would be near 100 %.
+    let percent: f64 = field(&report, "error").split(' ').next().unwrap().parse().unwrap();
+    assert!((1.0..15.0).contains(&percent), "{report}");
+}
+
+#[test]
+fn every_output_type_and_group_is_exact() {
+    for output in ["bf16", "f16", "f32", "i32"] {
+        for group in ["64", "192", "channel"] {
+            let size = ["--m", "5", "--n", "67", "--k", "333", "--seed", "9"];
+            let choice = ["--output", output, "--group", group, "--backend", "cpu"];
+            let (code, report, errors) = run(&[&["demo"], &size[..], &choice].concat());
+            assert_eq!(code, 0, "{report}{errors}");
+            assert!(report.starts_with("Y[5, 67] = X[5, 333] · W[67, 333]ᵀ"), "{report}");
+            assert_eq!(report.contains("+ bias"), output != "i32");
+            assert!(field(&report, "exact").starts_with("yes: all 335 outputs"), "{report}");
+            let percent: f64 = field(&report, "error").split(' ').next().unwrap().parse().unwrap();
+            assert!((1.0..30.0).contains(&percent), "{report}");
+        }
+    }
+}
+
+#[test]
+fn smallest_problem_works() {
+    let (code, report, errors) = run(&["demo", "--m", "1", "--n", "1", "--k", "1"]);
+    assert_eq!(code, 0, "{report}{errors}");
+    assert!(field(&report, "exact").starts_with("yes: all 1 outputs"), "{report}");
+}
+
+#[test]
+fn finer_groups_lose_less() {
+    let error = |group| {
+        let (_, report, _) = run(&["demo", "--backend", "cpu", "--group", group]);
+        field(&report, "error").split(' ').next().unwrap().parse::<f64>().unwrap()
+    };
+    assert!(error("64") < error("channel"));
+}
+
+#[test]
+fn arguments_out_of_range_are_named_and_exit_with_2() {
+    for (arguments, named) in [
+        (["--k", "131073"], "131073"),
+        (["--k", "0"], "0 is not in 1..=131072"),
+        (["--m", "0"], "0 is not in 1.."),
+        (["--n", "-3"], "-3"),
+        (["--m", "99999999999999999999"], "99999999999999999999"),
+        (["--group", "65"], "a group of 65 is not possible"),
+        (["--group", "0"], "a group of 0 is not possible"),
+        (["--group", "big"], "big"),
+        (["--output", "f64"], "f64"),
+        (["--backend", "tpu"], "tpu"),
+        (["--seed", "x"], "x"),
+    ] {
+        let (code, report, errors) = run(&[&["demo"], &arguments[..]].concat());
+        assert_eq!((code, report.as_str()), (2, ""), "{arguments:?}");
+        assert!(errors.starts_with("error: ") && errors.contains(named), "{errors}");
+    }
+    assert_eq!(run(&[]).0, 2);
+    assert_eq!(run(&["frobnicate"]).0, 2);
+}
+
+#[test]
+fn problem_beyond_memory_is_refused_on_one_line() {
+    let (code, report, errors) = run(&["demo", "--m", "4000000000", "--n", "4000000000", "--k", "131072"]);
+    assert_eq!((code, report.as_str()), (1, ""));
+    assert!(errors.starts_with("error: m = 4000000000, n = 4000000000, k = 131072 needs about "), "{errors}");
+    assert_eq!(errors.lines().count(), 1);
+}
+
+/// A driver that is there but cannot be opened, in front of any real one.
+#[cfg(target_os = "linux")]
+fn run_with_broken_driver(arguments: &[&str]) -> (i32, String, String) {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("libcuda.so.1"), "no library").unwrap();
+    let mut command = Command::cargo_bin("liquidgemm").unwrap();
+    finish(command.args(arguments).env("LD_LIBRARY_PATH", folder.path()))
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn without_a_working_driver_auto_says_why_and_takes_the_cpu() {
+    let (code, report, errors) = run_with_broken_driver(&["demo"]);
+    assert_eq!((code, errors.as_str()), (0, ""), "{report}");
+    assert!(field(&report, "backend").starts_with("CPU, "));
+    let reason = field(&report, "because");
+    assert!(reason.contains("libcuda.so.1") && reason.ends_with("using the CPU backend"), "{reason}");
+    assert!(field(&report, "exact").starts_with("yes: "));
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn without_a_working_driver_the_gpu_is_an_error_on_one_line() {
+    for command in ["demo", "info"] {
+        let (code, report, errors) = run_with_broken_driver(&[command, "--backend", "gpu"]);
+        assert_eq!((code, report.as_str()), (1, ""));
+        assert!(errors.starts_with("error: ") && errors.contains("libcuda.so.1"), "{errors}");
+        assert_eq!(errors.lines().count(), 1, "{errors}");
+    }
+}
+
+#[test]
+fn info_shows_backend_reason_and_sources() {
+    let (code, report, errors) = run(&["info"]);
+    assert_eq!((code, errors.as_str()), (0, ""));
+    for label in ["version", "backend", "because", "driver", "GPU", "CPU", "PTX"] {
+        assert!(!field(&report, label).is_empty());
+    }
+    assert_eq!(field(&report, "version"), env!("CARGO_PKG_VERSION"));
+    assert!(field(&report, "PTX").ends_with(liquidgemm::gpu::ptx_hash()));
+}
+
+#[test]
+fn help_names_every_option() {
+    let (code, help, _) = run(&["demo", "--help"]);
+    assert_eq!(code, 0);
+    for option in ["--m", "--n", "--k", "--group", "--seed", "--backend", "--output"] {
+        assert!(help.contains(option), "{option} is not in:\n{help}");
+    }
+    let (code, help, _) = run(&["--help"]);
+    assert_eq!(code, 0);
+    assert!(help.contains("demo") && help.contains("info"));
+}
+
+#[test]
+fn reader_that_leaves_early_is_no_panic() {
+    use std::process::Stdio;
+    let program = env!("CARGO_BIN_EXE_liquidgemm");
+    let mut child = std::process::Command::new(program)
+        .args(["demo", "--backend", "cpu"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(child.stdout.take());
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(String::from_utf8_lossy(&output.stderr), "");
+    assert!(output.status.success());
+}

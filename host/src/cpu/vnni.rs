@@ -3,14 +3,23 @@
 //! `vpdpbusd` wants one factor unsigned, and `q·s + a` before its XOR is just that: the weight plus 128. So the
 //! XOR is left out and `128 · Σx` taken off each token's sums instead. The sums wrap on the way, but the true
 //! result fits int32, and arithmetic modulo 2³² ends on it exactly.
+//!
+//! There are two orders of work. For many tokens a chunk of weights is dequantized into a panel whose lanes are
+//! channels, and each token's activations are broadcast against it. For few tokens that rearrangement would
+//! cost more than the products, so the weights stay in the order of the brick and the activations are permuted
+//! to match.
 
 use std::arch::x86_64::{
-    __m512i, _mm512_dpbusd_epi32, _mm512_loadu_si512, _mm512_set1_epi32, _mm512_storeu_si512,
+    __m512i, _mm_add_epi32, _mm_extract_epi32, _mm256_add_epi32, _mm256_castsi256_si128,
+    _mm256_extracti128_si256, _mm512_add_epi32, _mm512_and_si512, _mm512_castsi512_si256,
+    _mm512_dpbusd_epi32, _mm512_extracti64x4_epi64, _mm512_loadu_si512, _mm512_mullo_epi32,
+    _mm512_permutexvar_epi32, _mm512_set1_epi32, _mm512_set4_epi32, _mm512_setzero_si512,
+    _mm512_shuffle_epi8, _mm512_srli_epi32, _mm512_storeu_si512,
 };
 
-use liquidgemm_format::brick::{BRICK_BYTES, BRICK_CHANNELS, BRICK_K};
+use liquidgemm_format::brick::{BRICK_BYTES, BRICK_CHANNELS, BRICK_K, CODE_BYTES, code_at};
 
-use super::{Accumulators, CHUNK_K, Task, TokenBlock, dequantize_brick};
+use super::{Accumulators, CHUNK_BRICKS, CHUNK_K, Task, TokenBlock, dequantize_brick};
 
 /// Runs of four weights along K in a chunk.
 const CHUNK_FOURS: usize = CHUNK_K / 4;
@@ -18,6 +27,11 @@ const CHUNK_FOURS: usize = CHUNK_K / 4;
 const LANES: usize = 16;
 /// Registers' worth of channels that are accumulated together.
 const REGISTERS: usize = 2;
+
+/// Up to so many tokens the weights stay in the order of the brick.
+const FEW_TOKENS: usize = 8;
+/// Pieces of 64 bytes that a brick's codes are cut into; each serves the two channels of one word of scales.
+const PIECES: usize = CODE_BYTES / 64;
 
 /// One chunk of K, four elements along K a word.
 #[derive(Default)]
@@ -40,13 +54,6 @@ pub(super) fn is_available() -> bool {
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 pub(super) fn accumulate(bricks: &[u8], x: &TokenBlock<'_>, chunk: usize, task: &mut Task) {
     let Panels { weights, x: panel_x } = &mut task.vnni;
-    weights.resize(CHUNK_FOURS, [0; BRICK_CHANNELS]);
-    for (index, brick) in bricks.chunks_exact(BRICK_BYTES).enumerate() {
-        let multiply_add = |nibbles: u32, s: u32, a4: u32| nibbles.wrapping_mul(s).wrapping_add(a4);
-        let weights = &mut weights[index * BRICK_K / 4..][..BRICK_K / 4];
-        dequantize_brick(brick, multiply_add, |channel, k, four| weights[k / 4][channel] = four);
-    }
-
     panel_x.resize(x.count, [0; CHUNK_FOURS]);
     for (token, (words, accumulators)) in panel_x.iter_mut().zip(&mut task.accumulators).enumerate() {
         let codes = x.codes(token, chunk);
@@ -61,21 +68,117 @@ pub(super) fn accumulate(bricks: &[u8], x: &TokenBlock<'_>, chunk: usize, task: 
         }
     }
 
+    if x.count <= FEW_TOKENS {
+        let (accumulators, x) = (&mut task.accumulators[..], &panel_x[..]);
+        let (accumulators, x) = by_tokens::<8>(accumulators, x, |acc, x| multiply_in_order(bricks, x, acc));
+        let (accumulators, x) = by_tokens::<4>(accumulators, x, |acc, x| multiply_in_order(bricks, x, acc));
+        let (accumulators, x) = by_tokens::<2>(accumulators, x, |acc, x| multiply_in_order(bricks, x, acc));
+        by_tokens::<1>(accumulators, x, |acc, x| multiply_in_order(bricks, x, acc));
+        return;
+    }
+
+    weights.resize(CHUNK_FOURS, [0; BRICK_CHANNELS]);
+    for (index, brick) in bricks.chunks_exact(BRICK_BYTES).enumerate() {
+        let multiply_add = |nibbles: u32, s: u32, a4: u32| nibbles.wrapping_mul(s).wrapping_add(a4);
+        let weights = &mut weights[index * BRICK_K / 4..][..BRICK_K / 4];
+        dequantize_brick(brick, multiply_add, |channel, k, four| weights[k / 4][channel] = four);
+    }
     let weights = &weights[..bricks.len() / BRICK_BYTES * (BRICK_K / 4)];
-    let (eights, x_rest) = panel_x.as_chunks::<8>();
-    let (accumulator_eights, accumulator_rest) = task.accumulators.as_chunks_mut::<8>();
-    for (x, accumulators) in eights.iter().zip(accumulator_eights) {
-        multiply(weights, x, accumulators);
+    let (accumulators, x) = (&mut task.accumulators[..], &panel_x[..]);
+    let (accumulators, x) = by_tokens::<8>(accumulators, x, |acc, x| multiply(weights, x, acc));
+    let (accumulators, x) = by_tokens::<2>(accumulators, x, |acc, x| multiply(weights, x, acc));
+    by_tokens::<1>(accumulators, x, |acc, x| multiply(weights, x, acc));
+}
+
+/// Calls `multiply` for as many whole groups of `T` tokens as there are, and gives back the rest.
+#[inline(always)]
+fn by_tokens<'a, 'x, const T: usize>(
+    accumulators: &'a mut [Accumulators],
+    x: &'x [[u32; CHUNK_FOURS]],
+    mut multiply: impl FnMut(&mut [Accumulators; T], &[[u32; CHUNK_FOURS]; T]),
+) -> (&'a mut [Accumulators], &'x [[u32; CHUNK_FOURS]]) {
+    let (accumulator_groups, accumulators) = accumulators.as_chunks_mut::<T>();
+    let (x_groups, x) = x.as_chunks::<T>();
+    for (accumulators, x) in accumulator_groups.iter_mut().zip(x_groups) {
+        multiply(accumulators, x);
     }
-    let (pairs, x_rest) = x_rest.as_chunks::<2>();
-    let (accumulator_pairs, accumulator_rest) = accumulator_rest.as_chunks_mut::<2>();
-    for (x, accumulators) in pairs.iter().zip(accumulator_pairs) {
-        multiply(weights, x, accumulators);
+    (accumulators, x)
+}
+
+/// Adds the products of a chunk's bricks with `T` tokens, with the weights in the order of the brick: a lane is
+/// one word of codes.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+fn multiply_in_order<const T: usize>(
+    bricks: &[u8],
+    x: &[[u32; CHUNK_FOURS]; T],
+    accumulators: &mut [Accumulators; T],
+) {
+    // For each brick and token, the activations that meet the low and the high nibbles of each lane. Every
+    // piece of a brick has the same k's in its lanes; only the channels move on.
+    let [low_lanes, high_lanes] = [false, true].map(|high| {
+        let fours: [u32; LANES] = std::array::from_fn(|lane| (code_at(4 * lane, high).1 / 4) as u32);
+        load(&fours)
+    });
+    let mut x_lanes = [[[_mm512_setzero_si512(); 2]; T]; CHUNK_BRICKS];
+    for (brick, x_lanes) in x_lanes.iter_mut().enumerate() {
+        for (x_lanes, x) in x_lanes.iter_mut().zip(x) {
+            let fours = load::<u32, LANES>(x[brick * LANES..].first_chunk().expect("16 words a brick"));
+            *x_lanes = [low_lanes, high_lanes].map(|lanes| _mm512_permutexvar_epi32(lanes, fours));
+        }
     }
-    let (singles, accumulator_singles) = (x_rest.as_chunks::<1>().0, accumulator_rest.as_chunks_mut::<1>().0);
-    for (x, accumulators) in singles.iter().zip(accumulator_singles) {
-        multiply(weights, x, accumulators);
+
+    // From the word [s, a, s', a'] in every lane: s and s' widened to lanes, a and a' in all four bytes. Even
+    // lanes hold the first channel's words, odd lanes the second's.
+    const ZERO: i32 = 0x8080_8000_u32 as i32;
+    let s_bytes = _mm512_set4_epi32(ZERO | 2, ZERO, ZERO | 2, ZERO);
+    let a_bytes = _mm512_set4_epi32(0x0303_0303, 0x0101_0101, 0x0303_0303, 0x0101_0101);
+    let nibble = _mm512_set1_epi32(0x0F0F_0F0F);
+    for piece in 0..PIECES {
+        let mut sums = [_mm512_setzero_si512(); T];
+        for (brick, x_lanes) in bricks.chunks_exact(BRICK_BYTES).zip(&x_lanes) {
+            let (codes, scales) = brick.split_at(CODE_BYTES);
+            let codes: &[u8; 64] = codes[64 * piece..].first_chunk().expect("a piece is 64 bytes");
+            let scales: [u8; 4] = *scales[4 * piece..].first_chunk().expect("four bytes a piece");
+            let scales = _mm512_set1_epi32(i32::from_le_bytes(scales));
+            let s = _mm512_shuffle_epi8(scales, s_bytes);
+            let a4 = _mm512_shuffle_epi8(scales, a_bytes);
+            let codes = load(codes);
+            let low = _mm512_and_si512(codes, nibble);
+            let high = _mm512_and_si512(_mm512_srli_epi32::<4>(codes), nibble);
+            let low = _mm512_add_epi32(_mm512_mullo_epi32(low, s), a4);
+            let high = _mm512_add_epi32(_mm512_mullo_epi32(high, s), a4);
+            for (sum, x) in sums.iter_mut().zip(x_lanes) {
+                *sum = _mm512_dpbusd_epi32(*sum, low, x[0]);
+                *sum = _mm512_dpbusd_epi32(*sum, high, x[1]);
+            }
+        }
+        let (first, _) = code_at(64 * piece, false);
+        let (second, _) = code_at(64 * piece + 4, false);
+        for (accumulators, sum) in accumulators.iter_mut().zip(sums) {
+            let [first_sum, second_sum] = add_even_and_odd_lanes(sum);
+            accumulators[first] = accumulators[first].wrapping_add(first_sum);
+            accumulators[second] = accumulators[second].wrapping_add(second_sum);
+        }
     }
+}
+
+/// The sums of the even and of the odd lanes.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+fn add_even_and_odd_lanes(lanes: __m512i) -> [i32; 2] {
+    let eight = _mm256_add_epi32(_mm512_castsi512_si256(lanes), _mm512_extracti64x4_epi64::<1>(lanes));
+    let four = _mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256::<1>(eight));
+    [
+        _mm_extract_epi32::<0>(four).wrapping_add(_mm_extract_epi32::<2>(four)),
+        _mm_extract_epi32::<1>(four).wrapping_add(_mm_extract_epi32::<3>(four)),
+    ]
+}
+
+/// 64 bytes from anywhere.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+fn load<T: bytemuck::Pod, const N: usize>(values: &[T; N]) -> __m512i {
+    const { assert!(size_of::<[T; N]>() == 64, "a register is 64 bytes") };
+    // SAFETY: `values` is the 64 bytes that an unaligned load reads, all of them initialized.
+    unsafe { _mm512_loadu_si512(values.as_ptr().cast()) }
 }
 
 /// Adds the products of a chunk's weights with `T` tokens, whose sums stay in registers meanwhile.
@@ -87,20 +190,18 @@ fn multiply<const T: usize>(
 ) {
     for part in 0..BRICK_CHANNELS / (LANES * REGISTERS) {
         let first = |register: usize| (part * REGISTERS + register) * LANES;
-        let mut sums: [[__m512i; REGISTERS]; T] = [[_mm512_set1_epi32(0); REGISTERS]; T];
+        let mut sums: [[__m512i; REGISTERS]; T] = [[_mm512_setzero_si512(); REGISTERS]; T];
         for token in 0..T {
             for register in 0..REGISTERS {
-                let lanes: &[i32] = &accumulators[token][first(register)..][..LANES];
-                // SAFETY: `lanes` is 16 int32, the 64 bytes that an unaligned load reads.
-                sums[token][register] = unsafe { _mm512_loadu_si512(lanes.as_ptr().cast()) };
+                let lanes = accumulators[token][first(register)..].first_chunk();
+                sums[token][register] = load::<i32, LANES>(lanes.expect("64 is a multiple of 16"));
             }
         }
         for (four, weights) in weights.iter().enumerate() {
-            let mut w = [_mm512_set1_epi32(0); REGISTERS];
+            let mut w = [_mm512_setzero_si512(); REGISTERS];
             for register in 0..REGISTERS {
-                let lanes: &[u32] = &weights[first(register)..][..LANES];
-                // SAFETY: `lanes` is 16 words, the 64 bytes that an unaligned load reads.
-                w[register] = unsafe { _mm512_loadu_si512(lanes.as_ptr().cast()) };
+                let lanes = weights[first(register)..].first_chunk();
+                w[register] = load::<u32, LANES>(lanes.expect("64 is a multiple of 16"));
             }
             for token in 0..T {
                 let x = _mm512_set1_epi32(x[token][four] as i32);

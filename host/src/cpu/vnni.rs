@@ -17,9 +17,9 @@ use std::arch::x86_64::{
     _mm512_shuffle_epi8, _mm512_srli_epi32, _mm512_storeu_si512,
 };
 
-use liquidgemm_format::brick::{BRICK_BYTES, BRICK_CHANNELS, BRICK_K, CODE_BYTES, code_at};
+use liquidgemm_format::brick::{BRICK_BYTES, BRICK_K, CODE_BYTES, code_at};
 
-use super::{Accumulators, CHUNK_BRICKS, CHUNK_K, Task, TokenBlock, dequantize_brick};
+use super::{Accumulators, CHUNK_BRICKS, CHUNK_K, Task, TokenBlock};
 
 /// Runs of four weights along K in a chunk.
 const CHUNK_FOURS: usize = CHUNK_K / 4;
@@ -33,11 +33,14 @@ const FEW_TOKENS: usize = 8;
 /// Pieces of 64 bytes that a brick's codes are cut into; each serves the two channels of one word of scales.
 const PIECES: usize = CODE_BYTES / 64;
 
+/// Words of four along K for all 64 channels, in the order of the pieces: two channels each.
+type PanelRow = [u64; PIECES];
+
 /// One chunk of K, four elements along K a word.
 #[derive(Default)]
 pub(super) struct Panels {
-    /// Weights plus 128, `[CHUNK_FOURS][64 channels]`.
-    weights: Vec<[u32; BRICK_CHANNELS]>,
+    /// Weights plus 128, `[CHUNK_FOURS][PIECES]`: the words of a piece's two channels side by side.
+    weights: Vec<PanelRow>,
     /// Activations, `[tokens][CHUNK_FOURS]`, with zeros behind K.
     x: Vec<[u32; CHUNK_FOURS]>,
 }
@@ -77,11 +80,9 @@ pub(super) fn accumulate(bricks: &[u8], x: &TokenBlock<'_>, chunk: usize, task: 
         return;
     }
 
-    weights.resize(CHUNK_FOURS, [0; BRICK_CHANNELS]);
-    for (index, brick) in bricks.chunks_exact(BRICK_BYTES).enumerate() {
-        let multiply_add = |nibbles: u32, s: u32, a4: u32| nibbles.wrapping_mul(s).wrapping_add(a4);
-        let weights = &mut weights[index * BRICK_K / 4..][..BRICK_K / 4];
-        dequantize_brick(brick, multiply_add, |channel, k, four| weights[k / 4][channel] = four);
+    weights.resize(CHUNK_FOURS, [0; PIECES]);
+    for (brick, weights) in bricks.chunks_exact(BRICK_BYTES).zip(weights.as_chunks_mut().0) {
+        fill_panel(brick, weights);
     }
     let weights = &weights[..bricks.len() / BRICK_BYTES * (BRICK_K / 4)];
     let (accumulators, x) = (&mut task.accumulators[..], &panel_x[..]);
@@ -127,26 +128,10 @@ fn multiply_in_order<const T: usize>(
         }
     }
 
-    // From the word [s, a, s', a'] in every lane: s and s' widened to lanes, a and a' in all four bytes. Even
-    // lanes hold the first channel's words, odd lanes the second's.
-    const ZERO: i32 = 0x8080_8000_u32 as i32;
-    let s_bytes = _mm512_set4_epi32(ZERO | 2, ZERO, ZERO | 2, ZERO);
-    let a_bytes = _mm512_set4_epi32(0x0303_0303, 0x0101_0101, 0x0303_0303, 0x0101_0101);
-    let nibble = _mm512_set1_epi32(0x0F0F_0F0F);
     for piece in 0..PIECES {
         let mut sums = [_mm512_setzero_si512(); T];
         for (brick, x_lanes) in bricks.chunks_exact(BRICK_BYTES).zip(&x_lanes) {
-            let (codes, scales) = brick.split_at(CODE_BYTES);
-            let codes: &[u8; 64] = codes[64 * piece..].first_chunk().expect("a piece is 64 bytes");
-            let scales: [u8; 4] = *scales[4 * piece..].first_chunk().expect("four bytes a piece");
-            let scales = _mm512_set1_epi32(i32::from_le_bytes(scales));
-            let s = _mm512_shuffle_epi8(scales, s_bytes);
-            let a4 = _mm512_shuffle_epi8(scales, a_bytes);
-            let codes = load(codes);
-            let low = _mm512_and_si512(codes, nibble);
-            let high = _mm512_and_si512(_mm512_srli_epi32::<4>(codes), nibble);
-            let low = _mm512_add_epi32(_mm512_mullo_epi32(low, s), a4);
-            let high = _mm512_add_epi32(_mm512_mullo_epi32(high, s), a4);
+            let [low, high] = dequantize_piece(brick, piece);
             for (sum, x) in sums.iter_mut().zip(x_lanes) {
                 *sum = _mm512_dpbusd_epi32(*sum, low, x[0]);
                 *sum = _mm512_dpbusd_epi32(*sum, high, x[1]);
@@ -158,6 +143,49 @@ fn multiply_in_order<const T: usize>(
             let [first_sum, second_sum] = add_even_and_odd_lanes(sum);
             accumulators[first] = accumulators[first].wrapping_add(first_sum);
             accumulators[second] = accumulators[second].wrapping_add(second_sum);
+        }
+    }
+}
+
+/// The weights plus 128 of one piece of a brick, from its low and from its high nibbles: 16 words in the order of
+/// the brick, four elements along K each. Even lanes belong to the piece's first channel, odd ones to its second.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+fn dequantize_piece(brick: &[u8], piece: usize) -> [__m512i; 2] {
+    let (codes, scales) = brick.split_at(CODE_BYTES);
+    let codes = load::<u8, 64>(codes[64 * piece..].first_chunk().expect("a piece is 64 bytes"));
+    // The word [s, a, s', a'] in every lane; from it s and s' widened to lanes, a and a' in all four bytes.
+    let scales: [u8; 4] = *scales[4 * piece..].first_chunk().expect("four bytes a piece");
+    let scales = _mm512_set1_epi32(i32::from_le_bytes(scales));
+    const ZERO: i32 = 0x8080_8000_u32 as i32;
+    let s = _mm512_shuffle_epi8(scales, _mm512_set4_epi32(ZERO | 2, ZERO, ZERO | 2, ZERO));
+    let a_bytes = _mm512_set4_epi32(0x0303_0303, 0x0101_0101, 0x0303_0303, 0x0101_0101);
+    let a4 = _mm512_shuffle_epi8(scales, a_bytes);
+    let nibble = _mm512_set1_epi32(0x0F0F_0F0F);
+    let low = _mm512_and_si512(codes, nibble);
+    let high = _mm512_and_si512(_mm512_srli_epi32::<4>(codes), nibble);
+    [low, high].map(|nibbles| _mm512_add_epi32(_mm512_mullo_epi32(nibbles, s), a4))
+}
+
+/// Dequantizes a brick into its 16 rows of the panel.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+fn fill_panel(brick: &[u8], panel: &mut [PanelRow; BRICK_K / 4]) {
+    // Eight pieces at a time, so that whole cache lines of the panel are filled.
+    for first in (0..PIECES).step_by(8) {
+        let mut words = [[[0u64; 8]; 2]; 8];
+        for (piece, words) in words.iter_mut().enumerate() {
+            for (words, weights) in words.iter_mut().zip(dequantize_piece(brick, first + piece)) {
+                store(bytemuck::cast_mut::<[u64; 8], [i32; LANES]>(words), weights);
+            }
+        }
+        for half in 0..2 {
+            for pair in 0..8 {
+                let (_, k) = code_at(8 * pair, half == 1);
+                let row: &mut [u64; 8] =
+                    panel[k / 4][first..].first_chunk_mut().expect("32 is a multiple of 8");
+                for (piece, place) in row.iter_mut().enumerate() {
+                    *place = words[piece][half][pair];
+                }
+            }
         }
     }
 }
@@ -184,38 +212,42 @@ fn load<T: bytemuck::Pod, const N: usize>(values: &[T; N]) -> __m512i {
 /// Adds the products of a chunk's weights with `T` tokens, whose sums stay in registers meanwhile.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 fn multiply<const T: usize>(
-    weights: &[[u32; BRICK_CHANNELS]],
+    weights: &[PanelRow],
     x: &[[u32; CHUNK_FOURS]; T],
     accumulators: &mut [Accumulators; T],
 ) {
-    for part in 0..BRICK_CHANNELS / (LANES * REGISTERS) {
-        let first = |register: usize| (part * REGISTERS + register) * LANES;
-        let mut sums: [[__m512i; REGISTERS]; T] = [[_mm512_setzero_si512(); REGISTERS]; T];
-        for token in 0..T {
-            for register in 0..REGISTERS {
-                let lanes = accumulators[token][first(register)..].first_chunk();
-                sums[token][register] = load::<i32, LANES>(lanes.expect("64 is a multiple of 16"));
-            }
-        }
+    for first_piece in (0..PIECES).step_by(REGISTERS * LANES / 2) {
+        let mut sums = [[_mm512_setzero_si512(); REGISTERS]; T];
         for (four, weights) in weights.iter().enumerate() {
             let mut w = [_mm512_setzero_si512(); REGISTERS];
-            for register in 0..REGISTERS {
-                let lanes = weights[first(register)..].first_chunk();
-                w[register] = load::<u32, LANES>(lanes.expect("64 is a multiple of 16"));
+            for (register, w) in w.iter_mut().enumerate() {
+                let pieces = weights[first_piece + register * LANES / 2..].first_chunk();
+                *w = load::<u64, 8>(pieces.expect("32 is a multiple of 8"));
             }
-            for token in 0..T {
-                let x = _mm512_set1_epi32(x[token][four] as i32);
-                for register in 0..REGISTERS {
-                    sums[token][register] = _mm512_dpbusd_epi32(sums[token][register], w[register], x);
+            for (sums, x) in sums.iter_mut().zip(x) {
+                let x = _mm512_set1_epi32(x[four] as i32);
+                for (sum, w) in sums.iter_mut().zip(w) {
+                    *sum = _mm512_dpbusd_epi32(*sum, w, x);
                 }
             }
         }
-        for token in 0..T {
-            for register in 0..REGISTERS {
-                let lanes: &mut [i32] = &mut accumulators[token][first(register)..][..LANES];
-                // SAFETY: `lanes` is 16 int32, the 64 bytes that an unaligned store writes.
-                unsafe { _mm512_storeu_si512(lanes.as_mut_ptr().cast(), sums[token][register]) };
+        for (accumulators, sums) in accumulators.iter_mut().zip(sums) {
+            for (register, sums) in sums.into_iter().enumerate() {
+                let mut lanes = [0i32; LANES];
+                store(&mut lanes, sums);
+                for (lane, sum) in lanes.into_iter().enumerate() {
+                    let piece = first_piece + register * LANES / 2 + lane / 2;
+                    let (channel, _) = code_at(64 * piece + 4 * (lane % 2), false);
+                    accumulators[channel] = accumulators[channel].wrapping_add(sum);
+                }
             }
         }
     }
+}
+
+/// 64 bytes to anywhere.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+fn store(lanes: &mut [i32; LANES], register: __m512i) {
+    // SAFETY: `lanes` is the 64 bytes that an unaligned store writes.
+    unsafe { _mm512_storeu_si512(lanes.as_mut_ptr().cast(), register) };
 }

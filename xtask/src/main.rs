@@ -1,7 +1,10 @@
 //! Automation behind `cargo xtask`: one file a subcommand, none of which hooks into a build. Everything runs from the
 //! workspace's root, wherever it was called.
 
+mod cuda_tools;
 mod gpu_test;
+mod ptx;
+mod sass;
 mod steps;
 mod test;
 
@@ -19,6 +22,7 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
+    Ptx(ptx::Arguments),
     /// Run everything that CI runs
     Test,
     GpuTest(gpu_test::Arguments),
@@ -28,6 +32,7 @@ fn main() -> ExitCode {
     let outcome =
         std::env::set_current_dir(root()).map_err(anyhow::Error::from).and_then(
             |()| match Arguments::parse().command {
+                Command::Ptx(arguments) => ptx::run(&arguments),
                 Command::Test => test::run(),
                 Command::GpuTest(arguments) => gpu_test::run(&arguments),
             },

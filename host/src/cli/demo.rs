@@ -5,11 +5,12 @@ use std::time::{Duration, Instant};
 
 use clap::ValueEnum;
 use half::{bf16, f16};
-use liquidgemm::{Backend, Error, Group, Output, OutputType, PackedWeights, QuantizedActivations};
+use liquidgemm::{Backend, Group, Output, OutputType, PackedWeights, Plan, QuantizedActivations};
 
 use super::check::{self, Accuracy, Exactness};
 use super::problem::{self, Problem};
 use super::progress::Progress;
+use super::timing::{self, Timing};
 use super::{BackendChoice, Report};
 
 /// Multiply a real layer (or a generated one), and show time, error, memory and exactness
@@ -75,16 +76,12 @@ struct Figures {
     output: OutputType,
     with_bias: bool,
     quantize: Duration,
+    /// How the GPU cuts the problem.
+    plan: Option<Plan>,
     multiply: Timing,
     accuracy: Accuracy,
     exactness: Exactness,
     packed_bytes: usize,
-}
-
-/// The median of several runs.
-struct Timing {
-    median: Duration,
-    runs: usize,
 }
 
 /// Runs the demo with outputs of type `T`; `value` turns one of them, with its channel's and its token's scale,
@@ -105,8 +102,9 @@ fn run_as<T: Output>(arguments: &Arguments, value: fn(T, [f32; 2]) -> f32) -> an
     let with_bias = T::TYPE != OutputType::I32;
     let bias = with_bias.then_some(&problem.bias[..]);
     let result = backend.multiply::<T>(&weights, &activations, bias)?;
-    let multiply = time::<T>(&backend, &weights, &activations, bias)?;
+    let multiply = timing::time::<T>(&backend, &weights, &activations, bias)?;
 
+    let plan = backend.as_gpu().map(|gpu| gpu.plan(m, n, k)).transpose()?;
     let exactness = check::exactness(&backend, &result, &weights, &activations, bias)?;
     let accuracy = check::accuracy(&problem, with_bias, |token, channel| {
         value(result[token * n + channel], [weights.channel_scales()[channel], activations.scales()[token]])
@@ -118,6 +116,7 @@ fn run_as<T: Output>(arguments: &Arguments, value: fn(T, [f32; 2]) -> f32) -> an
         output: T::TYPE,
         with_bias,
         quantize,
+        plan,
         multiply,
         accuracy,
         exactness,
@@ -134,25 +133,6 @@ fn problem(arguments: &Arguments) -> anyhow::Result<Problem> {
     let [m, n, k] = [(m, 16), (n, 4096), (k, 4096)].map(|(given, default)| given.unwrap_or(default) as usize);
     problem::check_memory(m, n, k)?;
     Ok(Problem::generate(m, n, k, seed))
-}
-
-/// Runs the product for about half a second, at least three times and at most a hundred.
-fn time<T: Output>(
-    backend: &Backend,
-    weights: &PackedWeights,
-    activations: &QuantizedActivations,
-    bias: Option<&[f32]>,
-) -> Result<Timing, Error> {
-    let _progress = Progress::spinner("multiplying");
-    let mut times = Vec::new();
-    let start = Instant::now();
-    while times.len() < 3 || times.len() < 100 && start.elapsed() < Duration::from_millis(500) {
-        let start = Instant::now();
-        std::hint::black_box(backend.multiply::<T>(weights, activations, bias)?);
-        times.push(start.elapsed());
-    }
-    times.sort_unstable();
-    Ok(Timing { median: times[times.len() / 2], runs: times.len() })
 }
 
 impl Figures {
@@ -173,6 +153,9 @@ impl Figures {
         };
         line("quantize", format!("{} for the weights, {group}", duration(self.quantize)));
 
+        if let Some(plan) = self.plan {
+            line("plan", plan.to_string());
+        }
         let operations = 2.0 * m as f64 * n as f64 * k as f64;
         let tera = operations / self.multiply.median.as_secs_f64() / 1e12;
         let median = duration(self.multiply.median);
@@ -181,7 +164,12 @@ impl Figures {
         let f16_bytes = n * k * size_of::<f16>();
         let ratio = f16_bytes as f64 / self.packed_bytes as f64;
         let [packed, plain] = [self.packed_bytes, f16_bytes].map(|size| bytes(size as f64));
-        line("memory", format!("{packed} of weights, against {plain} in f16 ({} × less)", digits(ratio)));
+        let comparison = if ratio >= 1.0 {
+            format!("{} × less", digits(ratio))
+        } else {
+            "more, because n and k are padded to multiples of 64".into()
+        };
+        line("memory", format!("{packed} of weights, against {plain} in f16 ({comparison})"));
 
         let Accuracy { relative_frobenius, largest, tokens } = self.accuracy;
         let some = if tokens < m { format!(", over {tokens} of {m} tokens") } else { String::new() };

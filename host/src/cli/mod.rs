@@ -8,6 +8,7 @@ mod demo;
 mod info;
 mod problem;
 mod progress;
+mod timing;
 
 use std::io::Write;
 use std::process::ExitCode;

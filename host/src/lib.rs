@@ -51,3 +51,8 @@ pub use float::Float;
 pub use output::{Output, OutputType};
 pub use packed::{Group, PackedWeights, UnpackedCodes};
 pub use plan::Plan;
+
+/// Compiles and runs the examples in the README.
+#[cfg(doctest)]
+#[doc = include_str!("../../README.md")]
+struct Readme;

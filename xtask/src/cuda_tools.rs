@@ -68,7 +68,8 @@ impl CudaTools {
 impl Wheel {
     /// The program below `directory`, fetched unless it is there.
     fn fetch(&self, directory: &Path) -> anyhow::Result<PathBuf> {
-        let program = directory.join(format!("{}-{}", self.program, self.version));
+        let directory = &directory.join(format!("{}-{}", self.package, self.version));
+        let program = directory.join(self.program);
         if program.is_file() {
             return Ok(program);
         }

@@ -9,6 +9,9 @@
 //!
 //! Times are a whole product; the throughput line counts multiply-adds.
 
+// Criterion's macros write functions without documentation.
+#![allow(missing_docs)]
+
 use std::hint::black_box;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};

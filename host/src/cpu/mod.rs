@@ -12,8 +12,7 @@ mod vnni;
 use std::fmt;
 use std::sync::OnceLock;
 
-use liquidgemm_format::brick::{BRICK_BYTES, BRICK_CHANNELS, BRICK_K, CODE_BYTES, code_at};
-use liquidgemm_format::dequant::{broadcast, dequantize_word};
+use liquidgemm_format::brick::{BRICK_BYTES, BRICK_CHANNELS, BRICK_K};
 use rayon::prelude::*;
 
 use crate::error::{check_finite, check_length, checked_elements};
@@ -104,7 +103,7 @@ impl Kernel {
         let mut kernels = vec![Kernel::Portable];
         #[cfg(target_arch = "x86_64")]
         {
-            if std::is_x86_feature_detected!("avx2") {
+            if portable::is_avx2_available() {
                 kernels.push(Kernel::Avx2);
             }
             if vnni::is_available() {
@@ -250,33 +249,6 @@ fn write_block<T: Output>(
         for (channel, (y, &acc)) in row.iter_mut().zip(accumulators).enumerate() {
             let bias = bias.map(|bias| bias[channel]);
             *y = T::from_accumulator(acc, channel_scales[channel], token_scale, bias);
-        }
-    }
-}
-
-/// Dequantizes one brick and calls `store(channel, k, four)` for every run of four weights along K, first one
-/// in the lowest byte. What `multiply_add_flip` computes is up to the caller, as in [`dequantize_word`].
-#[inline(always)]
-fn dequantize_brick(
-    brick: &[u8],
-    multiply_add_flip: impl Fn(u32, u32, u32) -> u32,
-    mut store: impl FnMut(usize, usize, u32),
-) {
-    let (codes, scales) = brick.split_at(CODE_BYTES);
-    // The 16 words behind one word of scales: four threads' fragments of the rows g and g + 8.
-    for (index, (codes, scales)) in codes.chunks_exact(64).zip(scales.chunks_exact(4)).enumerate() {
-        let s = [scales[0], scales[2]].map(u32::from);
-        let a4 = [scales[1], scales[3]].map(broadcast);
-        let fours: [[u32; 2]; 16] = std::array::from_fn(|word| {
-            let codes = u32::from_le_bytes(std::array::from_fn(|byte| codes[4 * word + byte]));
-            dequantize_word(codes, s[word % 2], a4[word % 2], &multiply_add_flip)
-        });
-        for (word, [low, high]) in fours.into_iter().enumerate() {
-            let byte = 64 * index + 4 * word;
-            let (channel, k) = code_at(byte, false);
-            store(channel, k, low);
-            let (channel, k) = code_at(byte, true);
-            store(channel, k, high);
         }
     }
 }

@@ -1,10 +1,10 @@
 //! The kernel in plain Rust: dot products along K over int16, which LLVM turns into multiply-add instructions
 //! on every target (`pmaddwd`, `smlal`).
 
-use liquidgemm_format::brick::{BRICK_BYTES, BRICK_CHANNELS, BRICK_K};
-use liquidgemm_format::dequant::multiply_add_flip;
+use liquidgemm_format::brick::{BRICK_BYTES, BRICK_CHANNELS, BRICK_K, CODE_BYTES, code_at};
+use liquidgemm_format::dequant::{broadcast, dequantize_word, multiply_add_flip};
 
-use super::{CHUNK_K, Task, TokenBlock, dequantize_brick};
+use super::{CHUNK_K, Task, TokenBlock};
 
 /// One chunk of K, widened to int16.
 #[derive(Default)]
@@ -15,24 +15,37 @@ pub(super) struct Panels {
 
 /// Adds one chunk's products, compiled for the target's baseline.
 pub(super) fn accumulate(bricks: &[u8], x: &TokenBlock<'_>, chunk: usize, task: &mut Task) {
-    accumulate_inlined(bricks, x, chunk, task);
+    accumulate_inlined(bricks, x, chunk, task, dot);
+}
+
+/// Whether this CPU has the instructions that [`accumulate_avx2`] is compiled for.
+#[cfg(target_arch = "x86_64")]
+pub(super) fn is_avx2_available() -> bool {
+    std::is_x86_feature_detected!("avx2")
 }
 
 /// Adds one chunk's products, compiled for AVX2.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2")]
 pub(super) fn accumulate_avx2(bricks: &[u8], x: &TokenBlock<'_>, chunk: usize, task: &mut Task) {
-    accumulate_inlined(bricks, x, chunk, task);
+    accumulate_inlined(bricks, x, chunk, task, |a, b| dot_avx2(a, b));
 }
 
 #[inline(always)]
-fn accumulate_inlined(bricks: &[u8], x: &TokenBlock<'_>, chunk: usize, task: &mut Task) {
+fn accumulate_inlined(
+    bricks: &[u8],
+    x: &TokenBlock<'_>,
+    chunk: usize,
+    task: &mut Task,
+    dot: impl Fn(&[i16; CHUNK_K], &[i16; CHUNK_K]) -> i32,
+) {
     let weights = &mut task.portable.weights;
     weights.resize(BRICK_CHANNELS, [0; CHUNK_K]);
     for (index, brick) in bricks.chunks_exact(BRICK_BYTES).enumerate() {
-        dequantize_brick(brick, multiply_add_flip, |channel, k, four| {
-            let place = &mut weights[channel][index * BRICK_K + k..][..4];
-            place.copy_from_slice(&four.to_le_bytes().map(|weight| i16::from(weight as i8)));
+        dequantize_brick(brick, |channel, values| {
+            let place: &mut [i16; BRICK_K] =
+                weights[channel][index * BRICK_K..].first_chunk_mut().expect("a chunk is whole bricks");
+            *place = values.map(i16::from);
         });
     }
 
@@ -50,7 +63,47 @@ fn accumulate_inlined(bricks: &[u8], x: &TokenBlock<'_>, chunk: usize, task: &mu
     }
 }
 
-#[inline(always)]
+// Not inlined, or LLVM would widen the activations to int32 once for all channels and narrow them again for
+// each.
+#[inline(never)]
 fn dot(a: &[i16; CHUNK_K], b: &[i16; CHUNK_K]) -> i32 {
+    dot_inlined(a, b)
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+#[inline(never)]
+fn dot_avx2(a: &[i16; CHUNK_K], b: &[i16; CHUNK_K]) -> i32 {
+    dot_inlined(a, b)
+}
+
+#[inline(always)]
+fn dot_inlined(a: &[i16; CHUNK_K], b: &[i16; CHUNK_K]) -> i32 {
     a.iter().zip(b).map(|(&a, &b)| i32::from(a) * i32::from(b)).sum()
+}
+
+/// Dequantizes one brick and calls `store(channel, weights)` for each of its 64 channels.
+#[inline(always)]
+fn dequantize_brick(brick: &[u8], mut store: impl FnMut(usize, [i8; BRICK_K])) {
+    let (codes, scales) = brick.split_at(CODE_BYTES);
+    // One word of scales serves two channels, whose codes are 64 bytes: even words the first's, odd ones the
+    // second's.
+    for (piece, (codes, scales)) in
+        codes.as_chunks::<64>().0.iter().zip(scales.as_chunks::<4>().0).enumerate()
+    {
+        let mut channels = [[0u32; BRICK_K / 4]; 2];
+        for (word, codes) in codes.as_chunks::<4>().0.iter().enumerate() {
+            let (s, a) = (scales[word % 2 * 2], scales[word % 2 * 2 + 1]);
+            let fours =
+                dequantize_word(u32::from_le_bytes(*codes), u32::from(s), broadcast(a), multiply_add_flip);
+            for (four, high) in fours.into_iter().zip([false, true]) {
+                let (_, k) = code_at(4 * word, high);
+                channels[word % 2][k / 4] = four.to_le();
+            }
+        }
+        for (word, fours) in channels.into_iter().enumerate() {
+            let (channel, _) = code_at(64 * piece + 4 * word, false);
+            store(channel, bytemuck::cast(fours));
+        }
+    }
 }

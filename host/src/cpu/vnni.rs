@@ -14,7 +14,8 @@ use std::arch::x86_64::{
     _mm256_extracti128_si256, _mm512_add_epi32, _mm512_and_si512, _mm512_castsi512_si256,
     _mm512_dpbusd_epi32, _mm512_extracti64x4_epi64, _mm512_loadu_si512, _mm512_mullo_epi32,
     _mm512_permutexvar_epi32, _mm512_set1_epi32, _mm512_set4_epi32, _mm512_setzero_si512,
-    _mm512_shuffle_epi8, _mm512_srli_epi32, _mm512_storeu_si512,
+    _mm512_shuffle_epi8, _mm512_shuffle_i64x2, _mm512_srli_epi32, _mm512_storeu_si512, _mm512_unpackhi_epi64,
+    _mm512_unpacklo_epi64,
 };
 
 use liquidgemm_format::brick::{BRICK_BYTES, BRICK_K, CODE_BYTES, code_at};
@@ -106,107 +107,55 @@ fn by_tokens<'a, 'x, const T: usize>(
     (accumulators, x)
 }
 
-/// Adds the products of a chunk's bricks with `T` tokens, with the weights in the order of the brick: a lane is
-/// one word of codes.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-fn multiply_in_order<const T: usize>(
-    bricks: &[u8],
-    x: &[[u32; CHUNK_FOURS]; T],
-    accumulators: &mut [Accumulators; T],
-) {
-    // For each brick and token, the activations that meet the low and the high nibbles of each lane. Every
-    // piece of a brick has the same k's in its lanes; only the channels move on.
-    let [low_lanes, high_lanes] = [false, true].map(|high| {
-        let fours: [u32; LANES] = std::array::from_fn(|lane| (code_at(4 * lane, high).1 / 4) as u32);
-        load(&fours)
-    });
-    let mut x_lanes = [[[_mm512_setzero_si512(); 2]; T]; CHUNK_BRICKS];
-    for (brick, x_lanes) in x_lanes.iter_mut().enumerate() {
-        for (x_lanes, x) in x_lanes.iter_mut().zip(x) {
-            let fours = load::<u32, LANES>(x[brick * LANES..].first_chunk().expect("16 words a brick"));
-            *x_lanes = [low_lanes, high_lanes].map(|lanes| _mm512_permutexvar_epi32(lanes, fours));
-        }
-    }
-
-    for piece in 0..PIECES {
-        let mut sums = [_mm512_setzero_si512(); T];
-        for (brick, x_lanes) in bricks.chunks_exact(BRICK_BYTES).zip(&x_lanes) {
-            let [low, high] = dequantize_piece(brick, piece);
-            for (sum, x) in sums.iter_mut().zip(x_lanes) {
-                *sum = _mm512_dpbusd_epi32(*sum, low, x[0]);
-                *sum = _mm512_dpbusd_epi32(*sum, high, x[1]);
-            }
-        }
-        let (first, _) = code_at(64 * piece, false);
-        let (second, _) = code_at(64 * piece + 4, false);
-        for (accumulators, sum) in accumulators.iter_mut().zip(sums) {
-            let [first_sum, second_sum] = add_even_and_odd_lanes(sum);
-            accumulators[first] = accumulators[first].wrapping_add(first_sum);
-            accumulators[second] = accumulators[second].wrapping_add(second_sum);
-        }
-    }
-}
-
-/// The weights plus 128 of one piece of a brick, from its low and from its high nibbles: 16 words in the order of
-/// the brick, four elements along K each. Even lanes belong to the piece's first channel, odd ones to its second.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-fn dequantize_piece(brick: &[u8], piece: usize) -> [__m512i; 2] {
-    let (codes, scales) = brick.split_at(CODE_BYTES);
-    let codes = load::<u8, 64>(codes[64 * piece..].first_chunk().expect("a piece is 64 bytes"));
-    // The word [s, a, s', a'] in every lane; from it s and s' widened to lanes, a and a' in all four bytes.
-    let scales: [u8; 4] = *scales[4 * piece..].first_chunk().expect("four bytes a piece");
-    let scales = _mm512_set1_epi32(i32::from_le_bytes(scales));
-    const ZERO: i32 = 0x8080_8000_u32 as i32;
-    let s = _mm512_shuffle_epi8(scales, _mm512_set4_epi32(ZERO | 2, ZERO, ZERO | 2, ZERO));
-    let a_bytes = _mm512_set4_epi32(0x0303_0303, 0x0101_0101, 0x0303_0303, 0x0101_0101);
-    let a4 = _mm512_shuffle_epi8(scales, a_bytes);
-    let nibble = _mm512_set1_epi32(0x0F0F_0F0F);
-    let low = _mm512_and_si512(codes, nibble);
-    let high = _mm512_and_si512(_mm512_srli_epi32::<4>(codes), nibble);
-    [low, high].map(|nibbles| _mm512_add_epi32(_mm512_mullo_epi32(nibbles, s), a4))
-}
-
 /// Dequantizes a brick into its 16 rows of the panel.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 fn fill_panel(brick: &[u8], panel: &mut [PanelRow; BRICK_K / 4]) {
-    // Eight pieces at a time, so that whole cache lines of the panel are filled.
+    // Eight pieces at a time: transposed, they are whole cache lines of the panel.
     for first in (0..PIECES).step_by(8) {
-        let mut words = [[[0u64; 8]; 2]; 8];
-        for (piece, words) in words.iter_mut().enumerate() {
-            for (words, weights) in words.iter_mut().zip(dequantize_piece(brick, first + piece)) {
-                store(bytemuck::cast_mut::<[u64; 8], [i32; LANES]>(words), weights);
-            }
+        let (mut low, mut high) = ([_mm512_setzero_si512(); 8], [_mm512_setzero_si512(); 8]);
+        for (piece, (low, high)) in low.iter_mut().zip(&mut high).enumerate() {
+            [*low, *high] = dequantize_piece(brick, first + piece);
         }
-        for half in 0..2 {
-            for pair in 0..8 {
-                let (_, k) = code_at(8 * pair, half == 1);
-                let row: &mut [u64; 8] =
-                    panel[k / 4][first..].first_chunk_mut().expect("32 is a multiple of 8");
-                for (piece, place) in row.iter_mut().enumerate() {
-                    *place = words[piece][half][pair];
-                }
+        for (pieces, is_high) in [(&low, false), (&high, true)] {
+            for (pair, words) in transpose(pieces).into_iter().enumerate() {
+                let (_, k) = code_at(8 * pair, is_high);
+                store::<u64, 8>(
+                    panel[k / 4][first..].first_chunk_mut().expect("32 is a multiple of 8"),
+                    words,
+                );
             }
         }
     }
 }
 
-/// The sums of the even and of the odd lanes.
+/// Transposes an 8×8 matrix of 64-bit words.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-fn add_even_and_odd_lanes(lanes: __m512i) -> [i32; 2] {
-    let eight = _mm256_add_epi32(_mm512_castsi512_si256(lanes), _mm512_extracti64x4_epi64::<1>(lanes));
-    let four = _mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256::<1>(eight));
-    [
-        _mm_extract_epi32::<0>(four).wrapping_add(_mm_extract_epi32::<2>(four)),
-        _mm_extract_epi32::<1>(four).wrapping_add(_mm_extract_epi32::<3>(four)),
-    ]
-}
-
-/// 64 bytes from anywhere.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-fn load<T: bytemuck::Pod, const N: usize>(values: &[T; N]) -> __m512i {
-    const { assert!(size_of::<[T; N]>() == 64, "a register is 64 bytes") };
-    // SAFETY: `values` is the 64 bytes that an unaligned load reads, all of them initialized.
-    unsafe { _mm512_loadu_si512(values.as_ptr().cast()) }
+fn transpose(rows: &[__m512i; 8]) -> [__m512i; 8] {
+    // Which 128-bit quarters of two registers to join: the even ones of both, or the odd ones.
+    const EVEN: i32 = 0b10_00_10_00;
+    const ODD: i32 = 0b11_01_11_01;
+    let mut columns = [_mm512_setzero_si512(); 8];
+    for odd in 0..2 {
+        // Quarter j of pairs[i]: column 2 j + odd of rows 2 i and 2 i + 1.
+        let mut pairs = [_mm512_setzero_si512(); 4];
+        for (pair, rows) in pairs.iter_mut().zip(rows.as_chunks::<2>().0) {
+            *pair = if odd == 0 {
+                _mm512_unpacklo_epi64(rows[0], rows[1])
+            } else {
+                _mm512_unpackhi_epi64(rows[0], rows[1])
+            };
+        }
+        // Columns 0 and 4, or 1 and 5, of the upper and of the lower four rows; then 2 and 6, or 3 and 7.
+        let upper = _mm512_shuffle_i64x2::<EVEN>(pairs[0], pairs[1]);
+        let lower = _mm512_shuffle_i64x2::<EVEN>(pairs[2], pairs[3]);
+        columns[odd] = _mm512_shuffle_i64x2::<EVEN>(upper, lower);
+        columns[odd + 4] = _mm512_shuffle_i64x2::<ODD>(upper, lower);
+        let upper = _mm512_shuffle_i64x2::<ODD>(pairs[0], pairs[1]);
+        let lower = _mm512_shuffle_i64x2::<ODD>(pairs[2], pairs[3]);
+        columns[odd + 2] = _mm512_shuffle_i64x2::<EVEN>(upper, lower);
+        columns[odd + 6] = _mm512_shuffle_i64x2::<ODD>(upper, lower);
+    }
+    columns
 }
 
 /// Adds the products of a chunk's weights with `T` tokens, whose sums stay in registers meanwhile.
@@ -245,9 +194,97 @@ fn multiply<const T: usize>(
     }
 }
 
+/// Adds the products of a chunk's bricks with `T` tokens, with the weights in the order of the brick: a lane is
+/// one word of codes.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+fn multiply_in_order<const T: usize>(
+    bricks: &[u8],
+    x: &[[u32; CHUNK_FOURS]; T],
+    accumulators: &mut [Accumulators; T],
+) {
+    // For each brick and token, the activations that meet the low and the high nibbles of each lane. Every
+    // piece of a brick has the same k's in its lanes; only the channels move on.
+    const fn fours(high: bool) -> [u32; LANES] {
+        let mut fours = [0; LANES];
+        let mut lane = 0;
+        while lane < LANES {
+            fours[lane] = (code_at(4 * lane, high).1 / 4) as u32;
+            lane += 1;
+        }
+        fours
+    }
+    let (low_lanes, high_lanes) = (load(&const { fours(false) }), load(&const { fours(true) }));
+    let mut x_lanes = [[[_mm512_setzero_si512(); 2]; T]; CHUNK_BRICKS];
+    for (brick, x_lanes) in x_lanes.iter_mut().enumerate() {
+        for (x_lanes, x) in x_lanes.iter_mut().zip(x) {
+            let fours = load::<u32, LANES>(x[brick * LANES..].first_chunk().expect("16 words a brick"));
+            *x_lanes =
+                [_mm512_permutexvar_epi32(low_lanes, fours), _mm512_permutexvar_epi32(high_lanes, fours)];
+        }
+    }
+
+    for piece in 0..PIECES {
+        let mut sums = [_mm512_setzero_si512(); T];
+        for (brick, x_lanes) in bricks.chunks_exact(BRICK_BYTES).zip(&x_lanes) {
+            let [low, high] = dequantize_piece(brick, piece);
+            for (sum, x) in sums.iter_mut().zip(x_lanes) {
+                *sum = _mm512_dpbusd_epi32(*sum, low, x[0]);
+                *sum = _mm512_dpbusd_epi32(*sum, high, x[1]);
+            }
+        }
+        let (first, _) = code_at(64 * piece, false);
+        let (second, _) = code_at(64 * piece + 4, false);
+        for (accumulators, sum) in accumulators.iter_mut().zip(sums) {
+            let [first_sum, second_sum] = add_even_and_odd_lanes(sum);
+            accumulators[first] = accumulators[first].wrapping_add(first_sum);
+            accumulators[second] = accumulators[second].wrapping_add(second_sum);
+        }
+    }
+}
+
+/// The weights plus 128 of one piece of a brick, from its low and from its high nibbles: 16 words in the order of
+/// the brick, four elements along K each. Even lanes belong to the piece's first channel, odd ones to its second.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+fn dequantize_piece(brick: &[u8], piece: usize) -> [__m512i; 2] {
+    let (codes, scales) = brick.split_at(CODE_BYTES);
+    let codes = load::<u8, 64>(codes[64 * piece..].first_chunk().expect("a piece is 64 bytes"));
+    // The word [s, a, s', a'] in every lane; from it s and s' widened to lanes, a and a' in all four bytes.
+    let scales: [u8; 4] = *scales[4 * piece..].first_chunk().expect("four bytes a piece");
+    let scales = _mm512_set1_epi32(i32::from_le_bytes(scales));
+    const ZERO: i32 = 0x8080_8000_u32 as i32;
+    let s = _mm512_shuffle_epi8(scales, _mm512_set4_epi32(ZERO | 2, ZERO, ZERO | 2, ZERO));
+    let a_bytes = _mm512_set4_epi32(0x0303_0303, 0x0101_0101, 0x0303_0303, 0x0101_0101);
+    let a4 = _mm512_shuffle_epi8(scales, a_bytes);
+    let nibble = _mm512_set1_epi32(0x0F0F_0F0F);
+    let low = _mm512_and_si512(codes, nibble);
+    let high = _mm512_and_si512(_mm512_srli_epi32::<4>(codes), nibble);
+    // Spelled out: the compiler does not inline closures over registers into `map`.
+    [_mm512_add_epi32(_mm512_mullo_epi32(low, s), a4), _mm512_add_epi32(_mm512_mullo_epi32(high, s), a4)]
+}
+
+/// The sums of the even and of the odd lanes.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+fn add_even_and_odd_lanes(lanes: __m512i) -> [i32; 2] {
+    let eight = _mm256_add_epi32(_mm512_castsi512_si256(lanes), _mm512_extracti64x4_epi64::<1>(lanes));
+    let four = _mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256::<1>(eight));
+    [
+        _mm_extract_epi32::<0>(four).wrapping_add(_mm_extract_epi32::<2>(four)),
+        _mm_extract_epi32::<1>(four).wrapping_add(_mm_extract_epi32::<3>(four)),
+    ]
+}
+
+/// 64 bytes from anywhere.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+fn load<T: bytemuck::Pod, const N: usize>(values: &[T; N]) -> __m512i {
+    const { assert!(size_of::<[T; N]>() == 64, "a register is 64 bytes") };
+    // SAFETY: `values` is the 64 bytes that an unaligned load reads, all of them initialized.
+    unsafe { _mm512_loadu_si512(values.as_ptr().cast()) }
+}
+
 /// 64 bytes to anywhere.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-fn store(lanes: &mut [i32; LANES], register: __m512i) {
-    // SAFETY: `lanes` is the 64 bytes that an unaligned store writes.
-    unsafe { _mm512_storeu_si512(lanes.as_mut_ptr().cast(), register) };
+fn store<T: bytemuck::Pod, const N: usize>(values: &mut [T; N], register: __m512i) {
+    const { assert!(size_of::<[T; N]>() == 64, "a register is 64 bytes") };
+    // SAFETY: `values` is the 64 bytes that an unaligned store writes, and any bytes are a valid `T`.
+    unsafe { _mm512_storeu_si512(values.as_mut_ptr().cast(), register) };
 }

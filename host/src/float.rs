@@ -2,7 +2,7 @@
 
 use half::{bf16, f16};
 
-/// An input element: [`f32`], [`f16`] or [`bf16`]. All of them convert to f32 without rounding.
+/// An input element: [`f32`], [`half::f16`] or [`bf16`]. All of them convert to f32 without rounding.
 pub trait Float: bytemuck::Pod + Send + Sync + sealed::Sealed {
     /// The same value as f32.
     fn to_f32(self) -> f32;

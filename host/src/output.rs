@@ -44,7 +44,7 @@ impl fmt::Display for OutputType {
     }
 }
 
-/// An element type that a product can be written in: [`bf16`], [`f16`], [`f32`] or [`i32`].
+/// An element type that a product can be written in: [`bf16`], [`half::f16`], [`f32`] or [`i32`].
 pub trait Output: bytemuck::Pod + Send + Sync + PartialEq + fmt::Debug + sealed::Sealed {
     /// The same type as a value.
     const TYPE: OutputType;

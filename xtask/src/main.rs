@@ -8,7 +8,7 @@ mod sass;
 mod steps;
 mod test;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
@@ -47,6 +47,9 @@ fn main() -> ExitCode {
 }
 
 /// The workspace's root.
-fn root() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("xtask lies in the workspace")
+fn root() -> PathBuf {
+    // Asked of the cargo that runs this program: two checkouts that share a target directory share the binary too, and
+    // what it was compiled with may name the other one.
+    let xtask = std::env::var_os("CARGO_MANIFEST_DIR").unwrap_or_else(|| env!("CARGO_MANIFEST_DIR").into());
+    Path::new(&xtask).parent().expect("xtask lies in the workspace").to_owned()
 }

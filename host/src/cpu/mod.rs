@@ -118,10 +118,10 @@ impl Kernel {
         match self {
             Kernel::Portable => portable::accumulate(bricks, x, chunk, task),
             #[cfg(target_arch = "x86_64")]
-            // SAFETY: `Avx2` comes only from `available`, which has asked the CPU.
+            // SAFETY: only kernels from `available` get here, which has asked the CPU for AVX2.
             Kernel::Avx2 => unsafe { portable::accumulate_avx2(bricks, x, chunk, task) },
             #[cfg(target_arch = "x86_64")]
-            // SAFETY: `Avx512Vnni` comes only from `available`, which has asked the CPU.
+            // SAFETY: only kernels from `available` get here, which has asked the CPU for AVX-512 VNNI.
             Kernel::Avx512Vnni => unsafe { vnni::accumulate(bricks, x, chunk, task) },
         }
     }

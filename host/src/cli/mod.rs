@@ -3,6 +3,8 @@
 //! Exit codes: 0 for success, 1 for a failure at work (one line on stderr) or a result that is not bit-exact,
 //! 2 for arguments that make no sense. Results go to stdout, progress and errors to stderr.
 
+#[cfg(feature = "bench")]
+mod bench;
 mod check;
 mod demo;
 mod info;
@@ -26,6 +28,8 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
+    #[cfg(feature = "bench")]
+    Bench(bench::Arguments),
     Demo(demo::Arguments),
     Info(info::Arguments),
 }
@@ -60,6 +64,8 @@ struct Report {
 /// Runs the command that the process was started with.
 pub fn run() -> ExitCode {
     let outcome = match Arguments::parse().command {
+        #[cfg(feature = "bench")]
+        Command::Bench(arguments) => bench::run(&arguments),
         Command::Demo(arguments) => demo::run(&arguments),
         Command::Info(arguments) => info::run(&arguments),
     };

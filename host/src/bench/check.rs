@@ -1,0 +1,113 @@
+//! Whether results are right: ours bit for bit those of the CPU backend, the rivals' near a float64 sum, so that
+//! no time stands for a wrong or a skipped computation.
+
+use anyhow::ensure;
+use half::bf16;
+
+use super::arena::{Arena, Operands, download};
+use super::record::Rival;
+use crate::{ActivationsView, PackedWeights, cpu};
+
+/// Outputs of some tokens, every channel of them, as the CPU backend computes them.
+pub(super) struct Reference {
+    n: usize,
+    tokens: Vec<usize>,
+    outputs: Vec<bf16>,
+}
+
+impl Reference {
+    /// Computes what is needed to check every one of the batch sizes: the first tokens, the last one of each, and
+    /// one from its middle.
+    pub(super) fn new(
+        weights: &PackedWeights,
+        operands: &Operands,
+        token_scales: &[f32],
+        batches: &[usize],
+    ) -> anyhow::Result<Self> {
+        let k = weights.k();
+        let tokens = tokens_to_check(batches);
+        let codes: Vec<i8> = tokens.iter().flat_map(|&token| operands.codes(k, token)).collect();
+        let scales: Vec<f32> = tokens.iter().map(|&token| token_scales[token]).collect();
+        let view = ActivationsView::new(&codes, k, &scales, tokens.len(), k)?;
+        let mut outputs = vec![bf16::ZERO; tokens.len() * weights.n()];
+        cpu::gemm(weights, view, None, &mut outputs)?;
+        Ok(Self { n: weights.n(), tokens, outputs })
+    }
+
+    /// Compares the output of `m` tokens. Returns how many were compared, and the first difference.
+    pub(super) fn compare(&self, arena: &Arena, m: usize) -> anyhow::Result<(usize, Option<String>)> {
+        let mut compared = 0;
+        for (&token, expected) in self.tokens.iter().zip(self.outputs.chunks(self.n)) {
+            if token >= m {
+                continue;
+            }
+            compared += 1;
+            let actual: Vec<bf16> = download(&arena.output, token * self.n, self.n)?;
+            let differs = |(a, b): &(&bf16, &bf16)| a.to_bits() != b.to_bits();
+            let differences = actual.iter().zip(expected).filter(differs).count();
+            if let Some(channel) = actual.iter().zip(expected).position(|pair| differs(&pair)) {
+                return Ok((
+                    compared,
+                    Some(format!(
+                        "token {token}, channel {channel} is {} instead of {}, and so are {differences} of {} \
+                         channels",
+                        actual[channel], expected[channel], self.n
+                    )),
+                ));
+            }
+        }
+        Ok((compared, None))
+    }
+}
+
+/// The first two tokens; of each batch size the last and one in the middle.
+fn tokens_to_check(batches: &[usize]) -> Vec<usize> {
+    let mut tokens: Vec<usize> = batches.iter().flat_map(|&m| [0, 1, m / 2, m / 3, m - 1]).collect();
+    let most = batches.iter().copied().max().unwrap_or(0);
+    tokens.retain(|&token| token < most);
+    tokens.sort_unstable();
+    tokens.dedup();
+    tokens
+}
+
+/// Compares a few outputs of a rival's launch on its first copy of the weights with float64 sums.
+pub(super) fn rival_is_right(
+    rival: Rival,
+    arena: &Arena,
+    operands: &Operands,
+    [m, n, k]: [usize; 3],
+) -> anyhow::Result<()> {
+    for (token, channel) in [(0, 0), (m - 1, n - 1), (m / 2, n / 3), (m / 3, n / 2), (0, n - 1)] {
+        let products = (0..k).map(|at| operands.weight(k, channel, at) * operands.activation(k, token, at));
+        let expected: f64 = products.sum();
+        let first = token * n + channel;
+        let actual = match rival {
+            Rival::Int8 => f64::from(download::<i32>(&arena.rival_output, first, 1)?[0]),
+            Rival::Fp8 | Rival::Bf16 => download::<bf16>(&arena.rival_output, first, 1)?[0].to_f64(),
+        };
+        // A sum of k products of normal numbers is about √k; fp8 accumulates with 14 bits or so.
+        let tolerance = match rival {
+            Rival::Int8 => 0.0,
+            Rival::Fp8 | Rival::Bf16 => 0.02 * expected.abs() + 0.04 * (k as f64).sqrt(),
+        };
+        ensure!(
+            (actual - expected).abs() <= tolerance,
+            "cuBLASLt's output of token {token}, channel {channel} is {actual} instead of {expected}"
+        );
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tokens_checked_include_the_last_of_every_batch_size() {
+        let tokens = tokens_to_check(&[1, 64, 100]);
+        assert!([0, 1, 63, 99].iter().all(|token| tokens.contains(token)), "{tokens:?}");
+        assert!(tokens.is_sorted() && tokens.iter().all(|&token| token < 100));
+        assert_eq!(tokens_to_check(&[1]), [0]);
+        assert!(tokens_to_check(&[]).is_empty());
+    }
+}

@@ -1,0 +1,101 @@
+//! What a result is worth nothing without: driver, day and command line.
+
+use std::ffi::{CStr, c_char, c_int};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use libloading::{Library, Symbol};
+
+/// NVIDIA's driver version, such as `580.159.04`.
+pub(super) fn driver_version() -> String {
+    driver_from_proc().or_else(driver_from_nvml).unwrap_or_else(|| "unknown".into())
+}
+
+fn driver_from_proc() -> Option<String> {
+    version_in(&std::fs::read_to_string("/proc/driver/nvidia/version").ok()?)
+}
+
+/// The first word that is three or two numbers with dots between.
+fn version_in(text: &str) -> Option<String> {
+    let is_version = |word: &&str| {
+        let parts: Vec<&str> = word.split('.').collect();
+        parts.len() >= 2
+            && parts.iter().all(|part| !part.is_empty() && part.bytes().all(|b| b.is_ascii_digit()))
+    };
+    text.split_whitespace().find(is_version).map(str::to_owned)
+}
+
+/// Containers often hide `/proc/driver` but have NVIDIA's management library.
+fn driver_from_nvml() -> Option<String> {
+    // SAFETY: NVIDIA's own library under its own name.
+    let library = unsafe { Library::new("libnvidia-ml.so.1") }.ok()?;
+    let mut text: [c_char; 96] = [0; 96];
+    // SAFETY: the symbols have these signatures in every version of the library; the text has room for as much as
+    // is said, and is ended with a NUL before it is read.
+    unsafe {
+        let start: Symbol<'_, unsafe extern "C" fn() -> c_int> = library.get(b"nvmlInit_v2\0").ok()?;
+        let version: Symbol<'_, unsafe extern "C" fn(*mut c_char, u32) -> c_int> =
+            library.get(b"nvmlSystemGetDriverVersion\0").ok()?;
+        if start() != 0 || version(text.as_mut_ptr(), text.len() as u32 - 1) != 0 {
+            return None;
+        }
+        Some(CStr::from_ptr(text.as_ptr()).to_string_lossy().into_owned())
+    }
+}
+
+/// Today, UTC, as `2026-11-22`.
+pub(super) fn today() -> String {
+    let seconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
+    let (year, month, day) = civil(seconds / 86_400);
+    format!("{year}-{month:02}-{day:02}")
+}
+
+/// Year, month and day of a number of days since 1970-01-01.
+fn civil(mut days: u64) -> (u64, u64, u64) {
+    let leap = |year: u64| year.is_multiple_of(4) && (!year.is_multiple_of(100) || year.is_multiple_of(400));
+    let mut year = 1970;
+    while days >= 365 + u64::from(leap(year)) {
+        days -= 365 + u64::from(leap(year));
+        year += 1;
+    }
+    let february = 28 + u64::from(leap(year));
+    let mut month = 1;
+    for length in [31, february, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31] {
+        if days < length {
+            break;
+        }
+        days -= length;
+        month += 1;
+    }
+    (year, month, days + 1)
+}
+
+/// The command line, without the directories of the program.
+pub(super) fn command() -> String {
+    let mut arguments = std::env::args();
+    let program = arguments.next().unwrap_or_default();
+    let program = program.rsplit(['/', '\\']).next().unwrap_or_default().to_owned();
+    std::iter::once(program).chain(arguments).collect::<Vec<_>>().join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn days_become_dates() {
+        assert_eq!(civil(0), (1970, 1, 1));
+        assert_eq!(civil(19_782), (2024, 2, 29));
+        assert_eq!(civil(19_783), (2024, 3, 1));
+        assert_eq!(civil(20_088), (2024, 12, 31));
+        assert_eq!(civil(20_089), (2025, 1, 1));
+    }
+
+    #[test]
+    fn driver_version_is_found_in_either_wording() {
+        let text = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.54.03  Tue Jun 6 22:20:39 UTC 2023";
+        assert_eq!(version_in(text).unwrap(), "535.54.03");
+        let open = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.159.04  Release Build";
+        assert_eq!(version_in(open).unwrap(), "580.159.04");
+        assert_eq!(version_in("nothing here"), None);
+    }
+}

@@ -1,0 +1,295 @@
+//! What a run leaves behind: one record a point, the circumstances, and the figures that follow from them. It is
+//! written as JSON after every point, so an interrupted run keeps what it has measured.
+
+use std::io::Write;
+use std::path::Path;
+
+use anyhow::Context;
+use serde::{Deserialize, Serialize};
+
+use super::shapes::Matrix;
+use super::statistics::Timing;
+
+/// HBM bandwidth that the ideal floor assumes, in bytes a second: what the `stream` probe reaches on large reads.
+const IDEAL_BYTES_PER_SECOND: f64 = 3.10e12;
+/// int8 operations a second of the H100's data sheet, at its boost clock.
+const IDEAL_OPERATIONS_PER_SECOND: f64 = 1979e12;
+
+/// A library's kernels in the same run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Rival {
+    /// cuBLASLt int8 × int8 → int32, without scales.
+    Int8,
+    /// cuBLASLt e4m3 × e4m3 → bf16 with one scale a tensor.
+    Fp8,
+    /// cuBLASLt bf16.
+    Bf16,
+}
+
+impl Rival {
+    /// Every rival, in the order of the columns.
+    pub const ALL: [Rival; 3] = [Rival::Int8, Rival::Fp8, Rival::Bf16];
+
+    /// The column's name.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Rival::Int8 => "int8",
+            Rival::Fp8 => "fp8",
+            Rival::Bf16 => "bf16",
+        }
+    }
+}
+
+/// One problem, measured.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Point {
+    /// Tokens.
+    pub m: usize,
+    /// Output channels.
+    pub n: usize,
+    /// Elements a channel.
+    pub k: usize,
+    /// How our kernel was launched.
+    pub plan: String,
+    /// Our kernel, bf16 output.
+    pub ours: Timing,
+    /// The probe that only reads.
+    pub stream: Timing,
+    /// The probe that only multiplies.
+    pub mma: Timing,
+    /// cuBLASLt int8.
+    pub int8: Option<Timing>,
+    /// cuBLASLt fp8.
+    pub fp8: Option<Timing>,
+    /// cuBLASLt bf16.
+    pub bf16: Option<Timing>,
+    /// Tokens whose outputs were compared with the CPU backend, every channel of them.
+    pub tokens_checked: usize,
+    /// The first difference, if there is one.
+    pub mismatch: Option<String>,
+}
+
+impl Point {
+    /// The weights.
+    pub fn matrix(&self) -> Matrix {
+        Matrix { n: self.n, k: self.k }
+    }
+
+    /// Bytes of the packed weights, 4.25 bits each.
+    pub fn weight_bytes(&self) -> usize {
+        weight_bytes(self.n, self.k)
+    }
+
+    /// Bytes of packed weights, int8 activations and bf16 output.
+    pub fn bytes(&self) -> usize {
+        moved_bytes(self.m, self.n, self.k)
+    }
+
+    /// Multiplications and additions.
+    pub fn operations(&self) -> f64 {
+        2.0 * self.m as f64 * self.n as f64 * self.k as f64
+    }
+
+    /// The speed of light of this run: the slower probe, in microseconds.
+    pub fn floor(&self) -> f64 {
+        self.stream.us.max(self.mma.us)
+    }
+
+    /// Floor over time: 1 is the limit.
+    pub fn score(&self) -> f64 {
+        self.floor() / self.ours.us
+    }
+
+    /// The data sheet's floor in microseconds; no launch cost in it.
+    pub fn ideal(&self) -> f64 {
+        1e6 * (self.bytes() as f64 / IDEAL_BYTES_PER_SECOND)
+            .max(self.operations() / IDEAL_OPERATIONS_PER_SECOND)
+    }
+
+    /// Time over the ideal floor.
+    pub fn over_ideal(&self) -> f64 {
+        self.ours.us / self.ideal()
+    }
+
+    /// Tera-operations a second.
+    pub fn tops(&self) -> f64 {
+        self.operations() / self.ours.us / 1e6
+    }
+
+    /// Packed weights read, in GB/s.
+    pub fn weight_gigabytes_per_second(&self) -> f64 {
+        self.weight_bytes() as f64 / self.ours.us / 1e3
+    }
+
+    /// A rival's time.
+    pub fn rival(&self, rival: Rival) -> Option<&Timing> {
+        match rival {
+            Rival::Int8 => self.int8.as_ref(),
+            Rival::Fp8 => self.fp8.as_ref(),
+            Rival::Bf16 => self.bf16.as_ref(),
+        }
+    }
+
+    /// A rival's time over ours: above 1 we are faster.
+    pub fn speedup(&self, rival: Rival) -> Option<f64> {
+        Some(self.rival(rival)?.us / self.ours.us)
+    }
+}
+
+/// Bytes of packed weights: a 2,176-byte brick for each 64 × 64.
+pub(super) fn weight_bytes(n: usize, k: usize) -> usize {
+    liquidgemm_format::brick::stream_bytes(n, k).unwrap_or(usize::MAX)
+}
+
+/// Bytes that a GEMM can't avoid to move: packed weights, int8 activations, bf16 output.
+pub(super) fn moved_bytes(m: usize, n: usize, k: usize) -> usize {
+    weight_bytes(n, k).saturating_add(m * k + 2 * m * n)
+}
+
+/// A whole run.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Run {
+    /// The GPU.
+    pub device: String,
+    /// NVIDIA's driver.
+    pub driver: String,
+    /// The day, UTC.
+    pub date: String,
+    /// Version of this crate.
+    pub version: String,
+    /// Hash of the device sources.
+    pub kernels: String,
+    /// The command line.
+    pub command: String,
+    /// Which cuBLASLt ran, and how it was asked.
+    pub cublaslt: String,
+    /// Why a column is empty, and other remarks.
+    pub notes: Vec<String>,
+    /// False while points are still missing.
+    pub complete: bool,
+    /// In the order of measuring.
+    pub points: Vec<Point>,
+}
+
+impl Run {
+    /// Writes the run to `path`: first beside it, then in its place, so that a reader never sees half a file.
+    ///
+    /// # Errors
+    /// If the file can't be written.
+    pub fn save(&self, path: &Path) -> anyhow::Result<()> {
+        write_json(path, self)
+    }
+
+    /// Reads a run back.
+    ///
+    /// # Errors
+    /// If the file can't be read or holds something else.
+    pub fn load(path: &Path) -> anyhow::Result<Self> {
+        let bytes = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+        serde_json::from_slice(&bytes)
+            .with_context(|| format!("{} holds no run of the bench", path.display()))
+    }
+
+    /// The matrices, in the order in which they first occur.
+    pub fn matrices(&self) -> Vec<Matrix> {
+        let mut matrices = Vec::new();
+        for point in &self.points {
+            if !matrices.contains(&point.matrix()) {
+                matrices.push(point.matrix());
+            }
+        }
+        matrices
+    }
+
+    /// Every point whose result was wrong.
+    pub fn mismatches(&self) -> impl Iterator<Item = &Point> {
+        self.points.iter().filter(|point| point.mismatch.is_some())
+    }
+}
+
+/// Writes anything as JSON, as [`Run::save`] does.
+///
+/// # Errors
+/// If the file can't be written.
+pub fn write_json(path: &Path, value: &impl Serialize) -> anyhow::Result<()> {
+    write_atomically(path, &serde_json::to_vec_pretty(value)?)
+}
+
+/// Replaces the file at `path` in one step. Its directory is made if it is missing.
+pub(super) fn write_atomically(path: &Path, contents: &[u8]) -> anyhow::Result<()> {
+    let write = || -> anyhow::Result<()> {
+        let directory = match path.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => parent,
+            _ => Path::new("."),
+        };
+        std::fs::create_dir_all(directory)?;
+        let mut builder = tempfile::Builder::new();
+        #[cfg(unix)]
+        builder.permissions(permissions());
+        let mut file = builder.tempfile_in(directory)?;
+        file.write_all(contents)?;
+        file.persist(path)?;
+        Ok(())
+    };
+    write().with_context(|| format!("cannot write {}", path.display()))
+}
+
+/// Those of any new file: a temporary one would be the owner's alone.
+#[cfg(unix)]
+fn permissions() -> std::fs::Permissions {
+    std::os::unix::fs::PermissionsExt::from_mode(0o666)
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+
+    /// A point whose rivals take 3, 2 and 4 times as long as our kernel.
+    pub(crate) fn point(m: usize, n: usize, k: usize, us: f64) -> Point {
+        let timing = |us: f64| Timing::new(vec![us * 0.99, us, us * 1.02], 20).unwrap();
+        Point {
+            m,
+            n,
+            k,
+            plan: "tile".into(),
+            ours: timing(us),
+            stream: timing(us * 0.8),
+            mma: timing(us * 0.5),
+            int8: Some(timing(us * 3.0)),
+            fp8: Some(timing(us * 2.0)),
+            bf16: Some(timing(us * 4.0)),
+            tokens_checked: 4,
+            mismatch: None,
+        }
+    }
+
+    #[test]
+    fn figures_follow_from_times() {
+        let point = point(4096, 4096, 4096, 100.0);
+        assert_eq!(point.weight_bytes(), 4096 * 4096 * 17 / 32);
+        assert!((point.ideal() - 69.448).abs() < 0.01, "{}", point.ideal());
+        assert!((point.over_ideal() - 1.43993).abs() < 1e-3);
+        assert!((point.tops() - 1374.39).abs() < 0.1);
+        assert!((point.score() - 0.8).abs() < 1e-12);
+        assert_eq!(point.speedup(Rival::Fp8), Some(2.0));
+        // One token: bytes decide.
+        assert!((super::tests::point(1, 4096, 4096, 10.0).ideal() - 2.879).abs() < 1e-3);
+    }
+
+    #[test]
+    fn run_survives_the_trip_through_a_file() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("made/for/it/run.json");
+        let mut run = Run { device: "GPU".into(), notes: vec!["a".into()], ..Run::default() };
+        run.points.push(point(1, 64, 128, 3.25));
+        run.points.push(Point { fp8: None, mismatch: Some("m".into()), ..point(2, 128, 64, 1.0 / 3.0) });
+        run.save(&path).unwrap();
+        run.complete = true;
+        run.save(&path).unwrap();
+        assert_eq!(Run::load(&path).unwrap(), run);
+        assert_eq!(run.matrices(), [Matrix { n: 64, k: 128 }, Matrix { n: 128, k: 64 }]);
+        assert_eq!(run.mismatches().count(), 1);
+        std::fs::write(&path, "{}").unwrap();
+        assert!(Run::load(&path).is_err());
+    }
+}

@@ -1,0 +1,193 @@
+//! How a kernel is timed: its launches are captured into a CUDA graph, the graph is replayed, and events around
+//! each replay give its time. Launch costs on the host stay outside, and the launches follow one another as
+//! they do in a server.
+
+use std::ptr;
+
+use cust::event::{Event, EventFlags};
+use cust::stream::Stream;
+use cust::sys::{self, CUgraph, CUgraphExec, CUstreamCaptureMode_enum};
+
+use super::statistics::Timing;
+use crate::gpu::{During, GpuError};
+
+/// Each kernel is replayed in so many turns, so that a slow drift of the clocks meets all kernels alike …
+const TURNS: usize = 2;
+/// … and so many replays of each turn count. They follow one another, because a kernel that draws much power
+/// lowers the clocks, and it is its own clocks that it should be measured at.
+const REPLAYS_A_TURN: usize = 6;
+/// Replays of each turn that don't count.
+const WARM_UP_REPLAYS: usize = 2;
+
+/// A replay should last so long that its own start does not matter …
+const SHORT_REPLAY_US: f64 = 1_000.0;
+/// … and no longer than this.
+const LONG_REPLAY_US: f64 = 15_000.0;
+/// Launches in one graph, as far as the length allows.
+const LAUNCHES: std::ops::RangeInclusive<usize> = 20..=100;
+
+/// A kernel to be timed.
+pub(super) struct Contender<'a> {
+    /// Copies of its weights; launch `i` uses number `i` modulo this.
+    pub(super) copies: usize,
+    /// Launches it with the given copy.
+    pub(super) launch: Box<dyn Fn(usize) -> anyhow::Result<()> + 'a>,
+}
+
+impl Contender<'_> {
+    fn launch(&self, index: usize) -> anyhow::Result<()> {
+        (self.launch)(index % self.copies.max(1))
+    }
+}
+
+/// Times launches on one stream.
+pub(super) struct Clock<'s> {
+    stream: &'s Stream,
+    start: Event,
+    end: Event,
+}
+
+impl<'s> Clock<'s> {
+    pub(super) fn new(stream: &'s Stream) -> anyhow::Result<Self> {
+        Ok(Self { stream, start: Event::new(EventFlags::DEFAULT)?, end: Event::new(EventFlags::DEFAULT)? })
+    }
+
+    /// Times every contender. One that fails has its error in its place, and the others go on.
+    pub(super) fn measure(&self, contenders: &[Contender<'_>]) -> Vec<anyhow::Result<Timing>> {
+        let mut races: Vec<anyhow::Result<Race>> =
+            contenders.iter().map(|contender| self.prepare(contender)).collect();
+        for _ in 0..TURNS {
+            for race in &mut races {
+                if let Ok(ready) = race
+                    && let Err(error) = self.turn(ready)
+                {
+                    *race = Err(error);
+                }
+            }
+        }
+        let timing = |race: Race| {
+            Timing::new(race.replays, race.graph.launches)
+                .ok_or_else(|| anyhow::anyhow!("no replay was timed"))
+        };
+        races.into_iter().map(|race| race.and_then(timing)).collect()
+    }
+
+    /// Microseconds a launch, from a few launches without a graph: a little more than it takes in one.
+    pub(super) fn estimate(&self, contender: &Contender<'_>) -> anyhow::Result<f64> {
+        const LAUNCHES: usize = 3;
+        // The first launch may load the kernel.
+        contender.launch(0)?;
+        self.stream.synchronize()?;
+        self.start.record(self.stream)?;
+        (0..LAUNCHES).try_for_each(|index| contender.launch(index))?;
+        Ok(self.elapsed_us()? / LAUNCHES as f64)
+    }
+
+    fn prepare(&self, contender: &Contender<'_>) -> anyhow::Result<Race> {
+        let launches = launches(self.estimate(contender)?, contender.copies);
+        let graph = Graph::capture(self.stream, launches, contender)?;
+        Ok(Race { graph, replays: Vec::new() })
+    }
+
+    fn turn(&self, race: &mut Race) -> anyhow::Result<()> {
+        for replay in 0..WARM_UP_REPLAYS + REPLAYS_A_TURN {
+            self.start.record(self.stream)?;
+            race.graph.launch(self.stream)?;
+            let us = self.elapsed_us()? / race.graph.launches as f64;
+            if replay >= WARM_UP_REPLAYS {
+                race.replays.push(us);
+            }
+        }
+        Ok(())
+    }
+
+    /// Microseconds since `start`, once everything on the stream is done.
+    fn elapsed_us(&self) -> anyhow::Result<f64> {
+        self.end.record(self.stream)?;
+        self.end.synchronize()?;
+        Ok(f64::from(self.end.elapsed_time_f32(&self.start)?) * 1e3)
+    }
+}
+
+/// A contender with its graph, and the times of its replays so far.
+struct Race {
+    graph: Graph,
+    replays: Vec<f64>,
+}
+
+/// How many launches a graph holds: whole rounds through all copies, so that no copy is met again early.
+fn launches(us: f64, copies: usize) -> usize {
+    let us = us.max(0.1);
+    let at_most = ((LONG_REPLAY_US / us) as usize).max(2);
+    let wanted = ((SHORT_REPLAY_US / us) as usize).clamp(*LAUNCHES.start(), *LAUNCHES.end()).min(at_most);
+    let whole_rounds = wanted.next_multiple_of(copies.max(1));
+    if whole_rounds <= at_most { whole_rounds } else { wanted }
+}
+
+/// An instantiated graph of launches.
+struct Graph {
+    executable: CUgraphExec,
+    launches: usize,
+}
+
+impl Graph {
+    fn capture(stream: &Stream, launches: usize, contender: &Contender<'_>) -> anyhow::Result<Self> {
+        // Relaxed: a library that allocates while it is captured is slow, not wrong.
+        let mode = CUstreamCaptureMode_enum::CU_STREAM_CAPTURE_MODE_RELAXED;
+        // SAFETY: the stream is alive.
+        unsafe { sys::cuStreamBeginCapture_v2(stream.as_inner(), mode) }.during("capturing a graph")?;
+        let launched = (0..launches).try_for_each(|index| contender.launch(index));
+        let mut graph: CUgraph = ptr::null_mut();
+        // The capture ends also if a launch has failed, or the stream could not be used again.
+        // SAFETY: the stream is alive and the argument valid for a write.
+        let ended =
+            unsafe { sys::cuStreamEndCapture(stream.as_inner(), &mut graph) }.during("ending a capture");
+        let instantiated = launched.and_then(|()| {
+            ended?;
+            let mut executable = ptr::null_mut();
+            // SAFETY: the graph came from the capture, the argument is valid for a write.
+            unsafe { sys::cuGraphInstantiateWithFlags(&mut executable, graph, 0) }
+                .during("instantiating a graph")?;
+            Ok(Self { executable, launches })
+        });
+        if !graph.is_null() {
+            // SAFETY: the graph came from the capture; the executable one no longer needs it.
+            unsafe { sys::cuGraphDestroy(graph) };
+        }
+        instantiated
+    }
+
+    fn launch(&self, stream: &Stream) -> Result<(), GpuError> {
+        // SAFETY: both are alive, and what the launches use is, by `Contender`, too.
+        unsafe { sys::cuGraphLaunch(self.executable, stream.as_inner()) }.during("replaying a graph")
+    }
+}
+
+impl Drop for Graph {
+    fn drop(&mut self) {
+        // SAFETY: nothing else destroys it. A failure here can't be helped.
+        unsafe { sys::cuGraphExecDestroy(self.executable) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn short_kernels_get_many_launches_and_long_ones_few() {
+        assert_eq!(launches(3.0, 1), 100);
+        assert_eq!(launches(30.0, 1), 33);
+        assert_eq!(launches(200.0, 1), 20);
+        assert_eq!(launches(3_000.0, 1), 5);
+        assert_eq!(launches(20_000.0, 1), 2);
+    }
+
+    #[test]
+    fn graphs_go_round_all_copies_unless_that_takes_too_long() {
+        assert_eq!(launches(30.0, 25), 50);
+        assert_eq!(launches(3.0, 400), 400);
+        assert_eq!(launches(3_000.0, 2), 5);
+        assert!(launches(f64::NAN, 0) >= 2);
+    }
+}

@@ -1,0 +1,214 @@
+//! Which problems are measured: the linear layers of well-known models, the peers' points, or what the caller
+//! writes. A matrix is named `N×K` after the weights, N output channels of K elements each.
+
+use std::fmt;
+use std::str::FromStr;
+
+use anyhow::{Context, bail, ensure};
+
+/// A weight matrix.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Matrix {
+    /// Output channels.
+    pub n: usize,
+    /// Elements a channel.
+    pub k: usize,
+}
+
+impl fmt::Display for Matrix {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}x{}", self.n, self.k)
+    }
+}
+
+impl FromStr for Matrix {
+    type Err = anyhow::Error;
+
+    /// Reads `4096x11008`; `×` and `X` do as well.
+    fn from_str(text: &str) -> anyhow::Result<Self> {
+        let (n, k) = text
+            .split_once(['x', 'X', '×'])
+            .with_context(|| format!("{text:?} is no matrix; write NxK, such as 4096x11008"))?;
+        let number = |name, part: &str| {
+            let value: usize =
+                part.trim().parse().with_context(|| format!("{name} of {text:?} is no number"))?;
+            ensure!(value > 0, "{name} of {text:?} must be at least 1");
+            Ok(value)
+        };
+        Ok(Self { n: number("n", n)?, k: number("k", k)? })
+    }
+}
+
+/// A matrix with the batch sizes that it is measured at, in rising order.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Case {
+    /// The weights.
+    pub matrix: Matrix,
+    /// Tokens.
+    pub tokens: Vec<usize>,
+}
+
+/// A decoder's dimensions, as far as its linear layers need them.
+struct Model {
+    name: &'static str,
+    hidden: usize,
+    /// Width of the keys and of the values: heads that are shared count once.
+    key_value: usize,
+    intermediate: usize,
+}
+
+const MODELS: [Model; 6] = [
+    Model { name: "LLaMA-2-7B", hidden: 4096, key_value: 4096, intermediate: 11008 },
+    Model { name: "LLaMA-2-13B", hidden: 5120, key_value: 5120, intermediate: 13824 },
+    Model { name: "LLaMA-2-70B", hidden: 8192, key_value: 1024, intermediate: 28672 },
+    Model { name: "LLaMA-3-8B", hidden: 4096, key_value: 1024, intermediate: 14336 },
+    Model { name: "Mistral-7B", hidden: 4096, key_value: 1024, intermediate: 14336 },
+    Model { name: "Yi-34B", hidden: 7168, key_value: 1024, intermediate: 20480 },
+];
+
+impl Model {
+    fn layers(&self) -> [(&'static str, Matrix); 4] {
+        let (hidden, intermediate) = (self.hidden, self.intermediate);
+        [
+            ("QKV", Matrix { n: hidden + 2 * self.key_value, k: hidden }),
+            ("O", Matrix { n: hidden, k: hidden }),
+            ("gate-up", Matrix { n: 2 * intermediate, k: hidden }),
+            ("down", Matrix { n: hidden, k: intermediate }),
+        ]
+    }
+}
+
+/// Where a matrix comes from: `LLaMA-2-7B O, LLaMA-3-8B O`; empty for one that no model here has.
+pub fn origin(matrix: Matrix) -> String {
+    let mut names = Vec::new();
+    for model in &MODELS {
+        for (layer, candidate) in model.layers() {
+            if candidate == matrix {
+                names.push(format!("{} {layer}", model.name));
+            }
+        }
+    }
+    names.join(", ")
+}
+
+/// 1, 2, 4 … up to `last`.
+fn powers_of_two(last: usize) -> Vec<usize> {
+    std::iter::successors(Some(1), |m| Some(m * 2)).take_while(|&m| m <= last).collect()
+}
+
+/// Every linear layer of the models, each shape once, at M = 1, 2, 4 … 8192.
+pub fn default_cases() -> Vec<Case> {
+    let mut matrices: Vec<Matrix> = Vec::new();
+    for (_, matrix) in MODELS.iter().flat_map(Model::layers) {
+        if !matrices.contains(&matrix) {
+            matrices.push(matrix);
+        }
+    }
+    custom_cases(&matrices, &powers_of_two(8192))
+}
+
+/// A dozen points that touch every band of M.
+pub fn quick_cases() -> Vec<Case> {
+    custom_cases(&[Matrix { n: 22016, k: 4096 }, Matrix { n: 8192, k: 8192 }], &[1, 8, 32, 128, 1024, 4096])
+}
+
+/// Exactly the points that the peers were measured at, and M = N = K = 8192.
+pub fn peer_cases() -> Vec<Case> {
+    let mut cases: Vec<Case> = Vec::new();
+    let cube = (Matrix { n: 8192, k: 8192 }, 8192);
+    let points = super::peers::page().points.iter().map(|point| (point.matrix(), point.m));
+    for (matrix, m) in points.chain([cube]) {
+        match cases.iter_mut().find(|case| case.matrix == matrix) {
+            Some(case) => case.tokens.push(m),
+            None => cases.push(Case { matrix, tokens: vec![m] }),
+        }
+    }
+    cases
+}
+
+/// Every matrix at every batch size.
+pub fn custom_cases(matrices: &[Matrix], tokens: &[usize]) -> Vec<Case> {
+    let mut tokens = tokens.to_vec();
+    tokens.sort_unstable();
+    tokens.dedup();
+    matrices.iter().map(|&matrix| Case { matrix, tokens: tokens.clone() }).collect()
+}
+
+/// Batch sizes from text: numbers, or `a..b` for the powers of two from a to b.
+///
+/// # Errors
+/// Text that is neither, or a 0.
+pub fn parse_tokens(text: &str) -> anyhow::Result<Vec<usize>> {
+    let mut tokens = Vec::new();
+    for part in text.split(',') {
+        let number = |text: &str| {
+            text.trim().parse::<usize>().with_context(|| format!("{text:?} is no number of tokens"))
+        };
+        match part.split_once("..") {
+            Some((first, last)) => {
+                let (first, last) = (number(first)?, number(last)?);
+                tokens.extend(powers_of_two(last).into_iter().filter(|&m| m >= first));
+            }
+            None => tokens.push(number(part)?),
+        }
+    }
+    if tokens.is_empty() || tokens.contains(&0) {
+        bail!("{text:?} names no tokens; write 1,16,256 or 1..8192");
+    }
+    Ok(tokens)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn matrices_are_read_as_written_and_nonsense_is_refused() {
+        assert_eq!("4096x11008".parse::<Matrix>().unwrap(), Matrix { n: 4096, k: 11008 });
+        assert_eq!("64×128".parse::<Matrix>().unwrap().to_string(), "64x128");
+        for wrong in ["", "4096", "x", "0x4096", "4096x0", "ax7", "1x2x3", "-1x2"] {
+            assert!(wrong.parse::<Matrix>().is_err(), "{wrong:?}");
+        }
+    }
+
+    #[test]
+    fn tokens_are_numbers_and_ranges_of_powers_of_two() {
+        assert_eq!(parse_tokens("1,17, 64").unwrap(), [1, 17, 64]);
+        assert_eq!(parse_tokens("16..128,5").unwrap(), [16, 32, 64, 128, 5]);
+        for wrong in ["", "0", "a", "3..3", "1,,2", "8..4"] {
+            assert!(parse_tokens(wrong).is_err(), "{wrong:?}");
+        }
+    }
+
+    #[test]
+    fn default_list_has_every_layer_once_and_the_peers_matrices_among_them() {
+        let cases = default_cases();
+        let mut matrices: Vec<Matrix> = cases.iter().map(|case| case.matrix).collect();
+        assert_eq!(matrices.len(), 19);
+        assert!(cases.iter().all(|case| case.tokens.len() == 14));
+        for case in peer_cases() {
+            assert!(matrices.contains(&case.matrix), "{}", case.matrix);
+        }
+        matrices.sort_unstable();
+        matrices.dedup();
+        assert_eq!(matrices.len(), 19);
+        assert_eq!(origin(Matrix { n: 28672, k: 4096 }), "LLaMA-3-8B gate-up, Mistral-7B gate-up");
+    }
+
+    #[test]
+    fn peer_list_is_the_page_and_the_cube() {
+        let cases = peer_cases();
+        assert_eq!(cases.len(), 10);
+        assert_eq!(cases.iter().map(|case| case.tokens.len()).sum::<usize>(), 121);
+        assert!(cases.iter().all(|case| case.tokens.is_sorted()));
+    }
+
+    #[test]
+    fn quick_list_is_a_dozen_points_in_every_band() {
+        let points: Vec<usize> = quick_cases().into_iter().flat_map(|case| case.tokens).collect();
+        assert_eq!(points.len(), 12);
+        for band in &crate::bench::targets::BANDS {
+            assert!(points.iter().any(|&m| band.contains(m)), "{band}");
+        }
+    }
+}

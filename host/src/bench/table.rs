@@ -1,0 +1,111 @@
+//! The results as text: one line a point while the run goes on, and the means of each band at its end.
+
+use std::fmt::Write;
+
+use super::record::{Point, Rival, Run};
+use super::targets::band_means;
+
+/// The heading over [`row`]s, with units.
+pub fn heading() -> String {
+    let mut text = format!(
+        "{:>5} {:>6} {:>6} {:>9} {:>6} {:>6} {:>6} {:>9} {:>9} {:>6} {:>7}",
+        "M", "N", "K", "ours µs", "±", "TOPS", "W GB/s", "stream µs", "mma µs", "score", "t/ideal"
+    );
+    for rival in Rival::ALL {
+        write!(text, " {:>9} {:>6}", format!("{} µs", rival.name()), "ratio").expect("a String takes all");
+    }
+    text
+}
+
+/// One point. `ratio` is the rival's time over ours.
+pub fn row(point: &Point) -> String {
+    let mut text = format!(
+        "{:>5} {:>6} {:>6} {:>9.2} {:>5.1}% {:>6.0} {:>6.0} {:>9.2} {:>9.2} {:>6.3} {:>7.3}",
+        point.m,
+        point.n,
+        point.k,
+        point.ours.us,
+        100.0 * point.ours.spread(),
+        point.tops(),
+        point.weight_gigabytes_per_second(),
+        point.stream.us,
+        point.mma.us,
+        point.score(),
+        point.over_ideal()
+    );
+    for rival in Rival::ALL {
+        match point.rival(rival).zip(point.speedup(rival)) {
+            Some((timing, ratio)) => write!(text, " {:>9.2} {ratio:>6.3}", timing.us),
+            None => write!(text, " {:>9} {:>6}", "-", "-"),
+        }
+        .expect("a String takes all");
+    }
+    if let Some(mismatch) = &point.mismatch {
+        write!(text, "  WRONG: {mismatch}").expect("a String takes all");
+    }
+    text
+}
+
+/// What the columns mean.
+pub const LEGEND: &str = "\
+ours: median of the replays, ± half the distance between the quartiles; score: floor / ours, floor = the slower of
+stream and mma; t/ideal: ours / max(bytes / 3.10 TB/s, operations / 1979 TOPS); ratio: cuBLASLt's time / ours
+(int8 without scales, i32 out; fp8 e4m3 with one scale a tensor, bf16 out)
+";
+
+/// Geometric means of each band of M over the whole run.
+pub fn bands(run: &Run) -> String {
+    let mut text = format!("{:<12} {:>6} {:>7} {:>8}", "M", "points", "score", "t/ideal");
+    for rival in Rival::ALL {
+        write!(text, " {:>7}", format!("× {}", rival.name())).expect("a String takes all");
+    }
+    text.push_str("   (geometric means)\n");
+    for means in band_means(run) {
+        write!(
+            text,
+            "{:<12} {:>6} {:>7.3} {:>8.3}",
+            means.band.to_string(),
+            means.points,
+            means.score,
+            means.over_ideal
+        )
+        .expect("a String takes all");
+        for speedup in means.speedups {
+            match speedup {
+                Some(speedup) => write!(text, " {speedup:>7.3}"),
+                None => write!(text, " {:>7}", "-"),
+            }
+            .expect("a String takes all");
+        }
+        text.push('\n');
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bench::record::tests::point;
+
+    #[test]
+    fn columns_stand_under_their_headings() {
+        let full = row(&point(8192, 57344, 8192, 5432.1));
+        assert_eq!(full.chars().count(), heading().chars().count());
+        let empty = Point { int8: None, fp8: None, bf16: None, ..point(1, 4096, 4096, 3.0) };
+        assert_eq!(row(&empty).chars().count(), heading().chars().count());
+        assert!(row(&empty).ends_with("-"));
+    }
+
+    #[test]
+    fn wrong_results_stand_out() {
+        let point = Point { mismatch: Some("token 0".into()), ..point(1, 64, 64, 3.0) };
+        assert!(row(&point).ends_with("WRONG: token 0"));
+    }
+
+    #[test]
+    fn bands_without_points_have_no_line() {
+        let run = Run { points: vec![point(16, 64, 64, 3.0)], ..Run::default() };
+        assert_eq!(bands(&run).lines().count(), 2);
+        assert!(bands(&run).contains("16–64"));
+    }
+}

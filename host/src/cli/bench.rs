@@ -1,0 +1,245 @@
+//! `liquidgemm bench`: measures the GPU backend and writes the results down. What is measured and how is in the
+//! library's `bench` module; here are the arguments, the progress and the files.
+
+use std::io::Write;
+use std::path::PathBuf;
+
+use anyhow::{Context, bail};
+use indicatif::{ProgressBar, ProgressStyle};
+use liquidgemm::bench::record::Run;
+use liquidgemm::bench::run::{Observer, Options};
+use liquidgemm::bench::shapes::{self, Case, Matrix};
+use liquidgemm::bench::{self, table, targets};
+use liquidgemm::gpu::Gpu;
+use liquidgemm_format::tile::{TILE_SHAPES, TileShape};
+
+use super::Report;
+
+/// Measure the GPU backend against the hardware's limits and cuBLASLt
+///
+/// Without options: the linear layers of LLaMA-2-7B, -13B, -70B, LLaMA-3-8B, Mistral-7B and Yi-34B at
+/// M = 1, 2, 4 … 8192. cuBLASLt is loaded if it is installed; LIQUIDGEMM_CUBLASLT names the library or its
+/// directory where the loader doesn't find it. A result that is not bit for bit that of the CPU backend fails the run.
+#[derive(clap::Args)]
+pub(super) struct Arguments {
+    /// A dozen points over all batch sizes
+    #[arg(long, group = "problems")]
+    quick: bool,
+    /// Exactly the points that peers were measured at, and M = N = K = 8192
+    #[arg(long, group = "problems")]
+    peers: bool,
+    /// Weight matrices, NxK, with commas between
+    #[arg(long, value_name = "NxK", value_delimiter = ',', group = "problems")]
+    shapes: Vec<Matrix>,
+    /// Batch sizes: numbers, or a..b for the powers of two, with commas between [default: 1..8192]
+    #[arg(long, value_name = "M", value_parser = parse_tokens)]
+    m: Option<Tokens>,
+    /// Measure without cuBLASLt
+    #[arg(long)]
+    no_cublas: bool,
+    /// Try this many of the algorithms that cuBLASLt's heuristics propose; the fastest counts
+    #[arg(long, value_name = "COUNT", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=64))]
+    algorithms: u8,
+    /// Use this token tile for every problem
+    #[arg(long, value_name = "TOKENS", value_parser = parse_tile)]
+    tile: Option<TileShape>,
+    /// Instead measure every plan of each problem, without cuBLASLt
+    #[arg(long, conflicts_with_all = ["tile", "from"])]
+    sweep: bool,
+    /// Measure nothing; read the results of an earlier run
+    #[arg(long, value_name = "JSON", conflicts_with_all = ["problems", "m", "tile", "json"])]
+    from: Option<PathBuf>,
+    /// Write the results here, after every point
+    #[arg(long, value_name = "PATH")]
+    json: Option<PathBuf>,
+}
+
+/// A list in one argument.
+#[derive(Clone)]
+struct Tokens(Vec<usize>);
+
+fn parse_tokens(text: &str) -> anyhow::Result<Tokens> {
+    shapes::parse_tokens(text).map(Tokens)
+}
+
+fn parse_tile(text: &str) -> anyhow::Result<TileShape> {
+    let shape = text.parse().ok().and_then(TileShape::with_tokens);
+    let known = TILE_SHAPES.map(|shape| shape.tokens.to_string()).join(", ");
+    shape.with_context(|| format!("there is no kernel with that tile; there are {known}"))
+}
+
+impl Arguments {
+    fn cases(&self) -> Vec<Case> {
+        let cases = if self.quick {
+            shapes::quick_cases()
+        } else if self.peers {
+            shapes::peer_cases()
+        } else if self.shapes.is_empty() {
+            shapes::default_cases()
+        } else {
+            shapes::custom_cases(&self.shapes, &shapes::parse_tokens("1..8192").expect("it is valid"))
+        };
+        match &self.m {
+            Some(Tokens(tokens)) => {
+                let matrices: Vec<Matrix> = cases.iter().map(|case| case.matrix).collect();
+                shapes::custom_cases(&matrices, tokens)
+            }
+            None => cases,
+        }
+    }
+
+    fn options(&self) -> Options {
+        Options {
+            cases: self.cases(),
+            cublaslt: !self.no_cublas,
+            algorithms: self.algorithms.into(),
+            tile: self.tile,
+        }
+    }
+}
+
+pub(super) fn run(arguments: &Arguments) -> anyhow::Result<Report> {
+    if arguments.sweep {
+        return sweep(arguments);
+    }
+    let run = match &arguments.from {
+        Some(path) => Run::load(path)?,
+        None => measure(arguments)?,
+    };
+    let mut text = String::new();
+    if arguments.from.is_some() {
+        text += &format!("{}\n{}\n", run.device, table::heading());
+        run.points.iter().for_each(|point| text += &format!("{}\n", table::row(point)));
+    }
+    text += &format!("\n{}\n{}", table::LEGEND, table::bands(&run));
+    let verdicts = targets::report(&targets::judge(&run));
+    if !verdicts.is_empty() {
+        text += &format!("\n{verdicts}");
+    }
+    let wrong = run.mismatches().count();
+    if wrong > 0 {
+        text += &format!("\n{wrong} of {} results differ from the CPU backend's\n", run.points.len());
+    }
+    Ok(Report { text, success: wrong == 0 })
+}
+
+fn measure(arguments: &Arguments) -> anyhow::Result<Run> {
+    let gpu = Gpu::new()?;
+    let options = arguments.options();
+    let mut screen = Screen::new(&options.cases, arguments.json.clone());
+    screen.print(&format!("{}\n{}", gpu.description(), table::heading()));
+    let run = bench::run::run(&gpu, &options, &mut screen)?;
+    // Once more, now complete.
+    screen.save(&run)?;
+    screen.bar.finish_and_clear();
+    Ok(run)
+}
+
+fn sweep(arguments: &Arguments) -> anyhow::Result<Report> {
+    let gpu = Gpu::new()?;
+    let options = arguments.options();
+    let mut screen = Screen::new(&options.cases, None);
+    let bar = screen.bar.clone();
+    screen.print(&format!("{}\n*: the planner's choice; ~: far behind, estimated", gpu.description()));
+    let mut sweeps = Vec::new();
+    bench::sweep::sweep(&gpu, &options, &mut screen, |sweep| {
+        print(&bar, sweep.report().trim_end());
+        bar.inc(1);
+        sweeps.push(sweep);
+        if let Some(path) = &arguments.json {
+            bench::record::write_json(path, &sweeps)?;
+        }
+        Ok(())
+    })?;
+    bar.finish_and_clear();
+    if sweeps.iter().flat_map(|sweep| &sweep.plans).any(|plan| plan.mismatch.is_some()) {
+        bail!("results differ from the CPU backend's");
+    }
+    Ok(Report { text: String::new(), success: true })
+}
+
+/// Shows rows on stdout as they come, progress on stderr, and keeps the file up to date.
+struct Screen {
+    bar: ProgressBar,
+    json: Option<PathBuf>,
+}
+
+impl Screen {
+    fn new(cases: &[Case], json: Option<PathBuf>) -> Self {
+        let points: usize = cases.iter().map(|case| case.tokens.len()).sum();
+        let style = ProgressStyle::with_template("{msg:24} {wide_bar} {pos}/{len}  {eta} left")
+            .expect("the template is valid");
+        Self { bar: ProgressBar::new(points as u64).with_style(style), json }
+    }
+
+    fn print(&self, text: &str) {
+        print(&self.bar, text);
+    }
+
+    fn save(&self, run: &Run) -> anyhow::Result<()> {
+        self.json.as_deref().map_or(Ok(()), |path| run.save(path))
+    }
+}
+
+/// Prints above the bar. A reader that has gone is no reason to stop: results may go to a file as well.
+fn print(bar: &ProgressBar, text: &str) {
+    bar.suspend(|| {
+        let mut out = std::io::stdout();
+        let _ = writeln!(out, "{text}").and_then(|()| out.flush());
+    });
+}
+
+impl Observer for Screen {
+    fn starts(&mut self, m: usize, matrix: Matrix) {
+        self.bar.set_message(format!("M = {m}, {matrix}"));
+    }
+
+    fn measured(&mut self, run: &Run) -> anyhow::Result<()> {
+        if let Some(point) = run.points.last() {
+            self.print(&table::row(point));
+        }
+        self.bar.inc(1);
+        self.save(run)
+    }
+
+    fn note(&mut self, text: &str) {
+        self.bar.suspend(|| eprintln!("note: {text}"));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Command {
+        #[command(flatten)]
+        arguments: Arguments,
+    }
+
+    fn parse(line: &str) -> Result<Arguments, clap::Error> {
+        Command::try_parse_from(std::iter::once("bench").chain(line.split_whitespace()))
+            .map(|command| command.arguments)
+    }
+
+    #[test]
+    fn shapes_and_batch_sizes_multiply() {
+        let cases = parse("--shapes 64x128,4096x4096 --m 1,8..32").unwrap().cases();
+        assert_eq!(cases.len(), 2);
+        assert_eq!(cases[1], Case { matrix: Matrix { n: 4096, k: 4096 }, tokens: vec![1, 8, 16, 32] });
+        assert_eq!(parse("--shapes 64x128").unwrap().cases()[0].tokens.len(), 14);
+        assert_eq!(parse("--peers --m 64").unwrap().cases().len(), 10);
+    }
+
+    #[test]
+    fn arguments_that_contradict_one_another_are_refused() {
+        for wrong in
+            ["--quick --peers", "--shapes 1", "--tile 7", "--m 0", "--sweep --tile 8", "--from a --quick"]
+        {
+            assert!(parse(wrong).is_err(), "{wrong}");
+        }
+        assert_eq!(parse("--tile 64").unwrap().options().tile.unwrap().tokens, 64);
+    }
+}

@@ -1,6 +1,7 @@
 //! Automation behind `cargo xtask`: one file a subcommand, none of which hooks into a build. Everything runs from the
 //! workspace's root, wherever it was called.
 
+mod bench;
 mod cuda_tools;
 mod gpu_test;
 mod ptx;
@@ -22,6 +23,7 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
+    Bench(bench::Arguments),
     Ptx(ptx::Arguments),
     /// Run everything that CI runs
     Test,
@@ -32,6 +34,7 @@ fn main() -> ExitCode {
     let outcome =
         std::env::set_current_dir(root()).map_err(anyhow::Error::from).and_then(
             |()| match Arguments::parse().command {
+                Command::Bench(arguments) => bench::run(&arguments),
                 Command::Ptx(arguments) => ptx::run(&arguments),
                 Command::Test => test::run(),
                 Command::GpuTest(arguments) => gpu_test::run(&arguments),

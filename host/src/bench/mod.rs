@@ -9,7 +9,7 @@
 //! | [`run`] | one run over all problems; `check` compares results |
 //! | [`sweep`] | every plan of a problem, to choose the planner's |
 //! | [`record`], [`statistics`], [`targets`] | results, their means, and what they are held against |
-//! | [`table`] | results for people |
+//! | [`table`], [`markdown`], [`plots`] | results for people |
 //!
 //! Every figure that counts is a ratio inside one run on one GPU. Besides cuBLASLt these are two probes of the
 //! hardware, `stream`, which only reads as many bytes as the problem moves, and `mma`, which only does as many
@@ -20,7 +20,9 @@ mod check;
 mod circumstances;
 pub mod cublaslt;
 mod data;
+pub mod markdown;
 pub mod peers;
+pub mod plots;
 pub mod record;
 mod replay;
 pub mod run;

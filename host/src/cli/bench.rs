@@ -9,7 +9,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use liquidgemm::bench::record::Run;
 use liquidgemm::bench::run::{Observer, Options};
 use liquidgemm::bench::shapes::{self, Case, Matrix};
-use liquidgemm::bench::{self, table, targets};
+use liquidgemm::bench::{self, markdown, plots, table, targets};
 use liquidgemm::gpu::Gpu;
 use liquidgemm_format::tile::{TILE_SHAPES, TileShape};
 
@@ -44,7 +44,7 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "TOKENS", value_parser = parse_tile)]
     tile: Option<TileShape>,
     /// Instead measure every plan of each problem, without cuBLASLt
-    #[arg(long, conflicts_with_all = ["tile", "from"])]
+    #[arg(long, conflicts_with_all = ["tile", "from", "plots", "markdown"])]
     sweep: bool,
     /// Measure nothing; read the results of an earlier run
     #[arg(long, value_name = "JSON", conflicts_with_all = ["problems", "m", "tile", "json"])]
@@ -52,6 +52,12 @@ pub(super) struct Arguments {
     /// Write the results here, after every point
     #[arg(long, value_name = "PATH")]
     json: Option<PathBuf>,
+    /// Draw the results into this directory
+    #[arg(long, value_name = "DIR")]
+    plots: Option<PathBuf>,
+    /// Write a page with the results and, if there are any, the pictures
+    #[arg(long, value_name = "PATH")]
+    markdown: Option<PathBuf>,
 }
 
 /// A list in one argument.
@@ -115,6 +121,13 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<Report> {
     let verdicts = targets::report(&targets::judge(&run));
     if !verdicts.is_empty() {
         text += &format!("\n{verdicts}");
+    }
+    let pictures = match &arguments.plots {
+        Some(directory) => plots::write(&run, directory)?,
+        None => Vec::new(),
+    };
+    if let Some(path) = &arguments.markdown {
+        markdown::write(&run, &pictures, path)?;
     }
     let wrong = run.mismatches().count();
     if wrong > 0 {

@@ -1,0 +1,167 @@
+//! Time against the number of tokens for one matrix, both logarithmic, as a roofline turned over: the floor is
+//! flat where bytes decide and rises where multiplications do, and nothing can be below it.
+
+use anyhow::anyhow;
+use plotters::prelude::*;
+
+use super::style::{self, Anchor, microseconds, text};
+use super::title;
+use crate::bench::record::{Point, Rival, Run};
+use crate::bench::shapes::Matrix;
+
+const SIZE: (u32, u32) = (860, 520);
+/// Where the legend's line is.
+const LEGEND_Y: i32 = 54;
+
+/// A line of the picture.
+struct Line {
+    name: &'static str,
+    colour: RGBColor,
+    width: u32,
+    points: Vec<(f64, f64)>,
+}
+
+/// 1, 2 and 5 times the powers of ten in a range.
+fn ticks(range: &std::ops::Range<f64>) -> Vec<f64> {
+    let decades = range.start.log10().floor() as i32..=range.end.log10().ceil() as i32;
+    let all = decades.flat_map(|decade| [1.0, 2.0, 5.0].map(|step| step * 10f64.powi(decade)));
+    all.filter(|tick| range.contains(tick)).collect()
+}
+
+/// The picture as SVG; `None` where there is no line to draw.
+pub(super) fn draw(run: &Run, matrix: Matrix) -> anyhow::Result<Option<String>> {
+    let mut points: Vec<&Point> = run.points.iter().filter(|point| point.matrix() == matrix).collect();
+    points.sort_by_key(|point| point.m);
+    points.dedup_by_key(|point| point.m);
+    let (Some(first), Some(last)) = (points.first(), points.last()) else {
+        return Ok(None);
+    };
+    if first.m == last.m {
+        return Ok(None);
+    }
+    let across = first.m as f64 / 1.15..last.m as f64 * 1.15;
+    let line = |name, colour, width, time: &dyn Fn(&Point) -> Option<f64>| Line {
+        name,
+        colour,
+        width,
+        points: points.iter().filter_map(|point| Some((point.m as f64, time(point)?))).collect(),
+    };
+    let rival =
+        |name, colour, rival| line(name, colour, 2, &|point| point.rival(rival).map(|timing| timing.us));
+    let mut lines = vec![
+        rival("cuBLASLt bf16", style::BF16, Rival::Bf16),
+        rival("cuBLASLt int8", style::INT8, Rival::Int8),
+        rival("cuBLASLt fp8", style::FP8, Rival::Fp8),
+        line("LiquidGEMM", style::OURS, 4, &|point| Some(point.ours.us)),
+    ];
+    lines.retain(|line| !line.points.is_empty());
+    let floor = line("floor: the slower probe", style::LIMIT, 1, &|point| Some(point.floor()));
+
+    let all = || lines.iter().chain([&floor]).flat_map(|line| &line.points).map(|&(_, us)| us);
+    let low = all().fold(f64::INFINITY, f64::min) / 1.6;
+    let high = all().fold(0.0, f64::max) * 1.4;
+
+    let mut svg = String::new();
+    render(&mut svg, &title(matrix), &lines, &floor, across, low..high)
+        .map_err(|error| anyhow!("cannot draw {matrix}: {error}"))?;
+    Ok(Some(svg))
+}
+
+fn render(
+    svg: &mut String,
+    title: &str,
+    lines: &[Line],
+    floor: &Line,
+    across: std::ops::Range<f64>,
+    up: std::ops::Range<f64>,
+) -> Result<(), Box<dyn std::error::Error>> {
+    let area = SVGBackend::with_string(svg, SIZE).into_drawing_area();
+    area.fill(&WHITE)?;
+    area.draw(&Text::new(title.to_owned(), (22, 26), text(18, true, style::TEXT, Anchor::Left)))?;
+
+    let (low, first, last) = (up.start, across.start, across.end);
+    let mut chart = ChartBuilder::on(&area)
+        .margin_top(LEGEND_Y + 20)
+        .margin_right(24)
+        .margin_bottom(12)
+        .margin_left(10)
+        .x_label_area_size(46)
+        .y_label_area_size(66)
+        .build_cartesian_2d(across.log_scale().base(2.0), up.clone().log_scale())?;
+
+    // Beneath everything else, the ground that no kernel enters.
+    let mut ground = vec![(first, low)];
+    ground.extend(floor.points.first().map(|&(_, us)| (first, us)));
+    ground.extend(&floor.points);
+    ground.extend(floor.points.last().map(|&(_, us)| (last, us)));
+    ground.push((last, low));
+    chart.draw_series([Polygon::new(ground, style::OUT_OF_REACH.filled())])?;
+
+    chart
+        .configure_mesh()
+        .light_line_style(TRANSPARENT)
+        .bold_line_style(style::GRID)
+        .axis_style(style::GRID)
+        .x_desc("M (tokens)")
+        .x_labels(16)
+        // Its logarithmic axis has only powers of ten; ours are drawn below.
+        .disable_y_mesh()
+        .y_labels(0)
+        .x_label_formatter(&|m| format!("{m}"))
+        .label_style(text(13, false, style::FAINT_TEXT, Anchor::Middle))
+        .axis_desc_style(text(14, false, style::TEXT, Anchor::Middle))
+        .draw()?;
+
+    for us in ticks(&up) {
+        let [left, right] = [first, last].map(|m| chart.plotting_area().map_coordinate(&(m, us)));
+        area.draw(&PathElement::new([left, right], style::GRID.stroke_width(1)))?;
+        let lettering = text(13, false, style::FAINT_TEXT, Anchor::Right);
+        area.draw(&Text::new(microseconds(us), (left.0 - 8, left.1), lettering))?;
+    }
+    chart.draw_series(DashedLineSeries::new(
+        floor.points.iter().copied(),
+        5,
+        4,
+        style::LIMIT.stroke_width(2),
+    ))?;
+    for line in lines {
+        chart.draw_series(LineSeries::new(
+            line.points.iter().copied(),
+            line.colour.stroke_width(line.width),
+        ))?;
+        let radius = line.width + 1;
+        chart
+            .draw_series(line.points.iter().map(|&point| Circle::new(point, radius, line.colour.filled())))?;
+    }
+
+    // The legend, in one line, ours first.
+    let mut x = 76;
+    for line in lines.iter().rev().chain([floor]) {
+        // The floor is the one in dashes.
+        let dashes = if line.width == 1 { [(0, 5), (9, 14), (18, 23)] } else { [(0, 22); 3] };
+        let half = line.width.div_ceil(2) as i32;
+        for (from, to) in dashes {
+            let corners = [(x + from, LEGEND_Y - half), (x + to, LEGEND_Y + half)];
+            area.draw(&Rectangle::new(corners, line.colour.filled()))?;
+        }
+        let bold = line.width > 2;
+        area.draw(&Text::new(line.name, (x + 28, LEGEND_Y), text(14, bold, style::TEXT, Anchor::Left)))?;
+        x += 44 + 8 * line.name.chars().count() as i32;
+    }
+    area.present()?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ticks_are_round_numbers_inside_the_range() {
+        assert_eq!(ticks(&(1.5..60.0)), [2.0, 5.0, 10.0, 20.0, 50.0]);
+        assert_eq!(
+            ticks(&(900.0..2100.0)).iter().map(|us| microseconds(*us)).collect::<Vec<_>>(),
+            ["1 ms", "2 ms"]
+        );
+    }
+}

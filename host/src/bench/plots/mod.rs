@@ -1,0 +1,117 @@
+//! The results as pictures: SVG text, drawn without a font system, so the same run gives the same file everywhere.
+
+mod latency;
+mod peers;
+mod style;
+
+use std::path::{Path, PathBuf};
+
+use super::record::{Run, write_atomically};
+use super::shapes::{Matrix, origin};
+
+/// A picture that was written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Picture {
+    /// Where.
+    pub path: PathBuf,
+    /// What it shows, for readers who can't see it.
+    pub title: String,
+}
+
+/// Writes every picture of a run into a directory: the comparison with peers, if the run has their points, then
+/// time against M for each matrix with more than one batch size.
+///
+/// # Errors
+/// If a file can't be written.
+pub fn write(run: &Run, directory: &Path) -> anyhow::Result<Vec<Picture>> {
+    let mut pictures = Vec::new();
+    let mut save = |name: String, title: String, svg: String| {
+        let path = directory.join(name);
+        write_atomically(&path, svg.as_bytes())?;
+        pictures.push(Picture { path, title });
+        anyhow::Ok(())
+    };
+    if let Some(svg) = peers::draw(run)? {
+        save("peers.svg".into(), "Speed relative to cuBLASLt fp8, against other kernels".into(), svg)?;
+    }
+    for matrix in run.matrices() {
+        if let Some(svg) = latency::draw(run, matrix)? {
+            save(format!("latency-{matrix}.svg"), title(matrix), svg)?;
+        }
+    }
+    Ok(pictures)
+}
+
+/// A matrix and whose layers it is.
+pub(super) fn title(matrix: Matrix) -> String {
+    let Matrix { n, k } = matrix;
+    match origin(matrix) {
+        names if names.is_empty() => format!("N = {n}, K = {k}"),
+        names => format!("N = {n}, K = {k} ({names})"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bench::record::Point;
+    use crate::bench::record::tests::point;
+
+    /// Times near those that a GPU has: the ideal floor and a few microseconds.
+    fn synthetic() -> Run {
+        let mut run = Run { device: "NVIDIA H100 80GB HBM3".into(), ..Run::default() };
+        for case in crate::bench::shapes::peer_cases() {
+            for m in case.tokens {
+                let (n, k) = (case.matrix.n, case.matrix.k);
+                let ideal = point(m, n, k, 1.0).ideal();
+                let mut point = point(m, n, k, 1.2 * ideal + 2.0);
+                for (timing, us) in [
+                    (&mut point.stream, ideal * if m > 256 { 0.5 } else { 1.05 } + 1.5),
+                    (&mut point.mma, ideal * if m > 256 { 1.05 } else { 0.4 } + 1.5),
+                ] {
+                    timing.us = us;
+                }
+                let rival = |timing: &mut Option<crate::bench::statistics::Timing>, us| {
+                    timing.as_mut().unwrap().us = us;
+                };
+                let wide = if m > 256 { 1.4 } else { 2.0 };
+                rival(&mut point.fp8, ideal * wide + 4.0);
+                rival(&mut point.int8, ideal * wide * 1.3 + 6.0);
+                rival(&mut point.bf16, ideal * wide * 1.9 + 5.0);
+                run.points.push(point);
+            }
+        }
+        run
+    }
+
+    #[test]
+    fn every_matrix_gets_a_picture_and_the_peers_one() {
+        let directory = tempfile::tempdir().unwrap();
+        let pictures = write(&synthetic(), directory.path()).unwrap();
+        assert_eq!(pictures.len(), 11);
+        for picture in &pictures {
+            let svg = std::fs::read_to_string(&picture.path).unwrap();
+            assert!(svg.starts_with("<svg") && svg.trim_end().ends_with("</svg>"));
+            assert!(svg.contains("LiquidGEMM"), "{}", picture.path.display());
+            assert!(!svg.contains("NaN") && !svg.contains("inf"));
+        }
+        // To look at them: LIQUIDGEMM_KEEP_PLOTS=directory.
+        if let Some(keep) = std::env::var_os("LIQUIDGEMM_KEEP_PLOTS") {
+            write(&synthetic(), Path::new(&keep)).unwrap();
+        }
+    }
+
+    #[test]
+    fn missing_columns_leave_lines_out_and_break_nothing() {
+        let bare = |m| Point { int8: None, fp8: None, bf16: None, ..point(m, 4096, 4096, 5.0 + m as f64) };
+        let directory = tempfile::tempdir().unwrap();
+        let run = Run { points: vec![bare(1), bare(64)], ..Run::default() };
+        let pictures = write(&run, directory.path()).unwrap();
+        assert_eq!(pictures.len(), 1);
+        let svg = std::fs::read_to_string(&pictures[0].path).unwrap();
+        assert!(!svg.contains("fp8"));
+        // One batch size makes no line.
+        let run = Run { points: vec![bare(1)], ..Run::default() };
+        assert!(write(&run, directory.path()).unwrap().is_empty());
+    }
+}

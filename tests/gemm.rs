@@ -2,10 +2,11 @@
 
 use libtest_mimic::Failed;
 use liquidgemm::gpu::Gpu;
-use liquidgemm::{OutputType, Plan};
+use liquidgemm::{Cut, OutputType, Plan};
 use liquidgemm_format::tile::TILE_SHAPES;
 use liquidgemm_gpu_tests::{Problem, Session, Test, rng, run};
 use rand::Rng;
+use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
 
 const TESTS: [Test; 6] = [
@@ -13,7 +14,7 @@ const TESTS: [Test; 6] = [
     ("every_output_type_equals_the_cpu_for_every_tile", every_output_type_equals_the_cpu_for_every_tile),
     ("random_problems_equal_the_cpu", random_problems_equal_the_cpu),
     ("the_longest_k_equals_the_cpu", the_longest_k_equals_the_cpu),
-    ("any_number_of_blocks_gives_the_same_bits", any_number_of_blocks_gives_the_same_bits),
+    ("any_cut_gives_the_same_bits", any_cut_gives_the_same_bits),
     ("repeated_launches_give_the_same_bits", repeated_launches_give_the_same_bits),
 ];
 
@@ -66,7 +67,7 @@ fn random_problems_equal_the_cpu(gpu: &'static Gpu) -> Result<(), Failed> {
     let k_of = [1, 63, 64, 65, 127, 128, 192, 251, 384, 1000, 1024, 4096, 11008];
     let mut done = 0;
     while done < 240 {
-        let pick = |rng: &mut rand::rngs::StdRng, of: &[usize], limit: usize| {
+        let pick = |rng: &mut StdRng, of: &[usize], limit: usize| {
             if rng.random() { *of.choose(rng).unwrap_or(&1) } else { rng.random_range(1..=limit) }
         };
         let (m, n, k) =
@@ -75,12 +76,7 @@ fn random_problems_equal_the_cpu(gpu: &'static Gpu) -> Result<(), Failed> {
             continue;
         }
         let problem = Problem::random(gpu, &mut rng, [m, n, k])?;
-        let plan = if rng.random() {
-            gpu.plan(m, n, k)?
-        } else {
-            let shape = *TILE_SHAPES.choose(&mut rng).unwrap_or(&TILE_SHAPES[0]);
-            Plan::with_tile(m, n, k, shape, gpu.multiprocessors())?
-        };
+        let plan = if rng.random() { gpu.plan(m, n, k)? } else { random_cut(gpu, &mut rng, [m, n, k])? };
         let output_type = *OutputType::ALL.choose(&mut rng).unwrap_or(&OutputType::Bf16);
         let padding = *[0, 0, 1, 8].choose(&mut rng).unwrap_or(&0);
         problem.check_type(gpu, &session, &plan, output_type, rng.random(), padding)?;
@@ -101,18 +97,31 @@ fn the_longest_k_equals_the_cpu(gpu: &'static Gpu) -> Result<(), Failed> {
     Ok(())
 }
 
-fn any_number_of_blocks_gives_the_same_bits(gpu: &'static Gpu) -> Result<(), Failed> {
+fn any_cut_gives_the_same_bits(gpu: &'static Gpu) -> Result<(), Failed> {
     let mut rng = rng(5);
     let session = Session::new(gpu)?;
     for shape in TILE_SHAPES {
         let (m, n, k) = (shape.tokens as usize + 3, 700, 4096);
         let problem = Problem::random(gpu, &mut rng, [m, n, k])?;
-        for blocks in [1, 2, 3, 5, 12, 31, 64, gpu.multiprocessors()] {
-            let plan = Plan::with_tile(m, n, k, shape, blocks)?;
-            problem.check_type(gpu, &session, &plan, OutputType::I32, false, 0)?;
+        for cluster in [1, 2, 4] {
+            for workers in [1, 2, 3, 5, 12, 31, gpu.multiprocessors() / cluster] {
+                for streamed_waves in [0, 1, 100] {
+                    let plan = Plan::with_cut(m, n, k, Cut { shape, cluster, workers, streamed_waves })?;
+                    problem.check_type(gpu, &session, &plan, OutputType::I32, false, 0)?;
+                }
+            }
         }
     }
     Ok(())
+}
+
+/// A plan that uses the knobs at random.
+fn random_cut(gpu: &Gpu, rng: &mut StdRng, [m, n, k]: [usize; 3]) -> Result<Plan, Failed> {
+    let shape = TILE_SHAPES[rng.random_range(0..TILE_SHAPES.len())];
+    let cluster = 1 << rng.random_range(0..3);
+    let most = gpu.multiprocessors() * shape.blocks_per_multiprocessor() / cluster;
+    let workers = rng.random_range(1..=most);
+    Ok(Plan::with_cut(m, n, k, Cut { shape, cluster, workers, streamed_waves: rng.random_range(0..3) })?)
 }
 
 fn repeated_launches_give_the_same_bits(gpu: &'static Gpu) -> Result<(), Failed> {

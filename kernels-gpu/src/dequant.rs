@@ -45,18 +45,16 @@ impl BrickShare {
         }
     }
 
-    /// The A operands of the brick's two k32 MMAs.
+    /// The A operand of the brick's k32 MMA `MMA`, 0 or 1.
     #[inline(always)]
-    pub fn dequantize(self) -> [[u32; 4]; 2] {
+    pub fn operand<const MMA: usize>(self) -> [u32; 4] {
         // Bytes of `pairs`: s and a of channel g, s and a of channel g + 8. Selector digit 4 is a zero byte.
-        let upper = (permute_bytes::<0x4440>(self.pairs), permute_bytes::<0x1111>(self.pairs));
-        let lower = (permute_bytes::<0x4442>(self.pairs), permute_bytes::<0x3333>(self.pairs));
-        let weights = |word, (s, a4)| dequantize_word(word, s, a4, multiply_add_flip);
-        let operand = |upper_word, lower_word| {
-            let [upper_low, upper_high] = weights(upper_word, upper);
-            let [lower_low, lower_high] = weights(lower_word, lower);
-            [upper_low, lower_low, upper_high, lower_high]
-        };
-        [operand(self.words[0], self.words[1]), operand(self.words[2], self.words[3])]
+        let (upper_s, upper_a) = (permute_bytes::<0x4440>(self.pairs), permute_bytes::<0x1111>(self.pairs));
+        let (lower_s, lower_a) = (permute_bytes::<0x4442>(self.pairs), permute_bytes::<0x3333>(self.pairs));
+        let [upper_low, upper_high] =
+            dequantize_word(self.words[2 * MMA], upper_s, upper_a, multiply_add_flip);
+        let [lower_low, lower_high] =
+            dequantize_word(self.words[2 * MMA + 1], lower_s, lower_a, multiply_add_flip);
+        [upper_low, lower_low, upper_high, lower_high]
     }
 }

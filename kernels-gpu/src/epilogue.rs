@@ -6,8 +6,7 @@
 
 use liquidgemm_format::arguments::{GemmArguments, output_type};
 use liquidgemm_format::brick::BRICK_CHANNELS;
-use liquidgemm_format::schedule::TilePosition;
-use liquidgemm_format::tile::{CONSUMERS, TileShape};
+use liquidgemm_format::tile::{TileShape, WARPGROUP};
 
 use crate::partials::sync_consumer;
 use crate::pipeline::Shared;
@@ -21,23 +20,6 @@ use crate::ptx::wgmma::{Accumulator, BlockVisitor};
 
 /// A bias that changes no value, not even −0.0.
 const NO_BIAS: f32 = -0.0;
-
-/// What a thread needs to finish its part of a tile. The scales are asked for before the main loop and arrive
-/// during it.
-pub struct Epilogue<'a> {
-    arguments: &'a GemmArguments,
-    shape: TileShape,
-    buffer: u32,
-    token_scales: u32,
-    first_token: u32,
-    first_channel: u32,
-    consumer: u32,
-    thread: u32,
-    channel_scales: [f32; 2],
-    bias: [f32; 2],
-    /// Scales of tokens `thread` and `thread + 128` of the tile, for the whole consumer to read.
-    own_token_scales: [f32; 2],
-}
 
 /// The f32 at `index` of the array at `address`, or `otherwise` past its end or if there is no array.
 ///
@@ -53,87 +35,126 @@ unsafe fn element(address: u64, index: u32, length: u32, otherwise: f32) -> f32 
     }
 }
 
+/// One thread's part of a tile's scales and bias, on its way from global to shared memory: asked for before the main
+/// loop, so that it arrives during it.
+#[derive(Clone, Copy)]
+pub struct Scales {
+    /// Of the tile's tokens `thread` and `thread + 128`.
+    tokens: [f32; 2],
+    /// Scale and bias of the strip's channel `thread`, in the first 64 threads.
+    channel: [f32; 2],
+}
+
+/// What a consumer needs to finish its part of a tile.
+pub struct Epilogue<'a> {
+    arguments: &'a GemmArguments,
+    shape: TileShape,
+    /// For the transposition.
+    buffer: u32,
+    /// In shared memory: f32 for each token of the tile.
+    token_scales: u32,
+    /// In shared memory: scale and bias for each channel of the strip.
+    channels: u32,
+    first_token: u32,
+    first_channel: u32,
+    consumer: u32,
+    thread: u32,
+}
+
 impl<'a> Epilogue<'a> {
-    /// Asks for the scales and the bias of a tile.
+    /// For the tile of one strip and the tokens from `first_token`.
+    #[inline(always)]
+    pub fn new(
+        arguments: &'a GemmArguments,
+        shared: Shared,
+        shape: TileShape,
+        [first_strip, first_token]: [u32; 2],
+        consumer: u32,
+        thread: u32,
+    ) -> Self {
+        Self {
+            arguments,
+            shape,
+            buffer: shared.epilogue(consumer),
+            token_scales: shared.token_scales(consumer),
+            channels: shared.channels(consumer),
+            first_token,
+            first_channel: first_strip * BRICK_CHANNELS as u32,
+            consumer,
+            thread,
+        }
+    }
+
+    /// Asks for the tile's scales and bias.
     ///
     /// # Safety
     /// The arguments describe valid memory.
     #[inline(always)]
-    pub unsafe fn prefetch(
-        arguments: &'a GemmArguments,
-        shared: Shared,
-        shape: TileShape,
-        position: TilePosition,
-        consumer: u32,
-        thread: u32,
-    ) -> Self {
-        let first_token = position.token_tile * shape.tokens;
-        let first_channel = (position.channel_tile * CONSUMERS + consumer) * BRICK_CHANNELS as u32;
-        let channel = first_channel + thread / 32 * 16 + thread % 32 / 4;
+    pub unsafe fn fetch(&self) -> Scales {
+        let arguments = self.arguments;
         // SAFETY: the arrays have n, n and m elements.
         unsafe {
-            let channel_scale = |index| element(arguments.channel_scales, index, arguments.n, 0.0);
-            let bias = |index| element(arguments.bias, index, arguments.n, NO_BIAS);
-            let token_scale = |index| {
-                let token = first_token + index;
-                if index < shape.tokens { element(arguments.token_scales, token, arguments.m, 0.0) } else { 0.0 }
+            let token = |index: u32| {
+                let m = if index < self.shape.tokens { arguments.m } else { 0 };
+                element(arguments.token_scales, self.first_token + index, m, 0.0)
             };
-            Self {
-                arguments,
-                shape,
-                buffer: shared.epilogue(consumer),
-                token_scales: shared.token_scales(consumer),
-                first_token,
-                first_channel,
-                consumer,
-                thread,
-                channel_scales: [channel_scale(channel), channel_scale(channel + 8)],
-                bias: [bias(channel), bias(channel + 8)],
-                own_token_scales: [token_scale(thread), token_scale(thread + 128)],
+            let channel = self.first_channel + self.thread;
+            let n = if self.thread < BRICK_CHANNELS as u32 { arguments.n } else { 0 };
+            Scales {
+                tokens: [token(self.thread), token(self.thread + WARPGROUP)],
+                channel: [
+                    element(arguments.channel_scales, channel, n, 0.0),
+                    element(arguments.bias, channel, n, NO_BIAS),
+                ],
             }
         }
     }
 
-    /// Writes the tile.
+    /// Puts the scales and the bias where the whole consumer can read them after a barrier.
+    ///
+    /// # Safety
+    /// No thread of the consumer still reads those of another tile.
+    #[inline(always)]
+    pub unsafe fn park(&self, scales: Scales) {
+        // SAFETY: there is a place for each token and channel.
+        unsafe {
+            if self.thread < self.shape.tokens {
+                store_shared_f32(self.token_scales + self.thread * 4, scales.tokens[0]);
+            }
+            if self.thread + WARPGROUP < self.shape.tokens {
+                store_shared_f32(self.token_scales + (self.thread + WARPGROUP) * 4, scales.tokens[1]);
+            }
+            if self.thread < BRICK_CHANNELS as u32 {
+                store_shared_f32(self.channels + self.thread * 8, scales.channel[0]);
+                store_shared_f32(self.channels + self.thread * 8 + 4, scales.channel[1]);
+            }
+        }
+    }
+
+    /// Writes the tile, whose scales are parked.
     ///
     /// # Safety
     /// All threads of the consumer call it, and the arguments' output is valid.
     #[inline(always)]
     pub unsafe fn store<A: Accumulator>(&self, accumulator: &mut A) {
-        let [first, second] = self.own_token_scales;
-        // SAFETY: a consumer's token scales have a place for each token. The first barrier of the next tile's
-        // store comes after the last read of this one's.
-        unsafe {
-            if self.thread < self.shape.tokens {
-                store_shared_f32(self.token_scales + self.thread * 4, first);
-            }
-            if self.thread + 128 < self.shape.tokens {
-                store_shared_f32(self.token_scales + (self.thread + 128) * 4, second);
-            }
-        }
         sync_consumer(self.consumer);
+        let channel = self.thread / 32 * 16 + self.thread % 32 / 4;
+        // SAFETY: parked before the barrier.
+        let [upper, lower] = unsafe {
+            [
+                load_shared_f32x2(self.channels + channel * 8),
+                load_shared_f32x2(self.channels + (channel + 8) * 8),
+            ]
+        };
+        let scaling = Scaling { epilogue: self, upper, lower };
         match self.arguments.output_type {
-            output_type::BF16 => accumulator.visit(&mut Transposed::<A, true>::new(self)),
-            output_type::F16 => accumulator.visit(&mut Transposed::<A, false>::new(self)),
-            output_type::F32 => accumulator.visit(&mut Direct::<true> { epilogue: self }),
-            _ => accumulator.visit(&mut Direct::<false> { epilogue: self }),
+            output_type::BF16 => accumulator.visit(&mut Transposed::<A, true>::new(scaling)),
+            output_type::F16 => accumulator.visit(&mut Transposed::<A, false>::new(scaling)),
+            output_type::F32 => accumulator.visit(&mut Direct::<true> { scaling }),
+            _ => accumulator.visit(&mut Direct::<false> { scaling }),
         }
-        // The next tile's token scales may overwrite these.
+        // The next tile's scales may overwrite these.
         sync_consumer(self.consumer);
-    }
-
-    /// The block's four results as f32, in the accumulator's order.
-    #[inline(always)]
-    fn scaled(&self, j: u32, block: &[i32; 4]) -> [f32; 4] {
-        let pair = self.thread % 4;
-        // SAFETY: the tile's token scales lie there since `store`'s barrier.
-        let tokens = unsafe { load_shared_f32x2(self.token_scales + (8 * j + 2 * pair) * 4) };
-        [
-            scale(block[0], self.channel_scales[0], tokens[0], self.bias[0]),
-            scale(block[1], self.channel_scales[0], tokens[1], self.bias[0]),
-            scale(block[2], self.channel_scales[1], tokens[0], self.bias[1]),
-            scale(block[3], self.channel_scales[1], tokens[1], self.bias[1]),
-        ]
     }
 
     /// The address of an output element of `size` bytes.
@@ -144,10 +165,36 @@ impl<'a> Epilogue<'a> {
     }
 }
 
+/// The scales and biases of a thread's two channels.
+#[derive(Clone, Copy)]
+struct Scaling<'a, 'b> {
+    epilogue: &'a Epilogue<'b>,
+    /// Scale and bias of channel g, in the accumulator's order.
+    upper: [f32; 2],
+    /// And of channel g + 8.
+    lower: [f32; 2],
+}
+
+impl Scaling<'_, '_> {
+    /// The block's four results as f32, in the accumulator's order.
+    #[inline(always)]
+    fn scaled(&self, j: u32, block: &[i32; 4]) -> [f32; 4] {
+        let pair = self.epilogue.thread % 4;
+        // SAFETY: parked before `store`'s barrier.
+        let tokens = unsafe { load_shared_f32x2(self.epilogue.token_scales + (8 * j + 2 * pair) * 4) };
+        [
+            scale(block[0], self.upper[0], tokens[0], self.upper[1]),
+            scale(block[1], self.upper[0], tokens[1], self.upper[1]),
+            scale(block[2], self.lower[0], tokens[0], self.lower[1]),
+            scale(block[3], self.lower[0], tokens[1], self.lower[1]),
+        ]
+    }
+}
+
 /// 16-bit results, through the transposition buffer: a row of 128 bytes a token, its 16-byte pieces permuted by
 /// the token's low bits so that neither side has bank conflicts.
 struct Transposed<'a, 'b, A, const BF16: bool> {
-    epilogue: &'a Epilogue<'b>,
+    scaling: Scaling<'a, 'b>,
     /// Where this lane's matrix row of the first two blocks goes.
     row: u32,
     /// The even block's packed results, until the odd one's are there too.
@@ -157,15 +204,16 @@ struct Transposed<'a, 'b, A, const BF16: bool> {
 
 impl<'a, 'b, A: Accumulator, const BF16: bool> Transposed<'a, 'b, A, BF16> {
     /// Tokens that the buffer holds.
-    const BUFFER_TOKENS: u32 = if A::TOKENS < 64 { A::TOKENS } else { 64 };
+    const BUFFER_TOKENS: u32 = TileShape { tokens: A::TOKENS, stages: 1 }.epilogue_tokens();
 
     #[inline(always)]
-    fn new(epilogue: &'a Epilogue<'b>) -> Self {
+    fn new(scaling: Scaling<'a, 'b>) -> Self {
+        let epilogue = scaling.epilogue;
         let (warp, lane) = (epilogue.thread / 32, epilogue.thread % 32);
         let (matrix, token) = (lane / 8, lane % 8);
         let piece = (warp * 2 + matrix % 2) ^ token;
         let row = epilogue.buffer + (matrix / 2 * 8 + token) * 128 + piece * 16;
-        Self { epilogue, row, even: [0; 2], accumulator: core::marker::PhantomData }
+        Self { scaling, row, even: [0; 2], accumulator: core::marker::PhantomData }
     }
 
     #[inline(always)]
@@ -176,7 +224,7 @@ impl<'a, 'b, A: Accumulator, const BF16: bool> Transposed<'a, 'b, A, BF16> {
     /// Copies the buffer, which holds the tokens from `first_token`, to the output.
     #[inline(always)]
     fn flush(&self, first_token: u32) {
-        let epilogue = self.epilogue;
+        let epilogue = self.scaling.epilogue;
         let arguments = epilogue.arguments;
         let piece = epilogue.thread % 8;
         let channel = epilogue.first_channel + piece * 8;
@@ -225,7 +273,7 @@ unsafe fn store_pairs(address: u64, words: [u32; 4], count: u32) {
 impl<A: Accumulator, const BF16: bool> BlockVisitor for Transposed<'_, '_, A, BF16> {
     #[inline(always)]
     fn block(&mut self, j: u32, block: &mut [i32; 4]) {
-        let [a, b, c, d] = self.epilogue.scaled(j, block);
+        let [a, b, c, d] = self.scaling.scaled(j, block);
         let packed = [Self::pack(a, b), Self::pack(c, d)];
         let in_buffer = j % (Self::BUFFER_TOKENS / 8);
         // SAFETY: the addresses lie in the consumer's buffer.
@@ -240,24 +288,28 @@ impl<A: Accumulator, const BF16: bool> BlockVisitor for Transposed<'_, '_, A, BF
         }
         self.even = packed;
         if in_buffer == Self::BUFFER_TOKENS / 8 - 1 {
-            self.flush(self.epilogue.first_token + (j - in_buffer) * 8);
+            self.flush(self.scaling.epilogue.first_token + (j - in_buffer) * 8);
         }
     }
 }
 
 /// 32-bit results, from the registers.
 struct Direct<'a, 'b, const SCALED: bool> {
-    epilogue: &'a Epilogue<'b>,
+    scaling: Scaling<'a, 'b>,
 }
 
 impl<const SCALED: bool> BlockVisitor for Direct<'_, '_, SCALED> {
     #[inline(always)]
     fn block(&mut self, j: u32, block: &mut [i32; 4]) {
-        let epilogue = self.epilogue;
+        let epilogue = self.scaling.epilogue;
         let lane = epilogue.thread % 32;
         let token = epilogue.first_token + 8 * j + lane % 4 * 2;
         let channel = epilogue.first_channel + epilogue.thread / 32 * 16 + lane / 4;
-        let values = if SCALED { epilogue.scaled(j, block).map(f32::to_bits) } else { block.map(|sum| sum as u32) };
+        let values = if SCALED {
+            self.scaling.scaled(j, block).map(f32::to_bits)
+        } else {
+            block.map(|sum| sum as u32)
+        };
         let store = |token: u32, channel: u32, value: u32| {
             if token < epilogue.arguments.m && channel < epilogue.arguments.n {
                 // SAFETY: inside the output.

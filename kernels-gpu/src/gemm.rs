@@ -1,39 +1,38 @@
-//! The W4A8 GEMM: one producer warpgroup fills a ring of stages, two consumer warpgroups dequantize in registers
-//! and feed the tensor cores (LiquidGEMM's implicit fine-grained pipeline, arXiv 2509.01229, section 5).
+//! The W4A8 GEMM: a producer, bricks and activations by a warp each, fills a ring of stages; two consumer warpgroups dequantize in registers and feed the
+//! tensor cores (LiquidGEMM's implicit fine-grained pipeline, arXiv 2509.01229, section 5).
 //!
 //! Weights are wgmma's A operand and come from registers; activations are B and come from swizzled shared
-//! memory. Blocks are persistent and go through the segments that the schedule gives them. The host twin, which
-//! plans and launches this, is `host/src/gpu/gemm.rs`.
+//! memory. Blocks are persistent and go through the segments that the schedule gives their cluster. The host twin,
+//! which plans and launches this, is `host/src/gpu/gemm.rs`.
 
-use cuda_std::{TensorMap, shared, thread, warp};
+use cuda_std::{TensorMap, cluster, shared, thread, warp};
 use liquidgemm_format::arguments::GemmArguments;
 use liquidgemm_format::brick::BRICK_BYTES;
 use liquidgemm_format::ring::RingCursor;
 use liquidgemm_format::schedule::Segment;
-use liquidgemm_format::tile::{BLOCK_THREADS, CONSUMERS, STAGE_BRICKS, STAGE_K, TileShape};
+use liquidgemm_format::tile::{CONSUMERS, STAGE_BRICKS, STAGE_K, STRIP_STAGE_BYTES, TileShape, WARPGROUP};
 
 use crate::dequant::{BrickShare, SharePlace};
 use crate::epilogue::Epilogue;
 use crate::partials;
-use crate::pipeline::Shared;
-use crate::ptx::wgmma::Accumulator;
-use crate::ptx::{registers, tma, wgmma};
+use crate::pipeline::{Cluster, Shared};
+use crate::ptx::wgmma::{Accumulator, DESCRIPTOR_K32};
+use crate::ptx::{grid, registers, tma, wgmma};
 
 /// Registers a thread of the producer keeps; the consumers share the rest.
 const PRODUCER_REGISTERS: u32 = 40;
 /// Registers a thread of a consumer has.
 const CONSUMER_REGISTERS: u32 = 232;
 const _: () = assert!(
-    128 * (PRODUCER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS) <= 65_536,
+    WARPGROUP * (PRODUCER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS) <= 65_536,
     "the warpgroups share one register file"
 );
-const _: () = assert!(BLOCK_THREADS == 384, "the kernels' launch bounds say 384");
 
 /// The kernel's body, for the token tile of `A` and a ring of `STAGES`.
 ///
 /// # Safety
 /// The arguments describe memory as their documentation says; `activations` is a map of int8 `[m, k]` with
-/// boxes of [`STAGE_K`] × `A::TOKENS` and 128-byte swizzle.
+/// boxes of [`STAGE_K`] × a cluster block's part of the tile's tokens and 128-byte swizzle.
 #[inline(always)]
 pub unsafe fn gemm<A: Accumulator, const STAGES: u32>(
     activations: *const TensorMap,
@@ -44,67 +43,129 @@ pub unsafe fn gemm<A: Accumulator, const STAGES: u32>(
     let thread = thread::thread_idx_x();
     let warp = warp::broadcast(thread / warp::WARP_SIZE);
     let warpgroup = warp / 4;
+    let cluster = Cluster { blocks: cluster::blocks(), rank: cluster::block_rank() };
 
     if thread == 0 {
-        // SAFETY: the map is a parameter; the block barrier below orders the barriers' making.
+        // SAFETY: the map is a parameter; the barrier below orders the barriers' making.
         unsafe {
             tma::prefetch_map(activations);
-            shared.init_barriers();
+            shared.init_barriers(cluster.blocks);
         }
     }
-    thread::sync_threads();
+    sync(cluster);
 
     if warpgroup == CONSUMERS {
-        // SAFETY: the whole warpgroup is here.
-        unsafe { registers::decrease::<PRODUCER_REGISTERS>() };
-        if thread == CONSUMERS * 128 {
-            // SAFETY: one thread; the caller vouches for the arguments.
-            unsafe { produce::<STAGES>(activations, arguments, shared, shape) };
+        if shape.moves_registers() {
+            // SAFETY: the whole warpgroup is here.
+            unsafe { registers::decrease::<PRODUCER_REGISTERS>() };
+        }
+        // SAFETY (both): one whole warp each; the caller vouches for the arguments.
+        if warp == CONSUMERS * 4 {
+            grid::admit_next();
+            unsafe { produce_bricks::<STAGES>(arguments, shared, cluster) };
+        } else if warp == CONSUMERS * 4 + 1 {
+            unsafe { produce_activations::<STAGES>(activations, arguments, shared, shape, cluster) };
         }
     } else {
+        if shape.moves_registers() {
+            // SAFETY: the whole warpgroup is here.
+            unsafe { registers::increase::<CONSUMER_REGISTERS>() };
+        }
         // SAFETY: the whole warpgroup is here; the caller vouches for the arguments.
-        unsafe {
-            registers::increase::<CONSUMER_REGISTERS>();
-            consume::<A, STAGES>(arguments, shared, shape, warpgroup);
+        unsafe { consume::<A, STAGES>(arguments, shared, shape, cluster, warpgroup) };
+    }
+    if cluster.blocks > 1 {
+        // The others may still send activations here, or arrive on the barriers.
+        cluster::sync_cluster();
+    }
+}
+
+/// Waits for every thread of the cluster.
+#[inline(always)]
+fn sync(cluster: Cluster) {
+    if cluster.blocks > 1 {
+        cluster::sync_cluster();
+    } else {
+        thread::sync_threads();
+    }
+}
+
+/// The first producer: keeps the ring full of bricks.
+///
+/// The weights are there before the launch, so it begins at once, while the launch before this one, which may be
+/// computing the activations, still runs.
+#[inline(always)]
+unsafe fn produce_bricks<const STAGES: u32>(arguments: &GemmArguments, shared: Shared, cluster: Cluster) {
+    let schedule = arguments.schedule;
+    let strip_bytes = arguments.k_blocks as u64 * BRICK_BYTES as u64;
+    let mut ring = RingCursor::<STAGES>::start();
+    for segment in schedule.segments(cluster::cluster_idx_x()) {
+        let position = schedule.position(segment.tile);
+        let first_strip = (position.channel_tile * cluster.blocks + cluster.rank) * CONSUMERS;
+        // The last tiles may have fewer strips: their consumers then work on what happens to lie there, and store
+        // nothing.
+        let strips = arguments.strips.saturating_sub(first_strip).min(CONSUMERS);
+        let mut block = segment.k_begin * STAGE_BRICKS;
+        let mut source =
+            arguments.bricks + first_strip as u64 * strip_bytes + block as u64 * BRICK_BYTES as u64;
+        for _ in segment.k_begin..segment.k_end {
+            // Past the last brick the activations are zeros, so stale bricks add nothing.
+            let bytes = if block + 1 < arguments.k_blocks { STRIP_STAGE_BYTES } else { BRICK_BYTES as u32 };
+            let stage = ring.stage();
+            // SAFETY: the stage is empty once acquired and holds what is copied; the bricks exist.
+            unsafe {
+                let full = shared.acquire_empty(stage, ring.empty_parity(), strips * bytes);
+                if strips > 0 {
+                    tma::load_bulk(shared.bricks(stage, 0), source, bytes, full);
+                }
+                if strips > 1 {
+                    tma::load_bulk(shared.bricks(stage, 1), source + strip_bytes, bytes, full);
+                }
+            }
+            block += STAGE_BRICKS;
+            source += STRIP_STAGE_BYTES as u64;
+            ring = ring.next();
         }
     }
 }
 
-/// The producer: keeps the ring full of bricks and activations.
+/// The second producer: keeps the ring full of activations, which the launch before this one may have to finish first.
 #[inline(always)]
-unsafe fn produce<const STAGES: u32>(
+unsafe fn produce_activations<const STAGES: u32>(
     activations: *const TensorMap,
     arguments: &GemmArguments,
     shared: Shared,
     shape: TileShape,
+    cluster: Cluster,
 ) {
     let schedule = arguments.schedule;
+    // A cluster has a power of two of blocks; each loads an equal part of the tile's tokens for all of them.
+    let part_tokens = shape.tokens >> cluster.blocks.trailing_zeros();
+    let part_offset = cluster.rank * part_tokens * STAGE_K;
+    let every_block = (1 << cluster.blocks) - 1;
     let mut ring = RingCursor::<STAGES>::start();
-    for segment in schedule.segments(thread::block_idx_x()) {
+    grid::await_previous();
+    for segment in schedule.segments(cluster::cluster_idx_x()) {
         let position = schedule.position(segment.tile);
-        let first_token = position.token_tile * shape.tokens;
-        let first_strip = position.channel_tile * CONSUMERS;
-        // The last tile may have one strip only: its second consumer then works on what happens to lie there,
-        // and stores nothing.
-        let strips = (arguments.strips - first_strip).min(CONSUMERS);
-
+        let token = position.token_tile * shape.tokens + cluster.rank * part_tokens;
         for step in segment.k_begin..segment.k_end {
-            let first_block = step * STAGE_BRICKS;
-            // Past the last brick the activations are zeros, so stale bricks add nothing.
-            let blocks = (arguments.k_blocks - first_block).min(STAGE_BRICKS);
-            let bytes = blocks * BRICK_BYTES as u32;
             let stage = ring.stage();
-            // SAFETY: the stage is empty once acquired and holds what is copied; the bricks exist.
+            let destination = shared.activations(stage) + part_offset;
+            // SAFETY: the stage is empty once acquired and holds what is copied; so do the other blocks', as their
+            // consumers arrive here too.
             unsafe {
-                let full =
-                    shared.acquire_empty(stage, ring.empty_parity(), shape.activation_bytes() + strips * bytes);
-                tma::load_2d(shared.activations(stage), activations, step * STAGE_K, first_token, full);
-                let mut strip = 0;
-                while strip < strips {
-                    let brick = (first_strip + strip) as u64 * arguments.k_blocks as u64 + first_block as u64;
-                    let source = arguments.bricks + brick * BRICK_BYTES as u64;
-                    tma::load_bulk(shared.bricks(stage, strip), source, bytes, full);
-                    strip += 1;
+                let full = shared.acquire_empty(stage, ring.empty_parity(), shape.activation_bytes());
+                if cluster.blocks > 1 {
+                    tma::load_2d_multicast(
+                        destination,
+                        activations,
+                        step * STAGE_K,
+                        token,
+                        full,
+                        every_block,
+                    );
+                } else {
+                    tma::load_2d(destination, activations, step * STAGE_K, token, full);
                 }
             }
             ring = ring.next();
@@ -118,26 +179,42 @@ unsafe fn consume<A: Accumulator, const STAGES: u32>(
     arguments: &GemmArguments,
     shared: Shared,
     shape: TileShape,
+    cluster: Cluster,
     consumer: u32,
 ) {
     let schedule = arguments.schedule;
-    let worker = thread::block_idx_x();
-    let thread = thread::thread_idx_x() % 128;
+    let worker = cluster::cluster_idx_x();
+    let thread = thread::thread_idx_x() % WARPGROUP;
     let mut ring = RingCursor::<STAGES>::start();
+    // Scales, workspace and output belong to the launch before this one until it has ended.
+    grid::await_previous();
     for segment in schedule.segments(worker) {
         let mut accumulator = A::zero();
         let position = schedule.position(segment.tile);
+        let first_strip = (position.channel_tile * cluster.blocks + cluster.rank) * CONSUMERS + consumer;
+        let first_token = position.token_tile * shape.tokens;
+        let owns = schedule.owns(segment);
+        let slots = partials::Slots { cluster, consumer, thread };
+        let epilogue = Epilogue::new(arguments, shared, shape, [first_strip, first_token], consumer, thread);
         // SAFETY: the caller vouches for the arguments; all threads of the warpgroup go the same way, as
         // every condition depends on the segment alone.
         unsafe {
-            let epilogue = Epilogue::prefetch(arguments, shared, shape, position, consumer, thread);
-            ring = accumulate(&mut accumulator, ring, segment, shared, consumer, thread);
-            if schedule.owns(segment) {
+            // A small tile waits for its first stage anyway, and has no registers to spare during the main loop.
+            let early = !shape.moves_registers();
+            let scales = epilogue.fetch();
+            if early {
+                epilogue.park(scales);
+            }
+            ring = accumulate(&mut accumulator, ring, segment, shared, cluster, consumer, thread);
+            if owns {
                 let first = schedule.first_contributor(worker, segment);
-                partials::collect(&mut accumulator, arguments, first..worker, consumer, thread);
+                slots.collect(&mut accumulator, arguments, first..worker);
+                if !early {
+                    epilogue.park(scales);
+                }
                 epilogue.store(&mut accumulator);
             } else {
-                partials::contribute(&mut accumulator, arguments, worker, consumer, thread);
+                slots.contribute(&mut accumulator, arguments, worker);
             }
         }
     }
@@ -145,72 +222,126 @@ unsafe fn consume<A: Accumulator, const STAGES: u32>(
 
 /// The main loop: adds a segment's products to the accumulator and returns the ring's next stage.
 ///
-/// Two bricks a step, each its own wgmma group. While one brick's group runs, the next brick is loaded and
-/// dequantized into the other set of registers.
+/// Each step is one wgmma group of four MMAs. While it runs, the next step's codes are loaded and dequantized into
+/// operand registers of their own; two steps a turn of the loop make those two sets.
 #[inline(always)]
 unsafe fn accumulate<A: Accumulator, const STAGES: u32>(
     accumulator: &mut A,
-    mut ring: RingCursor<STAGES>,
+    ring: RingCursor<STAGES>,
     segment: Segment,
     shared: Shared,
+    cluster: Cluster,
     consumer: u32,
     thread: u32,
 ) -> RingCursor<STAGES> {
-    let place = SharePlace::of_thread(thread);
-    let releases = thread % warp::WARP_SIZE == 0;
-    let mut steps = segment.k_end - segment.k_begin;
-    let mut unreleased = STAGES;
-
     // SAFETY: a stage is read between acquiring and releasing it, and released when its last wgmma is done;
     // the caller vouches for the warpgroup.
     unsafe {
-        shared.acquire_full(ring.stage(), ring.full_parity());
-        let mut share = BrickShare::load(shared.bricks(ring.stage(), consumer), place);
+        let mut walk =
+            StageWalk::enter(ring, segment.k_end - segment.k_begin, shared, cluster, consumer, thread);
         loop {
-            let bricks = shared.bricks(ring.stage(), consumer);
-            let tile = wgmma::descriptor(shared.activations(ring.stage()));
-
-            multiply_brick(accumulator, share, tile);
-            let second = BrickShare::load(bricks + BRICK_BYTES as u32, place);
-            wgmma::wait::<1>();
-            // The other lanes' reads of the stage come before the arrival of the one that gives it back.
-            warp::sync_warp();
-            if releases && unreleased != STAGES {
-                shared.release(unreleased);
-            }
-
-            multiply_brick(accumulator, second, tile + (BRICK_ROW_BYTES >> 4));
-            unreleased = ring.stage();
-            ring = ring.next();
-            steps -= 1;
-            if steps == 0 {
+            if walk.step(accumulator) {
                 break;
             }
-            shared.acquire_full(ring.stage(), ring.full_parity());
-            share = BrickShare::load(shared.bricks(ring.stage(), consumer), place);
-            wgmma::wait::<1>();
+            if walk.step(accumulator) {
+                break;
+            }
         }
         wgmma::wait::<0>();
-        warp::sync_warp();
-        if releases {
-            shared.release(unreleased);
-        }
+        walk.release();
+        walk.ring
     }
-    ring
 }
 
-/// Bytes of an activation row that one brick spans.
-const BRICK_ROW_BYTES: u64 = (STAGE_K / STAGE_BRICKS) as u64;
+/// A consumer's way through the stages of a segment.
+struct StageWalk<const STAGES: u32> {
+    shared: Shared,
+    cluster: Cluster,
+    consumer: u32,
+    lane: u32,
+    place: SharePlace,
+    /// The stage to multiply next.
+    ring: RingCursor<STAGES>,
+    /// Its codes.
+    shares: [BrickShare; STAGE_BRICKS as usize],
+    /// Steps left, with this one.
+    steps: u32,
+    /// The stage whose MMAs may still run; `STAGES` for none.
+    unreleased: u32,
+}
 
-/// Dequantizes a brick and issues its two MMAs as one group.
-#[inline(always)]
-unsafe fn multiply_brick<A: Accumulator>(accumulator: &mut A, share: BrickShare, tile: u64) {
-    let [first, second] = share.dequantize();
-    // SAFETY: the caller waits before it touches the accumulator or reuses the operands' registers.
-    unsafe {
-        wgmma::fence();
-        accumulator.multiply_accumulate(first, tile);
-        accumulator.multiply_accumulate(second, tile + (BRICK_ROW_BYTES >> 5));
-        wgmma::commit();
+impl<const STAGES: u32> StageWalk<STAGES> {
+    /// Waits for the first stage.
+    #[inline(always)]
+    unsafe fn enter(
+        ring: RingCursor<STAGES>,
+        steps: u32,
+        shared: Shared,
+        cluster: Cluster,
+        consumer: u32,
+        thread: u32,
+    ) -> Self {
+        let place = SharePlace::of_thread(thread);
+        let lane = thread % warp::WARP_SIZE;
+        // SAFETY: the stage is acquired before it is read.
+        let shares = unsafe { Self::acquire(shared, ring, consumer, place) };
+        Self { shared, cluster, consumer, lane, place, ring, shares, steps, unreleased: STAGES }
+    }
+
+    /// Waits for a stage and loads its codes.
+    #[inline(always)]
+    unsafe fn acquire(
+        shared: Shared,
+        ring: RingCursor<STAGES>,
+        consumer: u32,
+        place: SharePlace,
+    ) -> [BrickShare; STAGE_BRICKS as usize] {
+        let bricks = shared.bricks(ring.stage(), consumer);
+        // SAFETY: the stage is acquired before it is read.
+        unsafe {
+            shared.acquire_full(ring.stage(), ring.full_parity());
+            [BrickShare::load(bricks, place), BrickShare::load(bricks + BRICK_BYTES as u32, place)]
+        }
+    }
+
+    /// Multiplies one stage and says whether it was the last.
+    #[inline(always)]
+    unsafe fn step<A: Accumulator>(&mut self, accumulator: &mut A) -> bool {
+        let [first, second] = self.shares;
+        let operands =
+            [first.operand::<0>(), first.operand::<1>(), second.operand::<0>(), second.operand::<1>()];
+        let tile = wgmma::descriptor(self.shared.activations(self.ring.stage()));
+        // SAFETY: the stage is acquired; the operands' registers are not written before the group is done.
+        unsafe {
+            wgmma::fence();
+            accumulator.multiply_accumulate(operands[0], tile);
+            accumulator.multiply_accumulate(operands[1], tile + DESCRIPTOR_K32);
+            accumulator.multiply_accumulate(operands[2], tile + 2 * DESCRIPTOR_K32);
+            accumulator.multiply_accumulate(operands[3], tile + 3 * DESCRIPTOR_K32);
+            wgmma::commit();
+        }
+        let before = self.unreleased;
+        self.unreleased = self.ring.stage();
+        self.ring = self.ring.next();
+        self.steps -= 1;
+        let last = self.steps == 0;
+        // SAFETY: the group before this one is done after the wait, and with it the stage before.
+        unsafe {
+            if !last {
+                self.shares = Self::acquire(self.shared, self.ring, self.consumer, self.place);
+            }
+            wgmma::wait::<1>();
+            if before != STAGES {
+                self.shared.release(before, self.cluster, self.lane);
+            }
+        }
+        last
+    }
+
+    /// Gives the last stage back.
+    #[inline(always)]
+    unsafe fn release(&self) {
+        // SAFETY: the caller has waited for all groups.
+        unsafe { self.shared.release(self.unreleased, self.cluster, self.lane) };
     }
 }

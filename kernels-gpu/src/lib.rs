@@ -29,12 +29,12 @@ const fn stages(tokens: u32) -> u32 {
 }
 
 macro_rules! gemm_kernel {
-    ($name:ident, $accumulator:ident) => {
+    ($name:ident, $accumulator:ident, $threads:literal, $blocks:literal) => {
         #[doc = concat!("[`gemm::gemm`] for the token tile of [`wgmma::", stringify!($accumulator), "`].")]
         ///
         /// # Safety
         /// See [`gemm::gemm`].
-        #[kernel(max_threads = 384, min_blocks = 1)]
+        #[kernel(max_threads = $threads, min_blocks = $blocks)]
         pub unsafe fn $name(#[grid_constant] activations: cuda_std::TensorMap, arguments: GemmArguments) {
             // SAFETY: the launcher vouches for the arguments.
             unsafe {
@@ -47,12 +47,12 @@ macro_rules! gemm_kernel {
     };
 }
 
-gemm_kernel!(gemm_8, Accumulator8);
-gemm_kernel!(gemm_16, Accumulator16);
-gemm_kernel!(gemm_32, Accumulator32);
-gemm_kernel!(gemm_64, Accumulator64);
-gemm_kernel!(gemm_128, Accumulator128);
-gemm_kernel!(gemm_256, Accumulator256);
+gemm_kernel!(gemm_8, Accumulator8, 320, 2);
+gemm_kernel!(gemm_16, Accumulator16, 320, 2);
+gemm_kernel!(gemm_32, Accumulator32, 320, 2);
+gemm_kernel!(gemm_64, Accumulator64, 320, 1);
+gemm_kernel!(gemm_128, Accumulator128, 384, 1);
+gemm_kernel!(gemm_256, Accumulator256, 384, 1);
 
 /// [`probes::stream`].
 ///

@@ -1,80 +1,113 @@
 //! Partial sums of a tile that several workers share: int32, through global memory, and therefore exact.
 //!
-//! Every worker has one slot, laid out as its threads hold their registers, and a flag for each consumer.
+//! Every block has one slot, laid out as its threads hold their registers, and a flag for each consumer.
 //! Flags are zero between launches: whoever waits for one lowers it.
 
 use core::ops::Range;
 
 use cuda_std::thread;
 use liquidgemm_format::arguments::GemmArguments;
-use liquidgemm_format::tile::CONSUMERS;
+use liquidgemm_format::tile::{CONSUMERS, WARPGROUP};
 
+use crate::pipeline::Cluster;
 use crate::ptx::memory::{await_flag, load_global_x4, raise_flag, store_global_x4};
 use crate::ptx::wgmma::{Accumulator, BlockVisitor};
-
-/// Threads of a consumer.
-const THREADS: u32 = 128;
 
 /// The named barrier of one consumer.
 #[inline(always)]
 pub fn sync_consumer(consumer: u32) {
-    thread::sync_named::<THREADS>(1 + consumer);
+    thread::sync_named::<WARPGROUP>(1 + consumer);
 }
 
-/// The address of this thread's first block in a worker's slot; the blocks follow at [`BLOCK_STRIDE`].
-#[inline(always)]
-fn slot<A: Accumulator>(arguments: &GemmArguments, worker: u32, consumer: u32, thread: u32) -> u64 {
-    let consumers_before = (worker * CONSUMERS + consumer) as u64;
-    arguments.partials + consumers_before * (A::TOKENS as u64 / 8 * BLOCK_STRIDE) + thread as u64 * 16
+/// Bytes from one block of a thread's sums to its next: the whole consumer's lie side by side.
+const BLOCK_STRIDE: u64 = WARPGROUP as u64 * 16;
+
+/// Which part of the slots a thread reads and writes.
+#[derive(Clone, Copy)]
+pub struct Slots {
+    /// The block's place in its cluster: it shares tiles with the blocks of the same rank.
+    pub cluster: Cluster,
+    /// The consumer in its block.
+    pub consumer: u32,
+    /// The thread in its consumer.
+    pub thread: u32,
 }
 
-/// Bytes from one block of a thread to its next: the whole consumer's blocks lie side by side.
-const BLOCK_STRIDE: u64 = THREADS as u64 * 16;
-
-#[inline(always)]
-fn flag(arguments: &GemmArguments, worker: u32, consumer: u32) -> u64 {
-    arguments.flags + (worker * CONSUMERS + consumer) as u64 * 4
-}
-
-/// Hands this consumer's sums to the tile's owner.
-///
-/// # Safety
-/// All threads of the consumer call it; the arguments' slots and flags are valid.
-#[inline(always)]
-pub unsafe fn contribute<A: Accumulator>(
-    accumulator: &mut A,
-    arguments: &GemmArguments,
-    worker: u32,
-    consumer: u32,
-    thread: u32,
-) {
-    accumulator.visit(&mut Write { address: slot::<A>(arguments, worker, consumer, thread) });
-    sync_consumer(consumer);
-    if thread == 0 {
-        // SAFETY: the caller vouches for the flag.
-        unsafe { raise_flag(flag(arguments, worker, consumer)) };
+impl Slots {
+    /// This consumer's number among those of all blocks, in the cluster of `worker`.
+    #[inline(always)]
+    fn index(self, worker: u32) -> u64 {
+        ((worker * self.cluster.blocks + self.cluster.rank) * CONSUMERS + self.consumer) as u64
     }
-}
 
-/// Adds the sums of `contributors` to this consumer's.
-///
-/// # Safety
-/// As for [`contribute`].
-#[inline(always)]
-pub unsafe fn collect<A: Accumulator>(
-    accumulator: &mut A,
-    arguments: &GemmArguments,
-    contributors: Range<u32>,
-    consumer: u32,
-    thread: u32,
-) {
-    for contributor in contributors {
-        if thread == 0 {
+    /// The address of this thread's first sums in a worker's slot; the others follow at [`BLOCK_STRIDE`].
+    #[inline(always)]
+    fn slot<A: Accumulator>(self, arguments: &GemmArguments, worker: u32) -> u64 {
+        let consumer_bytes = A::TOKENS as u64 / 8 * BLOCK_STRIDE;
+        arguments.partials + self.index(worker) * consumer_bytes + self.thread as u64 * 16
+    }
+
+    #[inline(always)]
+    fn flag(self, arguments: &GemmArguments, worker: u32) -> u64 {
+        arguments.flags + self.index(worker) * 4
+    }
+
+    /// Hands this consumer's sums to the tile's owner.
+    ///
+    /// # Safety
+    /// All threads of the consumer call it; the arguments' slots and flags are valid.
+    #[inline(always)]
+    pub unsafe fn contribute<A: Accumulator>(
+        self,
+        accumulator: &mut A,
+        arguments: &GemmArguments,
+        worker: u32,
+    ) {
+        accumulator.visit(&mut Write { address: self.slot::<A>(arguments, worker) });
+        sync_consumer(self.consumer);
+        if self.thread == 0 {
             // SAFETY: the caller vouches for the flag.
-            unsafe { await_flag(flag(arguments, contributor, consumer)) };
+            unsafe { raise_flag(self.flag(arguments, worker)) };
         }
-        sync_consumer(consumer);
-        accumulator.visit(&mut Add { address: slot::<A>(arguments, contributor, consumer, thread) });
+    }
+
+    /// Adds the sums of `contributors` to this consumer's.
+    ///
+    /// # Safety
+    /// As for [`contribute`](Self::contribute).
+    #[inline(always)]
+    pub unsafe fn collect<A: Accumulator>(
+        self,
+        accumulator: &mut A,
+        arguments: &GemmArguments,
+        contributors: Range<u32>,
+    ) {
+        if contributors.start >= contributors.end {
+            return;
+        }
+        // Each flag has a thread that waits for it, so that the waits go on side by side.
+        let mut waited = contributors.start + self.thread;
+        while waited < contributors.end {
+            // SAFETY: the caller vouches for the flag.
+            unsafe { await_flag(self.flag(arguments, waited)) };
+            waited += WARPGROUP;
+        }
+        sync_consumer(self.consumer);
+        let worker_stride = self.slot::<A>(arguments, 1) - self.slot::<A>(arguments, 0);
+        // A small tile has too few loads of its own to hide their latency: there, contributors go together.
+        let together = match A::TOKENS {
+            0..=16 => 4,
+            17..=32 => 2,
+            _ => 1,
+        };
+        let mut add = Add { address: self.slot::<A>(arguments, contributors.start), worker_stride, count: 0 };
+        let mut left = contributors.end - contributors.start;
+        while left > 0 {
+            add.count = left.min(together);
+            accumulator.visit(&mut add);
+            add.address += worker_stride * together as u64;
+            left -= add.count;
+        }
     }
 }
 
@@ -90,18 +123,29 @@ impl BlockVisitor for Write {
     }
 }
 
+/// Adds the sums of `count` contributors, at most four, all of whose loads are under way at once.
 struct Add {
     address: u64,
+    worker_stride: u64,
+    count: u32,
 }
 
 impl BlockVisitor for Add {
     #[inline(always)]
     fn block(&mut self, j: u32, block: &mut [i32; 4]) {
-        // SAFETY: the block lies in the contributor's slot, whose flag was seen.
-        let other = unsafe { load_global_x4(self.address + j as u64 * BLOCK_STRIDE) };
-        block[0] = block[0].wrapping_add(other[0]);
-        block[1] = block[1].wrapping_add(other[1]);
-        block[2] = block[2].wrapping_add(other[2]);
-        block[3] = block[3].wrapping_add(other[3]);
+        let mut others = [[0; 4]; 4];
+        seq_macro::seq!(I in 0..4 {
+            if I < self.count {
+                let address = self.address + I * self.worker_stride + j as u64 * BLOCK_STRIDE;
+                // SAFETY: the block lies in a contributor's slot, whose flag was seen.
+                others[I] = unsafe { load_global_x4(address) };
+            }
+        });
+        seq_macro::seq!(I in 0..4 {
+            block[0] = block[0].wrapping_add(others[I][0]);
+            block[1] = block[1].wrapping_add(others[I][1]);
+            block[2] = block[2].wrapping_add(others[I][2]);
+            block[3] = block[3].wrapping_add(others[I][3]);
+        });
     }
 }

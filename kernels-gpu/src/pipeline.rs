@@ -2,12 +2,20 @@
 //!
 //! The layout is `liquidgemm_format::tile`'s, from which the host takes the size.
 
-use liquidgemm_format::tile::{CONSUMERS, STRIP_STAGE_BYTES, TileShape};
+use liquidgemm_format::brick::BRICK_CHANNELS;
+use liquidgemm_format::tile::{CONSUMERS, STRIP_STAGE_BYTES, TileShape, WARPGROUP};
 
 use crate::ptx::mbarrier;
 
-/// Arrivals that empty a stage: one a consumer warp.
-const EMPTY_ARRIVALS: u32 = CONSUMERS * 4;
+/// Warps that fill the ring: one copies bricks, one activations. Each arrives at a stage's full barrier.
+const PRODUCERS: u32 = 2;
+
+/// Arrivals that empty a stage: every thread of the block's own consumers, as each reads bricks, and one for each
+/// consumer warp of the cluster's other blocks, which share the activations.
+#[inline(always)]
+fn empty_arrivals(cluster: u32) -> u32 {
+    CONSUMERS * WARPGROUP + (cluster - 1) * CONSUMERS * (WARPGROUP / 32)
+}
 
 /// The block's shared memory for one tile shape.
 #[derive(Clone, Copy)]
@@ -47,6 +55,12 @@ impl Shared {
         self.base + self.shape.token_scales_offset() + consumer * self.shape.tokens * 4
     }
 
+    /// A consumer's copy of its channels' scales and biases.
+    #[inline(always)]
+    pub fn channels(self, consumer: u32) -> u32 {
+        self.base + self.shape.channels_offset() + consumer * BRICK_CHANNELS as u32 * 8
+    }
+
     #[inline(always)]
     fn full(self, stage: u32) -> u32 {
         self.base + self.shape.barriers_offset() + stage * 8
@@ -57,18 +71,18 @@ impl Shared {
         self.full(self.shape.stages + stage)
     }
 
-    /// Makes the ring's barriers.
+    /// Makes the ring's barriers, for a cluster of so many blocks.
     ///
     /// # Safety
-    /// One thread calls it, and a block barrier separates it from every use of the ring.
+    /// One thread calls it, and a barrier of the cluster separates it from every use of the ring.
     #[inline(always)]
-    pub unsafe fn init_barriers(self) {
+    pub unsafe fn init_barriers(self, cluster: u32) {
         let mut stage = 0;
         while stage < self.shape.stages {
             // SAFETY: the barriers lie inside the block's shared memory.
             unsafe {
-                mbarrier::init(self.full(stage), 1);
-                mbarrier::init(self.empty(stage), EMPTY_ARRIVALS);
+                mbarrier::init(self.full(stage), PRODUCERS);
+                mbarrier::init(self.empty(stage), empty_arrivals(cluster));
             }
             stage += 1;
         }
@@ -76,11 +90,11 @@ impl Shared {
         unsafe { mbarrier::fence_init() }
     }
 
-    /// Producer: waits until the consumers are done with a stage, announces `bytes` of copies into it, and
-    /// returns the barrier on which they count.
+    /// Producer: waits until the consumers are done with a stage, announces `bytes` of this producer's copies into it,
+    /// and returns the barrier on which they count.
     ///
     /// # Safety
-    /// The barriers are made; one thread of the block is the producer.
+    /// The barriers are made; the producer's whole warp calls it.
     #[inline(always)]
     pub unsafe fn acquire_empty(self, stage: u32, parity: u32, bytes: u32) -> u32 {
         let full = self.full(stage);
@@ -102,13 +116,28 @@ impl Shared {
         unsafe { mbarrier::wait(self.full(stage), parity) }
     }
 
-    /// Consumer: gives a stage back. One lane of each warp calls it.
+    /// Consumer: gives a stage back to the producers of all the cluster's blocks. Every thread calls it.
     ///
     /// # Safety
     /// The barriers are made, and the warp no longer reads the stage.
     #[inline(always)]
-    pub unsafe fn release(self, stage: u32) {
-        // SAFETY: the caller vouches for the barriers.
-        unsafe { mbarrier::arrive(self.empty(stage)) }
+    pub unsafe fn release(self, stage: u32, cluster: Cluster, lane: u32) {
+        let empty = self.empty(stage);
+        // SAFETY: the caller vouches for the barriers, the cluster's blocks end together.
+        unsafe {
+            mbarrier::arrive(empty);
+            if lane < cluster.blocks && lane != cluster.rank {
+                mbarrier::arrive_remote(empty, lane);
+            }
+        }
     }
+}
+
+/// Where a block stands in its cluster.
+#[derive(Clone, Copy)]
+pub struct Cluster {
+    /// The cluster's blocks.
+    pub blocks: u32,
+    /// This block's rank among them.
+    pub rank: u32,
 }

@@ -2,33 +2,31 @@
 //!
 //! The bench measures them beside the GEMM; the host twin is `host/src/gpu/probes.rs`.
 
-use cuda_std::{shared, thread};
+use cuda_std::{shared, thread, warp};
 use liquidgemm_format::probe::{MMA_TILE_BYTES, STREAM_PIECE_BYTES, STREAM_STAGES};
 use liquidgemm_format::ring::RingCursor;
 
 use crate::ptx::memory::{store_global, store_shared};
-use crate::ptx::wgmma::{Accumulator, Accumulator256, BlockVisitor};
+use crate::ptx::wgmma::{Accumulator, Accumulator256, BlockVisitor, DESCRIPTOR_K32};
 use crate::ptx::{mbarrier, tma, wgmma};
 
 /// Pulls `pieces` pieces of memory through shared memory and drops them.
 ///
 /// # Safety
-/// As many bytes are valid at `source`, 16-byte aligned. One thread of each block works.
+/// As many bytes are valid at `source`, 16-byte aligned. A block is one warp.
 #[inline(always)]
 pub unsafe fn stream(source: u64, pieces: u32) {
     let base = shared::dynamic_shared_mem();
     let barriers = base + STREAM_STAGES * STREAM_PIECE_BYTES;
-    if thread::thread_idx_x() != 0 {
-        return;
-    }
     // SAFETY: barriers and stages lie in the block's shared memory; the caller vouches for the source.
     unsafe {
         let mut stage = 0;
-        while stage < STREAM_STAGES {
+        while stage < STREAM_STAGES && thread::thread_idx_x() == 0 {
             mbarrier::init(barriers + stage * 8, 1);
             stage += 1;
         }
         mbarrier::fence_init();
+        warp::sync_warp();
 
         let pull = |ring: RingCursor<STREAM_STAGES>, piece: u32| {
             let barrier = barriers + ring.stage() * 8;
@@ -93,9 +91,9 @@ pub unsafe fn mma(sink: u64, rounds: u32) {
         loop {
             wgmma::fence();
             accumulator.multiply_accumulate(operands[0], tile);
-            accumulator.multiply_accumulate(operands[1], tile + 2);
-            accumulator.multiply_accumulate(operands[2], tile + 4);
-            accumulator.multiply_accumulate(operands[3], tile + 6);
+            accumulator.multiply_accumulate(operands[1], tile + DESCRIPTOR_K32);
+            accumulator.multiply_accumulate(operands[2], tile + 2 * DESCRIPTOR_K32);
+            accumulator.multiply_accumulate(operands[3], tile + 3 * DESCRIPTOR_K32);
             wgmma::commit();
             round += 1;
             if round >= rounds {

@@ -20,12 +20,12 @@ pub fn cluster_idx_x() -> u32 {
     index
 }
 
-/// The number of clusters in the grid along x.
+/// The number of blocks in a cluster; 1 where the launch asked for none.
 #[inline(always)]
-pub fn cluster_dim_x() -> u32 {
+pub fn blocks() -> u32 {
     let count;
     // SAFETY: reads a special register.
-    unsafe { asm!("mov.u32 {}, %nclusterid.x;", out(reg32) count, options(pure, nomem, nostack)) }
+    unsafe { asm!("mov.u32 {}, %cluster_nctarank;", out(reg32) count, options(pure, nomem, nostack)) }
     count
 }
 
@@ -35,6 +35,10 @@ pub fn cluster_dim_x() -> u32 {
 pub fn sync_cluster() {
     // SAFETY: the barrier touches no memory of its own.
     unsafe {
-        asm!("barrier.cluster.arrive.release.aligned;", "barrier.cluster.wait.acquire.aligned;", options(nostack))
+        asm!(
+            "barrier.cluster.arrive.release.aligned;",
+            "barrier.cluster.wait.acquire.aligned;",
+            options(nostack)
+        )
     }
 }

@@ -1,9 +1,9 @@
 //! Sizes of the speed-of-light probes, shared by the kernels and their launcher.
 
 /// Bytes of one bulk copy of the `stream` probe.
-pub const STREAM_PIECE_BYTES: u32 = 8192;
+pub const STREAM_PIECE_BYTES: u32 = 16384;
 /// Copies that the `stream` probe keeps in flight on a multiprocessor.
-pub const STREAM_STAGES: u32 = 16;
+pub const STREAM_STAGES: u32 = 8;
 /// Dynamic shared memory of the `stream` probe: the pieces and a barrier each.
 pub const STREAM_SHARED_BYTES: u32 = STREAM_STAGES * (STREAM_PIECE_BYTES + 8);
 /// Bytes of the B tile that the `mma` probe reads again and again; also its dynamic shared memory.

@@ -25,6 +25,10 @@ pub struct Schedule {
     pub workers: u32,
     /// How many tiles, the last ones, are shared out step by step.
     pub streamed_tiles: u32,
+    /// Steps of the stream that every worker has.
+    pub stream_share: u32,
+    /// Workers, the first ones, that have one step more.
+    pub stream_longer: u32,
     /// Channel tiles that are walked together before the next such group: within one group all token tiles
     /// are visited, so that its weights and the activations stay in the L2 cache. At least 1.
     pub channel_group: u32,
@@ -60,6 +64,35 @@ const fn quotient(dividend: u32, divisor: u32) -> u32 {
 }
 
 impl Schedule {
+    /// A schedule of `channel_tiles` × `token_tiles` tiles of `k_steps` steps each, the last `streamed_tiles` of
+    /// them shared out step by step. Zeros are taken for ones, and too many streamed tiles for all.
+    #[must_use]
+    pub const fn new(
+        [channel_tiles, token_tiles, k_steps]: [u32; 3],
+        workers: u32,
+        streamed_tiles: u32,
+        channel_group: u32,
+    ) -> Self {
+        const fn positive(value: u32) -> u32 {
+            if value == 0 { 1 } else { value }
+        }
+        let (channel_tiles, token_tiles) = (positive(channel_tiles), positive(token_tiles));
+        let (k_steps, workers) = (positive(k_steps), positive(workers));
+        let tiles = channel_tiles.saturating_mul(token_tiles);
+        let streamed_tiles = if streamed_tiles > tiles { tiles } else { streamed_tiles };
+        let stream = streamed_tiles.saturating_mul(k_steps);
+        Self {
+            channel_tiles,
+            token_tiles,
+            k_steps,
+            workers,
+            streamed_tiles,
+            stream_share: stream / workers,
+            stream_longer: stream % workers,
+            channel_group: positive(channel_group),
+        }
+    }
+
     /// The number of output tiles.
     #[inline(always)]
     #[must_use]
@@ -78,11 +111,8 @@ impl Schedule {
     #[inline(always)]
     #[must_use]
     pub const fn stream_begin(&self, worker: u32) -> u32 {
-        let steps = self.streamed_tiles.wrapping_mul(self.k_steps);
-        let share = quotient(steps, self.workers);
-        let longer = steps.wrapping_sub(share.wrapping_mul(self.workers));
-        let extra = if worker < longer { worker } else { longer };
-        worker.wrapping_mul(share).wrapping_add(extra)
+        let extra = if worker < self.stream_longer { worker } else { self.stream_longer };
+        worker.wrapping_mul(self.stream_share).wrapping_add(extra)
     }
 
     /// The segments of `worker`, in the order in which it must compute them.
@@ -180,13 +210,9 @@ mod tests {
 
     fn schedules() -> impl Strategy<Value = Schedule> {
         (1..40u32, 1..12u32, 1..40u32, 1..150u32, 0..=100u32, 1..20u32).prop_map(
-            |(channel_tiles, token_tiles, k_steps, workers, streamed_percent, channel_group)| Schedule {
-                channel_tiles,
-                token_tiles,
-                k_steps,
-                workers,
-                streamed_tiles: channel_tiles * token_tiles * streamed_percent / 100,
-                channel_group,
+            |(channel_tiles, token_tiles, k_steps, workers, streamed_percent, channel_group)| {
+                let streamed_tiles = channel_tiles * token_tiles * streamed_percent / 100;
+                Schedule::new([channel_tiles, token_tiles, k_steps], workers, streamed_tiles, channel_group)
             },
         )
     }

@@ -2,15 +2,16 @@
 //! carves up.
 //!
 //! A thread block computes 128 channels × `tokens` of the output: two consumer warpgroups, a 64-channel strip
-//! each. A pipeline stage holds 128 of K: the activation tile, then each strip's bricks.
+//! each. A pipeline stage holds 128 of K: the activation tile, then each strip's bricks. The blocks of a cluster
+//! lie side by side along the channels and share the activation tile: each loads its part of it for all.
 
 use crate::brick::{BRICK_BYTES, BRICK_CHANNELS, BRICK_K};
 
 /// Consumer warpgroups in a thread block.
 pub const CONSUMERS: u32 = 2;
-/// Threads of a thread block: the consumers and one producer warpgroup.
-pub const BLOCK_THREADS: u32 = (CONSUMERS + 1) * 128;
-/// Output channels of a tile.
+/// Threads of a warpgroup.
+pub const WARPGROUP: u32 = 128;
+/// Output channels of a thread block's tile.
 pub const TILE_CHANNELS: u32 = CONSUMERS * BRICK_CHANNELS as u32;
 /// Bricks along K in one stage.
 pub const STAGE_BRICKS: u32 = 2;
@@ -20,8 +21,10 @@ pub const STAGE_K: u32 = STAGE_BRICKS * BRICK_K as u32;
 pub const STRIP_STAGE_BYTES: u32 = STAGE_BRICKS * BRICK_BYTES as u32;
 /// Shared memory that a thread block may ask for on compute capability 9.0.
 pub const MAX_SHARED_BYTES: u32 = 232_448;
-/// Tokens that a consumer transposes at a time in the epilogue.
-const EPILOGUE_TOKENS: u32 = 64;
+/// Shared memory of a multiprocessor, of which each resident block also takes 1 KiB for the system.
+const MULTIPROCESSOR_SHARED_BYTES: u32 = 233_472;
+/// The most thread blocks of a cluster.
+pub const MAX_CLUSTER: u32 = 4;
 
 /// A token tile and the depth of its ring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,10 +36,13 @@ pub struct TileShape {
 }
 
 /// Every tile shape that has a kernel, from the smallest.
+///
+/// Up to 32 tokens two blocks fit on a multiprocessor, so that the next launch can fill its ring while the last
+/// one drains.
 pub const TILE_SHAPES: [TileShape; 6] = [
-    TileShape { tokens: 8, stages: 16 },
-    TileShape { tokens: 16, stages: 16 },
-    TileShape { tokens: 32, stages: 16 },
+    TileShape { tokens: 8, stages: 11 },
+    TileShape { tokens: 16, stages: 10 },
+    TileShape { tokens: 32, stages: 8 },
     TileShape { tokens: 64, stages: 12 },
     TileShape { tokens: 128, stages: 8 },
     TileShape { tokens: 256, stages: 5 },
@@ -56,6 +62,31 @@ impl TileShape {
         None
     }
 
+    /// Whether the producer is a whole warpgroup that gives registers to the consumers, as large accumulators
+    /// need it, or just its two warps.
+    #[must_use]
+    pub const fn moves_registers(self) -> bool {
+        self.tokens >= 128
+    }
+
+    /// Threads of a block.
+    #[must_use]
+    pub const fn threads(self) -> u32 {
+        CONSUMERS * WARPGROUP + if self.moves_registers() { WARPGROUP } else { 64 }
+    }
+
+    /// Blocks that fit on a multiprocessor.
+    #[must_use]
+    pub const fn blocks_per_multiprocessor(self) -> u32 {
+        MULTIPROCESSOR_SHARED_BYTES / (self.shared_bytes() + 1024)
+    }
+
+    /// The largest cluster: every block must load whole groups of eight tokens, which the swizzle permutes.
+    #[must_use]
+    pub const fn max_cluster(self) -> u32 {
+        if self.tokens / 8 < MAX_CLUSTER { self.tokens / 8 } else { MAX_CLUSTER }
+    }
+
     /// Bytes of a stage's activation tile.
     #[must_use]
     pub const fn activation_bytes(self) -> u32 {
@@ -68,10 +99,10 @@ impl TileShape {
         self.stages * self.activation_bytes()
     }
 
-    /// Tokens that a consumer transposes at a time.
+    /// Tokens that a consumer transposes at a time in the epilogue.
     #[must_use]
     pub const fn epilogue_tokens(self) -> u32 {
-        if self.tokens < EPILOGUE_TOKENS { self.tokens } else { EPILOGUE_TOKENS }
+        if self.tokens < 64 { self.tokens } else { 64 }
     }
 
     /// Bytes of one consumer's transposition buffer: 64 channels of 2 bytes a token.
@@ -93,10 +124,16 @@ impl TileShape {
         self.epilogue_offset() + CONSUMERS * self.epilogue_bytes()
     }
 
+    /// Offset of the consumers' channel scales and biases, two f32 a channel.
+    #[must_use]
+    pub const fn channels_offset(self) -> u32 {
+        self.token_scales_offset() + CONSUMERS * self.tokens * 4
+    }
+
     /// Offset of the full barriers, 8 bytes each; the empty barriers follow.
     #[must_use]
     pub const fn barriers_offset(self) -> u32 {
-        self.token_scales_offset() + CONSUMERS * self.tokens * 4
+        self.channels_offset() + TILE_CHANNELS * 8
     }
 
     /// Dynamic shared memory of a thread block.
@@ -105,7 +142,7 @@ impl TileShape {
         self.barriers_offset() + 2 * self.stages * 8
     }
 
-    /// Bytes of the int32 partial sums that a worker hands to a tile's owner.
+    /// Bytes of the int32 partial sums that a block hands to a tile's owner.
     #[must_use]
     pub const fn partial_bytes(self) -> u32 {
         TILE_CHANNELS * self.tokens * 4
@@ -127,9 +164,17 @@ mod tests {
     }
 
     #[test]
-    fn enough_weights_are_in_flight_to_cover_the_latency_of_memory() {
-        for shape in TILE_SHAPES.iter().filter(|shape| shape.tokens <= 64) {
-            assert!(shape.stages * CONSUMERS * STRIP_STAGE_BYTES >= 96 * 1024);
+    fn two_small_blocks_share_a_multiprocessor_and_keep_its_memory_busy() {
+        for shape in TILE_SHAPES.iter().filter(|shape| shape.tokens <= 32) {
+            assert_eq!(shape.blocks_per_multiprocessor(), 2, "{shape:?} takes {}", shape.shared_bytes());
+            assert!(2 * shape.stages * CONSUMERS * STRIP_STAGE_BYTES >= 96 * 1024);
+        }
+    }
+
+    #[test]
+    fn the_tile_of_a_cluster_divides_into_whole_swizzle_atoms() {
+        for shape in TILE_SHAPES {
+            assert_eq!(shape.tokens / shape.max_cluster() % 8, 0);
         }
     }
 }

@@ -1,15 +1,15 @@
 //! Checks and launches one GEMM. The device twin is `kernels-gpu/src/gemm.rs`.
 
 use std::ffi::c_void;
-use std::ptr;
 
 use cust::stream::Stream;
-use cust::sys::{self, CUstream};
+use cust::sys::CUstream;
 use liquidgemm_format::arguments::{GemmArguments, output_type};
-use liquidgemm_format::tile::{BLOCK_THREADS, STAGE_K};
+use liquidgemm_format::tile::STAGE_K;
 
 use crate::gpu::Gpu;
 use crate::gpu::error::{During, GpuError};
+use crate::gpu::launch::Launch;
 use crate::gpu::memory::{DeviceSpan, DeviceWeights, Workspace};
 use crate::gpu::tensor_map::TensorMap;
 use crate::{Error, OutputType, Plan};
@@ -138,13 +138,14 @@ impl Gpu {
     ) -> Result<(), Error> {
         operands.check(weights)?;
         let problem = [operands.m, weights.n(), weights.k()];
-        if plan.problem() != problem || plan.schedule().workers > workspace.workers() {
+        if plan.problem() != problem {
             return Err(GpuError::PlanMismatch {
-                plan: format!("[m, n, k] = {:?} on {} blocks", plan.problem(), plan.schedule().workers),
-                call: format!("{problem:?} with a workspace for {} blocks", workspace.workers()),
+                plan: format!("[m, n, k] = {:?}", plan.problem()),
+                call: format!("{problem:?}"),
             }
             .into());
         }
+        workspace.check(plan)?;
         self.make_current()?;
         let shape = plan.shape();
         let kernel = self.kernels.gemm(shape)?;
@@ -153,7 +154,7 @@ impl Gpu {
             operands.activations.address(),
             [operands.m, weights.k()],
             operands.activation_stride,
-            [shape.tokens, STAGE_K],
+            [shape.tokens / plan.cluster(), STAGE_K],
         )?;
         let mut arguments = GemmArguments {
             bricks: weights.bricks(),
@@ -177,24 +178,18 @@ impl Gpu {
             schedule: *plan.schedule(),
         };
         let mut parameters: [*mut c_void; 2] = [map.as_argument(), (&raw mut arguments).cast()];
-        // SAFETY: the parameters are the kernel's two, and the driver copies them before it returns; the caller
-        // vouches for the memory behind them.
-        unsafe {
-            sys::cuLaunchKernel(
-                kernel.function(),
-                plan.schedule().workers,
-                1,
-                1,
-                BLOCK_THREADS,
-                1,
-                1,
-                shape.shared_bytes(),
-                stream.into().as_raw(),
-                parameters.as_mut_ptr(),
-                ptr::null_mut(),
-            )
-        }
-        .during("launching the GEMM")?;
+        let launch = Launch {
+            function: kernel.function(),
+            blocks: plan.blocks(),
+            cluster: plan.cluster(),
+            threads: shape.threads(),
+            shared_bytes: shape.shared_bytes(),
+            stream: stream.into().as_raw(),
+        };
+        // SAFETY: the parameters are the kernel's two; the caller vouches for the memory behind them. The kernel reads
+        // nothing but the weights, which nobody writes, before the launch ahead of it has ended.
+        unsafe { launch.overlapping_previous(self.launch_kernel, &mut parameters) }
+            .during("launching the GEMM")?;
         Ok(())
     }
 }

@@ -1,10 +1,10 @@
 //! What lies in device memory: spans that the caller owns, packed weights, and the kernels' workspace.
 
 use cust::memory::{CopyDestination, DeviceBuffer, DeviceCopy};
-use liquidgemm_format::tile::{CONSUMERS, TILE_SHAPES};
+use liquidgemm_format::tile::{CONSUMERS, TILE_SHAPES, TileShape};
 
 use crate::gpu::error::{During, GpuError};
-use crate::{Group, PackedWeights};
+use crate::{Group, PackedWeights, Plan};
 
 /// A span of device memory, wherever it comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -125,19 +125,19 @@ impl DeviceWeights {
 pub struct Workspace {
     partials: DeviceBuffer<u8>,
     flags: DeviceBuffer<u32>,
-    workers: u32,
 }
 
 impl Workspace {
-    pub(crate) fn new(workers: u32) -> Result<Self, GpuError> {
-        let slot = TILE_SHAPES.iter().map(|shape| shape.partial_bytes()).max().unwrap_or(0) as usize;
+    pub(crate) fn new(multiprocessors: u32) -> Result<Self, GpuError> {
+        let blocks = |shape: &TileShape| (multiprocessors * shape.blocks_per_multiprocessor()) as usize;
+        let partials = TILE_SHAPES.iter().map(|shape| blocks(shape) * shape.partial_bytes() as usize).max();
+        let flags = TILE_SHAPES.iter().map(|shape| blocks(shape) * CONSUMERS as usize).max();
         Ok(Self {
             // SAFETY: the kernels write a slot before they read it.
-            partials: unsafe { DeviceBuffer::uninitialized(workers as usize * slot) }
+            partials: unsafe { DeviceBuffer::uninitialized(partials.unwrap_or(0)) }
                 .during("allocating the workspace")?,
-            flags: DeviceBuffer::from_slice(&vec![0; (workers * CONSUMERS) as usize])
+            flags: DeviceBuffer::from_slice(&vec![0; flags.unwrap_or(0)])
                 .during("allocating the workspace's flags")?,
-            workers,
         })
     }
 
@@ -146,9 +146,15 @@ impl Workspace {
         self.partials.len() + self.flags.len() * size_of::<u32>()
     }
 
-    /// Thread blocks that it has room for.
-    pub(crate) fn workers(&self) -> u32 {
-        self.workers
+    /// Fails unless there is room for the plan's thread blocks.
+    pub(crate) fn check(&self, plan: &Plan) -> Result<(), GpuError> {
+        let blocks = plan.blocks() as usize;
+        let needed = blocks * plan.shape().partial_bytes() as usize;
+        let room = if blocks * CONSUMERS as usize <= self.flags.len() { self.partials.len() } else { 0 };
+        if needed > room {
+            return Err(GpuError::BufferTooSmall { what: "workspace", needed, actual: room });
+        }
+        Ok(())
     }
 
     pub(crate) fn partials(&self) -> u64 {

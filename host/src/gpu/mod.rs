@@ -11,6 +11,7 @@
 mod error;
 pub mod gemm;
 mod kernels;
+mod launch;
 pub mod memory;
 pub mod probes;
 mod tensor_map;
@@ -45,6 +46,7 @@ pub struct Gpu {
     _primary: Option<Context>,
     kernels: kernels::KernelCache,
     encode_tensor_map: tensor_map::EncodeTiled,
+    launch_kernel: launch::LaunchKernel,
     /// Of the blocking calls.
     own: Mutex<Option<Own>>,
 }
@@ -136,6 +138,7 @@ impl Gpu {
             _primary: primary,
             kernels: kernels::KernelCache::default(),
             encode_tensor_map: tensor_map::encoder(driver)?,
+            launch_kernel: launch::launcher(driver)?,
             own: Mutex::new(None),
         })
     }

@@ -14,7 +14,7 @@ use crate::gpu::{DeviceSpan, Gpu, StreamHandle};
 
 impl Gpu {
     /// Launches a kernel that pulls the whole of `source` from memory and does nothing else: the least time for a
-    /// kernel that reads as much. The last piece of less than 8 KiB is left out.
+    /// kernel that reads as much. The last piece of less than 16 KiB is left out.
     ///
     /// # Errors
     /// If `source` is misaligned or the driver fails.

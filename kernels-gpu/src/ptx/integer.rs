@@ -15,7 +15,8 @@ pub fn multiply_add_flip(nibbles: u32, s: u32, a4: u32) -> u32 {
             in(reg32) nibbles,
             in(reg32) s,
             in(reg32) a4,
-            options(pure, nomem, nostack)
+            // Not `pure`: it stays where it is written, between the MMAs, instead of crowding the registers.
+            options(nomem, nostack)
         );
     }
     weights

@@ -38,15 +38,24 @@ pub unsafe fn fence_async() {
     unsafe { asm!("fence.proxy.async.shared::cta;", options(nostack)) }
 }
 
-/// Arrives, and lets the phase wait for `bytes` more of asynchronous copies.
+/// Arrives once for the warp, and lets the phase wait for `bytes` more of asynchronous copies.
 ///
 /// # Safety
-/// `address` is an initialised barrier.
+/// `address` is an initialised barrier; the whole warp calls it, converged.
 #[inline(always)]
 pub unsafe fn arrive_expect(address: u32, bytes: u32) {
     // SAFETY: the caller vouches for the address.
     unsafe {
-        asm!("mbarrier.arrive.expect_tx.shared::cta.b64 _, [{}], {};", in(reg32) address, in(reg32) bytes, options(nostack));
+        asm!(
+            "{{",
+            ".reg .pred elected;",
+            "elect.sync _|elected, -1;",
+            "@elected mbarrier.arrive.expect_tx.shared::cta.b64 _, [{}], {};",
+            "}}",
+            in(reg32) address,
+            in(reg32) bytes,
+            options(nostack)
+        );
     }
 }
 
@@ -58,6 +67,27 @@ pub unsafe fn arrive_expect(address: u32, bytes: u32) {
 pub unsafe fn arrive(address: u32) {
     // SAFETY: the caller vouches for the address.
     unsafe { asm!("mbarrier.arrive.shared::cta.b64 _, [{}];", in(reg32) address, options(nostack)) }
+}
+
+/// Arrives at the barrier that lies at `address` in the shared memory of the cluster's block `rank`.
+///
+/// # Safety
+/// `address` is an initialised barrier there, and that block has not ended.
+#[inline(always)]
+pub unsafe fn arrive_remote(address: u32, rank: u32) {
+    // SAFETY: the caller vouches for the address.
+    unsafe {
+        asm!(
+            "{{",
+            ".reg .b32 remote;",
+            "mapa.shared::cluster.u32 remote, {}, {};",
+            "mbarrier.arrive.shared::cluster.b64 _, [remote];",
+            "}}",
+            in(reg32) address,
+            in(reg32) rank,
+            options(nostack)
+        );
+    }
 }
 
 /// Whether the phase of this parity has ended; suspends the thread for a while if not.

@@ -155,7 +155,7 @@ pub unsafe fn store_global_u16(address: u64, value: u32) {
 #[inline(always)]
 pub unsafe fn raise_flag(address: u64) {
     // SAFETY: the caller vouches for the address.
-    unsafe { asm!("fence.acq_rel.gpu;", "st.release.gpu.global.u32 [{}], 1;", in(reg64) address, options(nostack)) }
+    unsafe { asm!("st.release.gpu.global.u32 [{}], 1;", in(reg64) address, options(nostack)) }
 }
 
 /// Waits until the flag at `address` is raised, then lowers it again for the next launch.
@@ -168,7 +168,9 @@ pub unsafe fn await_flag(address: u64) {
     loop {
         let raised: u32;
         // SAFETY: the caller vouches for the address.
-        unsafe { asm!("ld.acquire.gpu.global.u32 {}, [{}];", out(reg32) raised, in(reg64) address, options(nostack)) }
+        unsafe {
+            asm!("ld.acquire.gpu.global.u32 {}, [{}];", out(reg32) raised, in(reg64) address, options(nostack))
+        }
         if raised != 0 {
             break;
         }
@@ -177,5 +179,5 @@ pub unsafe fn await_flag(address: u64) {
         }
     }
     // SAFETY: as above.
-    unsafe { asm!("st.global.u32 [{}], 0;", "fence.acq_rel.gpu;", in(reg64) address, options(nostack)) }
+    unsafe { store_global(address, 0) }
 }

@@ -4,6 +4,7 @@
 //! same reason: it is the caller who knows that the addresses are valid and that the threads which the
 //! instruction is meant for are there.
 
+pub mod grid;
 pub mod integer;
 pub mod matrix;
 pub mod mbarrier;

@@ -1,4 +1,7 @@
 //! Asynchronous copies from global to shared memory by the copy engine.
+//!
+//! A whole warp, converged, calls these; one lane that the hardware elects issues the copy. Issued by a lane that the
+//! compiler can't see to be alone, each copy would become a loop over the lanes.
 
 use core::arch::asm;
 use cuda_std::TensorMap;
@@ -22,8 +25,42 @@ pub unsafe fn load_2d(destination: u32, map: *const TensorMap, x: u32, y: u32, b
     // SAFETY: the caller vouches for the addresses.
     unsafe {
         asm!(
-            "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [{}], [{}, {{{}, {}}}], [{}];",
+            "{{",
+            ".reg .pred elected;",
+            "elect.sync _|elected, -1;",
+            "@elected cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [{}], [{}, {{{}, {}}}], [{}];",
+            "}}",
             in(reg32) destination, in(reg64) map, in(reg32) x, in(reg32) y, in(reg32) barrier,
+            options(nostack)
+        );
+    }
+}
+
+/// As [`load_2d`], to the same place in every block of the cluster that `blocks` has a bit for, each counting the
+/// bytes on its own barrier.
+///
+/// # Safety
+/// As for [`load_2d`], in each of the blocks.
+#[inline(always)]
+pub unsafe fn load_2d_multicast(
+    destination: u32,
+    map: *const TensorMap,
+    x: u32,
+    y: u32,
+    barrier: u32,
+    blocks: u32,
+) {
+    // SAFETY: the caller vouches for the addresses.
+    unsafe {
+        asm!(
+            "{{",
+            ".reg .pred elected;",
+            ".reg .b16 blocks;",
+            "cvt.u16.u32 blocks, {5};",
+            "elect.sync _|elected, -1;",
+            "@elected cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [{0}], [{1}, {{{2}, {3}}}], [{4}], blocks;",
+            "}}",
+            in(reg32) destination, in(reg64) map, in(reg32) x, in(reg32) y, in(reg32) barrier, in(reg32) blocks,
             options(nostack)
         );
     }
@@ -38,7 +75,11 @@ pub unsafe fn load_bulk(destination: u32, source: u64, bytes: u32, barrier: u32)
     // SAFETY: the caller vouches for the addresses.
     unsafe {
         asm!(
-            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [{}], [{}], {}, [{}];",
+            "{{",
+            ".reg .pred elected;",
+            "elect.sync _|elected, -1;",
+            "@elected cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [{}], [{}], {}, [{}];",
+            "}}",
             in(reg32) destination, in(reg64) source, in(reg32) bytes, in(reg32) barrier,
             options(nostack)
         );

@@ -33,16 +33,21 @@ pub unsafe fn wait<const PENDING: u32>() {
     unsafe { asm!("wgmma.wait_group.sync.aligned {};", const PENDING, options(nostack)) }
 }
 
-/// The descriptor of a K-major B tile with 128-byte swizzle: rows of 128 bytes, 8 of them in 1,024 bytes.
+/// The lower half of the descriptor of a K-major B tile with 128-byte swizzle; the upper half is a constant of the
+/// layout, [`DESCRIPTOR_UPPER`].
 ///
-/// `address` may point 32, 64 or 96 bytes into the first row, to start at a later k32 of the tile.
+/// Adding [`DESCRIPTOR_K32`] moves on by 32 bytes along K.
 #[inline(always)]
-pub fn descriptor(address: u32) -> u64 {
-    const SWIZZLE_128: u64 = 1 << 62;
-    const STRIDE_8_ROWS: u64 = (1024 >> 4) << 32;
-    const LEADING: u64 = 1 << 16;
-    SWIZZLE_128 | STRIDE_8_ROWS | LEADING | ((address & 0x3_FFFF) >> 4) as u64
+pub fn descriptor(address: u32) -> u32 {
+    const LEADING: u32 = 1 << 16;
+    LEADING | (address & 0x3_FFFF) >> 4
 }
+
+/// 128-byte swizzle, and 1,024 bytes from eight rows to the next eight.
+const DESCRIPTOR_UPPER: u32 = 1 << 30 | 1024 >> 4;
+
+/// From one k32 of a tile to the next, in a descriptor.
+pub const DESCRIPTOR_K32: u32 = 32 >> 4;
 
 /// A thread's share of a 64-channel × [`TOKENS`](Self::TOKENS) int32 accumulator tile.
 ///
@@ -63,7 +68,7 @@ pub trait Accumulator {
     /// # Safety
     /// All threads of the warpgroup call it after [`fence`], and touch neither `self` nor `a`'s registers until
     /// [`wait`] says that the group is done. `descriptor` describes a tile in the block's shared memory.
-    unsafe fn multiply_accumulate(&mut self, a: [u32; 4], descriptor: u64);
+    unsafe fn multiply_accumulate(&mut self, a: [u32; 4], descriptor: u32);
 
     /// Hands each block of four sums, `j` ascending, to `visitor`.
     fn visit(&mut self, visitor: &mut impl BlockVisitor);
@@ -89,7 +94,7 @@ macro_rules! accumulator {
             }
 
             #[inline(always)]
-            unsafe fn multiply_accumulate(&mut self, a: [u32; 4], descriptor: u64) {
+            unsafe fn multiply_accumulate(&mut self, a: [u32; 4], descriptor: u32) {
                 let [x0, x1, x2, x3] = a;
                 seq!(J in 1..$blocks {
                     // SAFETY: the caller vouches for the warpgroup and the descriptor.
@@ -97,11 +102,13 @@ macro_rules! accumulator {
                         asm!(
                             "{{",
                             ".reg .pred accumulate;",
+                            ".reg .b64 tile;",
                             "setp.ne.b32 accumulate, 1, 0;",
+                            "mov.b64 tile, {{{lower}, {upper}}};",
                             concat!(
                                 "wgmma.mma_async.sync.aligned.m64n", $tokens, "k32.s32.s8.s8 {{{a0}, {b0}, {c0}, {d0}",
                                 #( ", {a", J, "}, {b", J, "}, {c", J, "}, {d", J, "}", )*
-                                "}}, {{{x0}, {x1}, {x2}, {x3}}}, {descriptor}, accumulate;"
+                                "}}, {{{x0}, {x1}, {x2}, {x3}}}, tile, accumulate;"
                             ),
                             "}}",
                             a0 = inout(reg32) self.0[0][0],
@@ -118,7 +125,8 @@ macro_rules! accumulator {
                             x1 = in(reg32) x1,
                             x2 = in(reg32) x2,
                             x3 = in(reg32) x3,
-                            descriptor = in(reg64) descriptor,
+                            lower = in(reg32) descriptor,
+                            upper = const DESCRIPTOR_UPPER,
                             options(nostack)
                         );
                     }

@@ -1,0 +1,94 @@
+//! `cuLaunchKernelEx`, which `cust` lacks: launches with clusters that overlap the launch before them.
+
+use std::ffi::c_void;
+use std::ptr;
+
+use cust::sys::{CUfunction, CUresult, CUstream};
+
+use crate::gpu::error::GpuError;
+
+/// The driver's `CUlaunchAttribute`: a number that says which, and 64 bytes of value.
+#[repr(C, align(8))]
+#[derive(Clone, Copy)]
+struct Attribute {
+    id: u32,
+    padding: u32,
+    value: [u32; 16],
+}
+
+const CLUSTER_DIMENSION: u32 = 4;
+const PROGRAMMATIC_STREAM_SERIALIZATION: u32 = 6;
+
+impl Attribute {
+    fn new(id: u32, leading: [u32; 3]) -> Self {
+        let mut value = [0; 16];
+        value[..3].copy_from_slice(&leading);
+        Self { id, padding: 0, value }
+    }
+}
+
+/// The driver's `CUlaunchConfig`.
+#[repr(C)]
+pub(crate) struct Configuration {
+    grid: [u32; 3],
+    block: [u32; 3],
+    shared_bytes: u32,
+    stream: CUstream,
+    attributes: *const Attribute,
+    attribute_count: u32,
+}
+
+/// `cuLaunchKernelEx`.
+pub(crate) type LaunchKernel = unsafe extern "C" fn(
+    configuration: *const Configuration,
+    function: CUfunction,
+    parameters: *mut *mut c_void,
+    extra: *mut *mut c_void,
+) -> CUresult;
+
+/// The entry point.
+pub(crate) fn launcher(driver: &cuda_driver::Driver) -> Result<LaunchKernel, GpuError> {
+    const NAME: &str = "cuLaunchKernelEx";
+    // SAFETY: the type is the function's.
+    unsafe { driver.symbol::<LaunchKernel>(NAME) }.ok_or(GpuError::MissingFunction { name: NAME })
+}
+
+/// One launch of a one-dimensional grid.
+pub(crate) struct Launch {
+    pub(crate) function: CUfunction,
+    pub(crate) blocks: u32,
+    pub(crate) cluster: u32,
+    pub(crate) threads: u32,
+    pub(crate) shared_bytes: u32,
+    pub(crate) stream: CUstream,
+}
+
+impl Launch {
+    /// Launches so that the kernel may begin while the one before it on the stream still runs.
+    ///
+    /// # Safety
+    /// The parameters are the function's. The kernel itself waits for the one before it
+    /// (`griddepcontrol.wait`) before it touches what that one may write, or writes what that one may touch.
+    pub(crate) unsafe fn overlapping_previous(
+        &self,
+        launch: LaunchKernel,
+        parameters: &mut [*mut c_void],
+    ) -> CUresult {
+        let attributes = [
+            Attribute::new(PROGRAMMATIC_STREAM_SERIALIZATION, [1, 0, 0]),
+            Attribute::new(CLUSTER_DIMENSION, [self.cluster, 1, 1]),
+        ];
+        // A cluster of one is no cluster, and needs no attribute.
+        let count = if self.cluster > 1 { 2 } else { 1 };
+        let configuration = Configuration {
+            grid: [self.blocks, 1, 1],
+            block: [self.threads, 1, 1],
+            shared_bytes: self.shared_bytes,
+            stream: self.stream,
+            attributes: attributes.as_ptr(),
+            attribute_count: count,
+        };
+        // SAFETY: the configuration and its attributes live through the call; the caller vouches for the rest.
+        unsafe { launch(&configuration, self.function, parameters.as_mut_ptr(), ptr::null_mut()) }
+    }
+}

@@ -6,6 +6,7 @@ use anyhow::ensure;
 use cust::context::CurrentContext;
 use cust::memory::DeviceBuffer;
 use cust::sys;
+use liquidgemm_format::probe::STREAM_PIECE_BYTES;
 
 use super::data::{POOL_ELEMENTS, Pool, element_bytes, random_scales};
 use super::record::{Rival, moved_bytes};
@@ -135,7 +136,8 @@ impl Arena {
         };
         let output = largest(cases, |m, n, _| m * n * 2);
         let rival_output = if with_rivals { 2 * output } else { ALIGNMENT };
-        let source = largest(cases, moved_bytes).max(2 * ROTATION_BYTES);
+        let source =
+            largest(cases, moved_bytes).max(2 * ROTATION_BYTES).next_multiple_of(STREAM_PIECE_BYTES as usize);
         let packed = largest(cases, |_, n, k| {
             let bytes = super::record::weight_bytes(n, k);
             bytes.saturating_mul(copies(bytes))

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 
 use anyhow::{Context, bail, ensure};
 use cust::stream::{Stream, StreamFlags};
+use liquidgemm_format::probe::STREAM_PIECE_BYTES;
 use liquidgemm_format::tile::TileShape;
 
 use super::arena::{self, Arena, MAX_PADDED_TOKENS, Slices};
@@ -255,15 +256,15 @@ impl<'g> Stage<'g> {
     /// The probe that reads as many bytes as the problem moves.
     pub(super) fn stream_probe(&self, m: usize, n: usize, k: usize) -> Contender<'_> {
         let source = DeviceSpan::from(&self.arena.source);
-        let bytes = moved_bytes(m, n, k);
-        let stride = bytes.next_multiple_of(8192);
-        let copies = (source.bytes() / stride).max(1);
+        // The probe reads whole pieces of 8 KiB, and one at the least.
+        let bytes = moved_bytes(m, n, k).next_multiple_of(STREAM_PIECE_BYTES as usize);
+        let copies = (source.bytes() / bytes).max(1);
         Contender {
             copies,
             launch: Box::new(move |copy| {
-                // SAFETY: the arena's source holds the bytes of every problem, `copies` times at this stride.
+                // SAFETY: the arena's source holds the bytes of every problem, `copies` times.
                 unsafe {
-                    let span = DeviceSpan::from_raw(source.address() + (copy * stride) as u64, bytes);
+                    let span = DeviceSpan::from_raw(source.address() + (copy * bytes) as u64, bytes);
                     self.gpu.probe_stream(span, &self.stream)
                 }?;
                 Ok(())

@@ -106,7 +106,7 @@ fn render(
         .x_labels(16)
         // Its logarithmic axis has only powers of ten; ours are drawn below.
         .disable_y_mesh()
-        .y_labels(0)
+        .y_label_formatter(&|_| String::new())
         .x_label_formatter(&|m| format!("{m}"))
         .label_style(text(13, false, style::FAINT_TEXT, Anchor::Middle))
         .axis_desc_style(text(14, false, style::TEXT, Anchor::Middle))

@@ -239,13 +239,13 @@ unsafe fn accumulate<A: Accumulator, const STAGES: u32>(
     unsafe {
         let mut walk =
             StageWalk::enter(ring, segment.k_end - segment.k_begin, shared, cluster, consumer, thread);
-        loop {
-            if walk.step(accumulator) {
-                break;
-            }
-            if walk.step(accumulator) {
-                break;
-            }
+        // One way out of the loop only: what is the same for all threads then stays in uniform registers.
+        if walk.steps % 2 == 1 {
+            walk.step(accumulator);
+        }
+        while walk.steps > 0 {
+            walk.step(accumulator);
+            walk.step(accumulator);
         }
         wgmma::wait::<0>();
         walk.release();
@@ -284,32 +284,34 @@ impl<const STAGES: u32> StageWalk<STAGES> {
         let place = SharePlace::of_thread(thread);
         let lane = thread % warp::WARP_SIZE;
         // SAFETY: the stage is acquired before it is read.
-        let shares = unsafe { Self::acquire(shared, ring, consumer, place) };
+        let shares = unsafe {
+            shared.acquire_full(ring.stage(), ring.full_parity());
+            Self::load(shared, ring, consumer, place)
+        };
         Self { shared, cluster, consumer, lane, place, ring, shares, steps, unreleased: STAGES }
     }
 
-    /// Waits for a stage and loads its codes.
+    /// Loads the codes of a stage.
     #[inline(always)]
-    unsafe fn acquire(
+    unsafe fn load(
         shared: Shared,
         ring: RingCursor<STAGES>,
         consumer: u32,
         place: SharePlace,
     ) -> [BrickShare; STAGE_BRICKS as usize] {
         let bricks = shared.bricks(ring.stage(), consumer);
-        // SAFETY: the stage is acquired before it is read.
-        unsafe {
-            shared.acquire_full(ring.stage(), ring.full_parity());
-            [BrickShare::load(bricks, place), BrickShare::load(bricks + BRICK_BYTES as u32, place)]
-        }
+        // SAFETY: the caller has acquired the stage.
+        unsafe { [BrickShare::load(bricks, place), BrickShare::load(bricks + BRICK_BYTES as u32, place)] }
     }
 
-    /// Multiplies one stage and says whether it was the last.
+    /// Multiplies one stage.
     #[inline(always)]
-    unsafe fn step<A: Accumulator>(&mut self, accumulator: &mut A) -> bool {
+    unsafe fn step<A: Accumulator>(&mut self, accumulator: &mut A) {
+        let next = self.ring.next();
+        // SAFETY: the barriers are made. Asked now, the answer is there when it is needed.
+        let next_is_full = unsafe { self.shared.is_full(next.stage(), next.full_parity()) };
         let [first, second] = self.shares;
-        let operands =
-            [first.operand::<0>(), first.operand::<1>(), second.operand::<0>(), second.operand::<1>()];
+        let operands = [first.operand::<0>(), first.operand::<1>(), second.operand::<0>(), second.operand::<1>()];
         let tile = wgmma::descriptor(self.shared.activations(self.ring.stage()));
         // SAFETY: the stage is acquired; the operands' registers are not written before the group is done.
         unsafe {
@@ -322,20 +324,21 @@ impl<const STAGES: u32> StageWalk<STAGES> {
         }
         let before = self.unreleased;
         self.unreleased = self.ring.stage();
-        self.ring = self.ring.next();
+        self.ring = next;
         self.steps -= 1;
-        let last = self.steps == 0;
         // SAFETY: the group before this one is done after the wait, and with it the stage before.
         unsafe {
-            if !last {
-                self.shares = Self::acquire(self.shared, self.ring, self.consumer, self.place);
+            if self.steps > 0 {
+                if !next_is_full {
+                    self.shared.acquire_full(next.stage(), next.full_parity());
+                }
+                self.shares = Self::load(self.shared, next, self.consumer, self.place);
             }
             wgmma::wait::<1>();
             if before != STAGES {
                 self.shared.release(before, self.cluster, self.lane);
             }
         }
-        last
     }
 
     /// Gives the last stage back.

@@ -106,6 +106,16 @@ impl Shared {
         full
     }
 
+    /// Consumer: whether a stage has its data.
+    ///
+    /// # Safety
+    /// The barriers are made.
+    #[inline(always)]
+    pub unsafe fn is_full(self, stage: u32, parity: u32) -> bool {
+        // SAFETY: the caller vouches for the barriers.
+        unsafe { mbarrier::test(self.full(stage), parity) }
+    }
+
     /// Consumer: waits until a stage has its data.
     ///
     /// # Safety

@@ -90,6 +90,30 @@ pub unsafe fn arrive_remote(address: u32, rank: u32) {
     }
 }
 
+/// Whether the phase of this parity has ended.
+///
+/// # Safety
+/// `address` is an initialised barrier.
+#[inline(always)]
+pub unsafe fn test(address: u32, parity: u32) -> bool {
+    let done: u32;
+    // SAFETY: the caller vouches for the address.
+    unsafe {
+        asm!(
+            "{{",
+            ".reg .pred complete;",
+            "mbarrier.test_wait.parity.shared::cta.b64 complete, [{1}], {2};",
+            "selp.u32 {0}, 1, 0, complete;",
+            "}}",
+            out(reg32) done,
+            in(reg32) address,
+            in(reg32) parity,
+            options(nostack)
+        );
+    }
+    done != 0
+}
+
 /// Whether the phase of this parity has ended; suspends the thread for a while if not.
 #[inline(always)]
 unsafe fn try_wait(address: u32, parity: u32) -> bool {

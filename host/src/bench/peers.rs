@@ -12,7 +12,7 @@ use super::shapes::Matrix;
 pub struct Page {
     /// Device, driver, date, versions and method.
     pub provenance: String,
-    /// The peers' names, in the order of [`PeerPoint::us`].
+    /// The peers' names, in the order of each point's times.
     pub columns: Vec<String>,
     /// One matrix and batch size each.
     pub points: Vec<PeerPoint>,

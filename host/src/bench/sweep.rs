@@ -8,10 +8,14 @@ use serde::{Deserialize, Serialize};
 use super::record::Run;
 use super::run::{Observer, Options, Stage};
 use crate::gpu::Gpu;
-use crate::{Error, Plan};
+use crate::{Cut, Error, Plan};
 
-/// A plan this much slower than the fastest is not timed in detail.
-const HOPELESS: f64 = 2.0;
+/// A plan whose estimate is this much slower than the fastest one's is not timed in detail.
+const HOPELESS: f64 = 1.5;
+/// Waves given up for sharing along K; the last, partial wave is always shared.
+const STREAMED_WAVES: [u32; 3] = [0, 1, 2];
+/// Plans that a report names, besides the planner's choice.
+const REPORTED: usize = 10;
 
 /// One problem under all of its plans.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -33,6 +37,14 @@ pub struct Sweep {
 pub struct PlanTime {
     /// The plan in words.
     pub plan: String,
+    /// Tokens of the tile.
+    pub tokens: u32,
+    /// Blocks of a cluster.
+    pub cluster: u32,
+    /// Clusters that share the work.
+    pub workers: u32,
+    /// Waves given up for sharing along K.
+    pub streamed_waves: u32,
     /// Microseconds, the median of the replays.
     pub us: f64,
     /// Whether it was only estimated, because it is far behind.
@@ -43,19 +55,32 @@ pub struct PlanTime {
     pub mismatch: Option<String>,
 }
 
-/// Every plan that a problem can have on a GPU.
+/// Every plan that is worth a try for a problem: the planner's choice, then every tile, cluster, number of workers that
+/// fills the GPU, and amount of sharing along K. Cuts that come to the same schedule occur once.
 ///
 /// # Errors
 /// As [`Plan::new`].
 pub fn candidates(m: usize, n: usize, k: usize, multiprocessors: u32) -> Result<Vec<Plan>, Error> {
     let mut plans = vec![Plan::new(m, n, k, multiprocessors)?];
     for shape in TILE_SHAPES {
-        let plan = Plan::with_tile(m, n, k, shape, multiprocessors)?;
-        if !plans.contains(&plan) {
-            plans.push(plan);
+        for cluster in (0..).map(|power| 1 << power).take_while(|&cluster| cluster <= shape.max_cluster()) {
+            for blocks in 1..=shape.blocks_per_multiprocessor() {
+                let workers = multiprocessors * blocks / cluster;
+                for streamed_waves in STREAMED_WAVES {
+                    let plan = Plan::with_cut(m, n, k, Cut { shape, cluster, workers, streamed_waves })?;
+                    if !plans.iter().any(|other| is_same(other, &plan)) {
+                        plans.push(plan);
+                    }
+                }
+            }
         }
     }
     Ok(plans)
+}
+
+/// Whether two plans launch the same.
+fn is_same(a: &Plan, b: &Plan) -> bool {
+    (a.shape(), a.cluster(), a.schedule()) == (b.shape(), b.cluster(), b.schedule())
 }
 
 /// Measures every plan of every problem; `measured` is given each problem's outcome.
@@ -95,7 +120,7 @@ fn one(stage: &Stage<'_>, bed: &super::run::Bed, m: usize, multiprocessors: u32)
     let fastest = estimates.iter().map(|(us, _)| *us).fold(f64::INFINITY, f64::min);
     let mut plans = Vec::new();
     for (estimate, plan) in estimates {
-        let hopeless = estimate > HOPELESS * fastest && plan != chosen;
+        let hopeless = estimate > HOPELESS * fastest && !is_same(&plan, &chosen);
         stage.clear_output()?;
         let contender = stage.ours(bed, m, &plan);
         let us = if hopeless {
@@ -103,11 +128,16 @@ fn one(stage: &Stage<'_>, bed: &super::run::Bed, m: usize, multiprocessors: u32)
         } else {
             clock.measure(std::slice::from_ref(&contender)).remove(0)?.us
         };
+        let cut = plan.cut();
         plans.push(PlanTime {
             plan: plan.to_string(),
+            tokens: cut.shape.tokens,
+            cluster: cut.cluster,
+            workers: cut.workers,
+            streamed_waves: cut.streamed_waves,
             us,
             estimated: hopeless,
-            chosen: plan == chosen,
+            chosen: is_same(&plan, &chosen),
             mismatch: stage.difference(bed, m)?,
         });
     }
@@ -116,11 +146,14 @@ fn one(stage: &Stage<'_>, bed: &super::run::Bed, m: usize, multiprocessors: u32)
 }
 
 impl Sweep {
-    /// The outcome as text: a line for the problem and one for each plan.
+    /// The outcome as text: a line for the problem and one for each of the fastest plans, the planner's choice and any
+    /// wrong one.
     pub fn report(&self) -> String {
         let mut text =
             format!("M = {}, N = {}, K = {}: floor {:.2} µs\n", self.m, self.n, self.k, self.floor);
-        for plan in &self.plans {
+        let worth_a_line =
+            |(rank, plan): &(usize, &PlanTime)| *rank < REPORTED || plan.chosen || plan.mismatch.is_some();
+        for (_, plan) in self.plans.iter().enumerate().filter(worth_a_line) {
             text.push_str(&format!(
                 "  {}{:>9.2} µs  score {:.3} {} {}{}\n",
                 if plan.estimated { '~' } else { ' ' },
@@ -147,23 +180,30 @@ mod tests {
             assert!(plans.iter().any(|plan| plan.shape() == shape), "{shape:?}");
         }
         for (index, plan) in plans.iter().enumerate() {
-            assert!(!plans[..index].contains(plan));
+            assert!(!plans[..index].iter().any(|other| is_same(other, plan)), "{plan}");
+            assert!(plan.blocks() <= 132 * plan.shape().blocks_per_multiprocessor());
         }
     }
 
     #[test]
     fn report_marks_the_planners_choice_and_estimates() {
-        let plan =
-            |us, chosen, estimated| PlanTime { plan: "tile".into(), us, estimated, chosen, mismatch: None };
-        let sweep = Sweep {
-            m: 1,
-            n: 2,
-            k: 3,
-            floor: 5.0,
-            plans: vec![plan(10.0, true, false), plan(30.0, false, true)],
+        let plan = |us, chosen, estimated| PlanTime {
+            plan: "tile".into(),
+            tokens: 8,
+            cluster: 1,
+            workers: 132,
+            streamed_waves: 0,
+            us,
+            estimated,
+            chosen,
+            mismatch: None,
         };
+        let mut plans: Vec<PlanTime> = (10..50).map(|us| plan(us.into(), false, us > 20)).collect();
+        plans[39].chosen = true;
+        let sweep = Sweep { m: 1, n: 2, k: 3, floor: 5.0, plans };
         let lines: Vec<String> = sweep.report().lines().map(str::to_owned).collect();
-        assert!(lines[1].contains("10.00 µs  score 0.500 * tile"), "{}", lines[1]);
-        assert!(lines[2].trim_start().starts_with('~'));
+        assert_eq!(lines.len(), 1 + REPORTED + 1);
+        assert!(lines[1].contains("10.00 µs  score 0.500   tile"), "{}", lines[1]);
+        assert!(lines[11].trim_start().starts_with('~') && lines[11].contains("* tile"), "{}", lines[11]);
     }
 }

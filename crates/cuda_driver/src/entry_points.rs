@@ -4,7 +4,8 @@
 //! why no signature appears here.
 
 use std::ffi::{CStr, c_char, c_int, c_void};
-use std::sync::atomic::AtomicPtr;
+use std::sync::atomic::{AtomicPtr, Ordering};
+use std::{mem, ptr};
 
 /// `CUDA_ERROR_STUB_LIBRARY`: "the CUDA driver that the application has loaded is a stub library".
 const STUB_LIBRARY: c_int = 34;
@@ -27,6 +28,21 @@ unsafe extern "C" fn describe_any_error(_error: c_int, text: *mut *const c_char)
         unsafe { text.write(TEXT.as_ptr()) };
     }
     0
+}
+
+/// What `cuGetErrorString` has to say about a status; nothing about a number that it does not know.
+pub(crate) fn error_string(status: c_int) -> Option<&'static CStr> {
+    type GetErrorString = unsafe extern "C" fn(c_int, *mut *const c_char) -> c_int;
+    let function = slots::cuGetErrorString.load(Ordering::Acquire);
+    // SAFETY: the slot holds the driver's function or `describe_any_error`, both of this type.
+    let function = unsafe { mem::transmute::<*mut c_void, GetErrorString>(function) };
+    let mut text = ptr::null();
+    // SAFETY: any number may be asked about, and the pointer is valid for a write. What is written is null or a string
+    // that lives as long as the driver, which is never unloaded.
+    unsafe {
+        function(status, &mut text);
+        if text.is_null() { None } else { Some(CStr::from_ptr(text)) }
+    }
 }
 
 /// A driver function's name and the slot that its symbol jumps through.

@@ -19,7 +19,8 @@
 
 mod entry_points;
 
-use std::ffi::{OsStr, c_int, c_void};
+use std::borrow::Cow;
+use std::ffi::{CStr, OsStr, c_int, c_void};
 use std::fmt;
 use std::sync::atomic::Ordering;
 use std::sync::{Mutex, OnceLock, PoisonError};
@@ -108,6 +109,12 @@ pub unsafe fn load_from(library: impl AsRef<OsStr>) -> Result<&'static Driver, L
     // SAFETY: handed on to the caller.
     let driver = unsafe { Driver::open(library.as_ref()) }?;
     Ok(DRIVER.get_or_init(|| driver.connect()))
+}
+
+/// What the driver says about a status that one of its functions returned: a line of text, or nothing where it does not
+/// know the number. Unlike `cust`'s error type this takes any number, also one of a newer driver.
+pub fn describe_status(status: c_int) -> Option<Cow<'static, str>> {
+    entry_points::error_string(status).map(CStr::to_string_lossy)
 }
 
 impl Driver {

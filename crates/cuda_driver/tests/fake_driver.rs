@@ -99,8 +99,11 @@ fn loaded_entry_points_hand_every_argument_to_the_driver() {
     // What the driver lacks keeps answering that it is not there.
     assert!(driver.missing().contains(&"cuMemGetInfo_v2"));
     assert!(!driver.missing().contains(&"cuLaunchKernel"));
-    let error = cust::memory::mem_get_info().unwrap_err();
-    assert_eq!(error.to_string(), "\"the NVIDIA driver is not loaded\"");
+    assert_eq!(cust::memory::mem_get_info().unwrap_err(), cust::error::CudaError::UnknownError);
+
+    // Statuses are described by the driver, also those that cust has no name for.
+    assert_eq!(cuda_driver::describe_status(912).unwrap(), "invalid cluster size");
+    assert_eq!(cuda_driver::describe_status(-5), None);
 
     // Entry points unknown to cust are found by name.
     type Encode = unsafe extern "C" fn(c_uint) -> c_int;

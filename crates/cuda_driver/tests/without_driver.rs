@@ -63,6 +63,13 @@ fn error_names_are_answered_without_a_driver() {
 }
 
 #[test]
+fn any_status_is_described_without_a_driver() {
+    for status in [0, 100, 912, -1, i32::MAX] {
+        assert_eq!(cuda_driver::describe_status(status).unwrap(), "the NVIDIA driver is not loaded");
+    }
+}
+
+#[test]
 fn missing_library_is_named_with_what_to_do() {
     // SAFETY: there is no such library, so nothing of it runs.
     let error = unsafe { cuda_driver::load_from("libcuda-absent.so.1") }.unwrap_err();

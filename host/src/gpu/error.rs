@@ -1,11 +1,9 @@
 //! What can go wrong between this crate and the GPU.
 
-use std::ffi::CStr;
 use std::fmt;
-use std::ptr;
 
 use cust::error::CudaError;
-use cust::sys::{self, CUresult};
+use cust::sys::CUresult;
 
 /// A status that the driver returned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -16,14 +14,8 @@ pub struct DriverStatus(
 
 impl fmt::Display for DriverStatus {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut text = ptr::null();
-        // SAFETY: the driver takes any number; it leaves `text` null or at a string of its own.
-        let text = unsafe {
-            // Without a driver the call does nothing.
-            let _ = sys::cuGetErrorString(std::mem::transmute::<u32, CUresult>(self.0), &mut text);
-            if text.is_null() { c"unknown error" } else { CStr::from_ptr(text) }
-        };
-        write!(f, "{} (CUDA status {})", text.to_string_lossy(), self.0)
+        let text = cuda_driver::describe_status(self.0.cast_signed());
+        write!(f, "{} (CUDA status {})", text.as_deref().unwrap_or("unknown error"), self.0)
     }
 }
 
@@ -162,9 +154,32 @@ impl<T> During<T> for Result<T, CudaError> {
 
 impl During<()> for CUresult {
     fn during(self, action: &'static str) -> Result<(), GpuError> {
-        match self as u32 {
+        Status(self as u32).during(action)
+    }
+}
+
+/// What a driver function that `cust` lacks returns: newer ones have statuses that [`CUresult`] has no name for.
+#[repr(transparent)]
+pub(crate) struct Status(u32);
+
+impl During<()> for Status {
+    fn during(self, action: &'static str) -> Result<(), GpuError> {
+        match self.0 {
             0 => Ok(()),
             status => Err(GpuError::Cuda { action, status: DriverStatus(status) }),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn any_number_is_a_status_that_can_be_printed() {
+        for status in [1, 34, 912, 65_535, u32::MAX] {
+            let text = DriverStatus(status).to_string();
+            assert!(text.ends_with(&format!(" (CUDA status {status})")), "{text}");
         }
     }
 }

@@ -3,9 +3,9 @@
 use std::ffi::c_void;
 use std::ptr;
 
-use cust::sys::{CUfunction, CUresult, CUstream};
+use cust::sys::{CUfunction, CUstream};
 
-use crate::gpu::error::GpuError;
+use crate::gpu::error::{GpuError, Status};
 
 /// The driver's `CUlaunchAttribute`: a number that says which, and 64 bytes of value.
 #[repr(C, align(8))]
@@ -44,7 +44,7 @@ pub(crate) type LaunchKernel = unsafe extern "C" fn(
     function: CUfunction,
     parameters: *mut *mut c_void,
     extra: *mut *mut c_void,
-) -> CUresult;
+) -> Status;
 
 /// The entry point.
 pub(crate) fn launcher(driver: &cuda_driver::Driver) -> Result<LaunchKernel, GpuError> {
@@ -73,7 +73,7 @@ impl Launch {
         &self,
         launch: LaunchKernel,
         parameters: &mut [*mut c_void],
-    ) -> CUresult {
+    ) -> Status {
         let attributes = [
             Attribute::new(PROGRAMMATIC_STREAM_SERIALIZATION, [1, 0, 0]),
             Attribute::new(CLUSTER_DIMENSION, [self.cluster, 1, 1]),

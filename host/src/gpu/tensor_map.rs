@@ -2,7 +2,7 @@
 
 use std::ffi::c_void;
 
-use crate::gpu::error::{During, GpuError};
+use crate::gpu::error::{During, GpuError, Status};
 
 /// The driver's encoding of a tensor, passed to kernels by value.
 #[repr(C, align(64))]
@@ -25,7 +25,7 @@ pub(crate) type EncodeTiled = unsafe extern "C" fn(
     swizzle: u32,
     l2_promotion: u32,
     fill: u32,
-) -> cust::sys::CUresult;
+) -> Status;
 
 const DATA_TYPE_UINT8: u32 = 0;
 const INTERLEAVE_NONE: u32 = 0;

@@ -42,13 +42,13 @@ pub struct Gpu {
     driver: cuda_driver::CudaVersion,
     multiprocessors: u32,
     context: CUcontext,
-    /// Keeps the primary context alive, where this is one of our own.
-    _primary: Option<Context>,
     kernels: kernels::KernelCache,
     encode_tensor_map: tensor_map::EncodeTiled,
     launch_kernel: launch::LaunchKernel,
     /// Of the blocking calls.
     own: Mutex<Option<Own>>,
+    /// Keeps the primary context alive, where this is one of our own; last, because all the above lives in it.
+    _primary: Option<Context>,
 }
 
 /// What the blocking calls launch with.
@@ -135,11 +135,11 @@ impl Gpu {
             multiprocessors: multiprocessors.during("asking for the number of multiprocessors")?.max(1)
                 as u32,
             context,
-            _primary: primary,
             kernels: kernels::KernelCache::default(),
             encode_tensor_map: tensor_map::encoder(driver)?,
             launch_kernel: launch::launcher(driver)?,
             own: Mutex::new(None),
+            _primary: primary,
         })
     }
 

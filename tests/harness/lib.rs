@@ -2,6 +2,8 @@
 //!
 //! Without a GPU every test is reported as ignored, and a line says that they were skipped and why.
 
+pub mod refused;
+
 use cust::memory::{CopyDestination, DeviceBuffer};
 use cust::stream::{Stream, StreamFlags};
 use libtest_mimic::{Arguments, Conclusion, Failed, Trial};

@@ -1,0 +1,298 @@
+//! What the library says on machines whose driver or GPU it can't use, and about bad calls, all without a GPU: each check runs
+//! in a process of its own, whose `libcuda.so.1` is a fake that reports the machine in question.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+use std::sync::LazyLock;
+
+use libtest_mimic::{Arguments, Failed, Trial};
+use liquidgemm::gpu::{DeviceSpan, Gpu, GpuError, Operands, StreamHandle};
+use liquidgemm::{Backend, Error, Group, OutputType, PackedWeights, Plan, QuantizedActivations, cpu};
+use liquidgemm_gpu_tests::refused::{REFUSED_SHAPE, refused_calls};
+
+/// What the loader finds as `libcuda.so.1`.
+#[derive(Clone, Copy, PartialEq)]
+enum Library {
+    /// Only what the machine itself has.
+    TheMachines,
+    /// A file that is no library.
+    Broken,
+    /// The fake, with the given environment.
+    Fake(&'static [(&'static str, &'static str)]),
+    /// The fake as a driver before `cuLaunchKernelEx`.
+    FakeWithoutLaunch,
+}
+
+/// The property that it checks, the driver that it needs, and the check.
+type Check = (&'static str, Library, fn() -> Result<(), Failed>);
+
+const CHECKS: [Check; 13] = [
+    ("without_a_driver_the_error_says_what_to_install", Library::TheMachines, no_driver),
+    ("a_broken_driver_is_told_from_a_missing_one", Library::Broken, broken_driver),
+    ("a_driver_before_cuda_12_is_too_old", Library::Fake(&[("FAKE_CUDA_VERSION", "11080")]), driver_too_old),
+    (
+        "a_driver_of_cuda_12_0_is_new_enough",
+        Library::Fake(&[("FAKE_CUDA_VERSION", "12000")]),
+        driver_just_new,
+    ),
+    ("a_driver_that_finds_no_gpu_is_named_so", Library::Fake(&[("FAKE_CUDA_DEVICES", "0")]), no_device),
+    ("a_driver_that_starts_without_gpu_is_named_so", Library::Fake(&[("FAKE_CUDA_INIT", "100")]), no_device),
+    ("a_driver_that_does_not_start_is_an_error", Library::Fake(&[("FAKE_CUDA_INIT", "999")]), driver_fails),
+    (
+        "an_ampere_gpu_is_the_wrong_one",
+        Library::Fake(&[("FAKE_CUDA_CAPABILITY", "80")]),
+        wrong_device::<8, 0>,
+    ),
+    (
+        "a_blackwell_gpu_is_the_wrong_one",
+        Library::Fake(&[("FAKE_CUDA_CAPABILITY", "100")]),
+        wrong_device::<10, 0>,
+    ),
+    ("a_driver_without_cluster_launches_is_named_so", Library::FakeWithoutLaunch, missing_function),
+    ("a_gpu_beyond_the_last_does_not_exist", Library::Fake(&[("FAKE_CUDA_DEVICES", "2")]), no_such_device),
+    ("without_a_current_context_there_is_no_current_gpu", Library::Fake(&[]), no_context),
+    ("bad_calls_are_refused_before_the_launch", Library::Fake(&[]), bad_calls),
+];
+
+/// Names the check that a child process runs.
+const CHILD: &str = "LIQUIDGEMM_TEST_DRIVER_CHECK";
+
+fn main() -> ExitCode {
+    if let Ok(name) = std::env::var(CHILD) {
+        return run_check(&name);
+    }
+    let arguments = Arguments::from_args();
+    // Where tests were copied to a machine without Rust, there is nothing to compile the fake with.
+    let ignored = !cfg!(target_os = "linux") || Command::new(rustc()).arg("--version").output().is_err();
+    let trials = CHECKS.map(|(name, library, _)| {
+        Trial::test(name, move || run_child(name, library)).with_ignored_flag(ignored)
+    });
+    libtest_mimic::run(&arguments, trials.into()).exit_code()
+}
+
+/// The child's side.
+fn run_check(name: &str) -> ExitCode {
+    let Some((_, _, check)) = CHECKS.iter().find(|check| check.0 == name) else {
+        eprintln!("no check is called {name}");
+        return ExitCode::FAILURE;
+    };
+    match check() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failed) => {
+            eprintln!("{}", failed.message().unwrap_or("failed"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// The parent's side.
+fn run_child(name: &str, library: Library) -> Result<(), Failed> {
+    let mut command = Command::new(std::env::current_exe()?);
+    command.env(CHILD, name);
+    if let Some(folder) = folder_of(library) {
+        let mut folders = vec![folder];
+        folders.extend(std::env::var_os("LD_LIBRARY_PATH").iter().flat_map(std::env::split_paths));
+        command.env("LD_LIBRARY_PATH", std::env::join_paths(folders)?);
+    }
+    if let Library::Fake(environment) = library {
+        command.envs(environment.iter().copied());
+    }
+    let output = command.output()?;
+    if output.status.success() {
+        return Ok(());
+    }
+    Err(format!("{}: {}", output.status, String::from_utf8_lossy(&output.stderr)).into())
+}
+
+/// A folder with a `libcuda.so.1` of this kind.
+fn folder_of(library: Library) -> Option<PathBuf> {
+    static FOLDER: LazyLock<PathBuf> = LazyLock::new(|| {
+        // Cargo's own folder for the files of tests: what is left there is in nobody's way.
+        let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("drivers");
+        let of = |name: &str| {
+            let folder = folder.join(name);
+            std::fs::create_dir_all(&folder).expect("the target folder takes files");
+            folder.join(cuda_driver::LIBRARY)
+        };
+        std::fs::write(of("broken"), "no library").expect("the target folder takes files");
+        compile_fake(&of("fake"), &[]);
+        compile_fake(&of("without-launch"), &["--cfg", "without_launch_kernel_ex"]);
+        folder
+    });
+    let name = match library {
+        Library::TheMachines => return None,
+        Library::Broken => "broken",
+        Library::Fake(_) => "fake",
+        Library::FakeWithoutLaunch => "without-launch",
+    };
+    Some(FOLDER.join(name))
+}
+
+fn rustc() -> std::ffi::OsString {
+    std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into())
+}
+
+fn compile_fake(library: &Path, arguments: &[&str]) {
+    let output = Command::new(rustc())
+        .args(["--edition=2024", "--crate-type=cdylib", "--crate-name=fake_cuda", "-o"])
+        .arg(library)
+        .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("fake/libcuda.rs"))
+        .args(["--check-cfg", "cfg(without_launch_kernel_ex)"])
+        .args(arguments)
+        .output()
+        .expect("rustc starts");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// The error of `Gpu::new`, after checking that both ways to a backend fit it: `Backend::gpu` gives the same, and
+/// `Backend::auto` takes the CPU, says why on one line, and multiplies.
+fn unusable() -> Result<GpuError, Failed> {
+    let Err(Error::Gpu(error)) = Gpu::new() else {
+        return Err("Gpu::new gave no GPU error".into());
+    };
+    let text = error.to_string();
+    match Backend::gpu() {
+        Err(same) if same.to_string() == text => {}
+        other => return Err(format!("Backend::gpu gave {other:?} instead of {text}").into()),
+    }
+    let backend = Backend::auto();
+    let reason = backend.reason();
+    let explains = reason.starts_with(&text.replace('\n', " ")) && reason.ends_with("using the CPU backend");
+    if backend.as_gpu().is_some() || !explains || reason.contains('\n') {
+        return Err(format!("Backend::auto gave {backend}, because {reason}").into());
+    }
+    let (m, n, k) = (3, 70, 130);
+    let weights: Vec<f32> = (0..n * k).map(|i| (i as f32 * 0.37).sin()).collect();
+    let weights = PackedWeights::quantize(&weights, n, k, Group::default())?;
+    let x: Vec<f32> = (0..m * k).map(|i| (i as f32 * 0.11).cos()).collect();
+    let x = QuantizedActivations::quantize(&x, m, k)?;
+    let mut expected = vec![0f32; m * n];
+    cpu::gemm(&weights, &x, None, &mut expected)?;
+    check(backend.multiply::<f32>(&weights, &x, None)? == expected, "Backend::auto multiplies wrongly")?;
+    Ok(error)
+}
+
+fn check(holds: bool, otherwise: impl Into<String>) -> Result<(), Failed> {
+    if holds { Ok(()) } else { Err(otherwise.into().into()) }
+}
+
+fn no_driver() -> Result<(), Failed> {
+    if cuda_driver::load().is_ok() {
+        // The machine has one; that its absence is an error can be seen elsewhere.
+        return Ok(());
+    }
+    let error = unusable()?;
+    let is_expected = matches!(error, GpuError::NoDriver(cuda_driver::LoadError::NotFound { .. }));
+    check(is_expected && error.to_string().contains("install"), format!("{error:?}"))
+}
+
+fn broken_driver() -> Result<(), Failed> {
+    let error = unusable()?;
+    let is_expected = matches!(error, GpuError::NoDriver(cuda_driver::LoadError::NotADriver { .. }));
+    check(is_expected && error.to_string().contains(cuda_driver::LIBRARY), format!("{error:?}"))
+}
+
+fn driver_too_old() -> Result<(), Failed> {
+    let error = unusable()?;
+    let GpuError::DriverTooOld { found, needed } = &error else { return Err(format!("{error:?}").into()) };
+    check(
+        (found.major, found.minor) == (11, 8) && (needed.major, needed.minor) == (12, 0),
+        error.to_string(),
+    )?;
+    check(error.to_string().contains("update the driver"), error.to_string())
+}
+
+fn driver_just_new() -> Result<(), Failed> {
+    let gpu = Gpu::new()?;
+    check(gpu.description() == "Fake GPU, 132 multiprocessors, driver for CUDA 12.0", gpu.description())
+}
+
+fn no_device() -> Result<(), Failed> {
+    let error = unusable()?;
+    check(matches!(error, GpuError::NoDevice), format!("{error:?}"))
+}
+
+fn driver_fails() -> Result<(), Failed> {
+    let error = unusable()?;
+    check(matches!(error, GpuError::Cuda { .. }), format!("{error:?}"))?;
+    check(
+        error.to_string() == "starting the NVIDIA driver failed: another status (CUDA status 999)",
+        error.to_string(),
+    )
+}
+
+fn wrong_device<const MAJOR: i32, const MINOR: i32>() -> Result<(), Failed> {
+    let error = unusable()?;
+    let is_expected = matches!(
+        &error,
+        GpuError::WrongDevice { name, major, minor } if name == "Fake GPU" && (*major, *minor) == (MAJOR, MINOR)
+    );
+    check(is_expected && error.to_string().contains("Hopper"), format!("{error:?}"))
+}
+
+fn missing_function() -> Result<(), Failed> {
+    let error = unusable()?;
+    let is_expected = matches!(error, GpuError::MissingFunction { name: "cuLaunchKernelEx" });
+    check(is_expected, format!("{error:?}"))
+}
+
+fn no_such_device() -> Result<(), Failed> {
+    Gpu::with_device(1)?;
+    for ordinal in [2, u32::MAX] {
+        match Gpu::with_device(ordinal) {
+            Err(Error::Gpu(GpuError::NoSuchDevice { ordinal: named, count: 2 })) if named == ordinal => {}
+            other => return Err(format!("{other:?}").into()),
+        }
+    }
+    Ok(())
+}
+
+fn no_context() -> Result<(), Failed> {
+    match Gpu::from_current_context() {
+        Err(Error::Gpu(GpuError::NoContext)) => {}
+        other => return Err(format!("{other:?}").into()),
+    }
+    let own = Gpu::new()?;
+    let current = Gpu::from_current_context()?;
+    check(own.description() == current.description(), current.description())
+}
+
+fn bad_calls() -> Result<(), Failed> {
+    let [m, n, k] = REFUSED_SHAPE;
+    let gpu = Gpu::new()?;
+    let weights = PackedWeights::quantize(&vec![1f32; n * k], n, k, Group::default())?;
+    let weights = gpu.upload(&weights)?;
+    let workspace = gpu.workspace()?;
+    // SAFETY: the fake driver launches nothing, so no address is followed; the null stream is always there.
+    let (span, stream) = unsafe {
+        (|bytes| DeviceSpan::from_raw(1 << 20, bytes), StreamHandle::from_raw(std::ptr::null_mut()))
+    };
+    let stride = k.next_multiple_of(16);
+    let good = Operands {
+        m,
+        activations: span(m * stride),
+        activation_stride: stride,
+        token_scales: span(m * 4),
+        bias: Some(span(n * 4)),
+        output: span(m * n * 2),
+        output_stride: n,
+        output_type: OutputType::Bf16,
+    };
+    // SAFETY: as above.
+    let launch =
+        |operands: &Operands, plan: &Plan| unsafe { gpu.gemm(&weights, operands, plan, &workspace, stream) };
+    for call in refused_calls(good)? {
+        let outcome = launch(&call.operands, &call.plan);
+        let as_expected = outcome
+            .as_ref()
+            .is_err_and(|error| (call.is_expected)(error) && error.to_string().contains(call.says));
+        check(as_expected, format!("{}: {outcome:?}", call.wrong))?;
+    }
+    // The good call gets as far as the launch, where the fake driver has an error that `cust` doesn't know.
+    let outcome = launch(&good, &gpu.plan(m, n, k)?);
+    let text = outcome.as_ref().err().map(ToString::to_string);
+    check(
+        text.as_deref() == Some("launching the GEMM failed: invalid cluster size (CUDA status 912)"),
+        format!("{outcome:?}"),
+    )
+}

@@ -121,6 +121,11 @@ extern "C" fn cuMemcpyHtoD_v2(_to: u64, _from: *const c_void, _bytes: usize) -> 
 }
 
 #[unsafe(no_mangle)]
+extern "C" fn cuStreamSynchronize(_stream: *mut c_void) -> c_int {
+    0
+}
+
+#[unsafe(no_mangle)]
 extern "C" fn cuModuleLoadDataEx(
     module: *mut *mut c_void,
     _image: *const c_void,

@@ -1,6 +1,9 @@
 //! What lies in device memory: spans that the caller owns, packed weights, and the kernels' workspace.
 
+use std::ptr;
+
 use cust::memory::{CopyDestination, DeviceBuffer, DeviceCopy};
+use cust::sys;
 use liquidgemm_format::tile::{CONSUMERS, TILE_SHAPES, TileShape};
 
 use crate::gpu::error::{During, GpuError};
@@ -65,15 +68,29 @@ pub struct DeviceWeights {
     channel_scales: DeviceBuffer<f32>,
 }
 
+/// Copies to a new buffer, and waits until all of it is there, so that launches on any stream may use it: `cust`'s copy
+/// returns while its last piece may still be under way on the default stream, and other streams need not wait for that.
+pub(crate) fn copy_to_device<T: DeviceCopy>(
+    values: &[T],
+    action: &'static str,
+) -> Result<DeviceBuffer<T>, GpuError> {
+    let buffer = DeviceBuffer::from_slice(values).during(action)?;
+    // SAFETY: null is the default stream, which always exists.
+    unsafe { sys::cuStreamSynchronize(ptr::null_mut()) }.during(action)?;
+    Ok(buffer)
+}
+
 impl DeviceWeights {
     pub(crate) fn upload(weights: &PackedWeights) -> Result<Self, GpuError> {
         Ok(Self {
             n: weights.n(),
             k: weights.k(),
             group: weights.group(),
-            bricks: DeviceBuffer::from_slice(weights.bricks()).during("copying the weights to the GPU")?,
-            channel_scales: DeviceBuffer::from_slice(weights.channel_scales())
-                .during("copying the channel scales to the GPU")?,
+            bricks: copy_to_device(weights.bricks(), "copying the weights to the GPU")?,
+            channel_scales: copy_to_device(
+                weights.channel_scales(),
+                "copying the channel scales to the GPU",
+            )?,
         })
     }
 
@@ -136,8 +153,7 @@ impl Workspace {
             // SAFETY: the kernels write a slot before they read it.
             partials: unsafe { DeviceBuffer::uninitialized(partials.unwrap_or(0)) }
                 .during("allocating the workspace")?,
-            flags: DeviceBuffer::from_slice(&vec![0; flags.unwrap_or(0)])
-                .during("allocating the workspace's flags")?,
+            flags: copy_to_device(&vec![0; flags.unwrap_or(0)], "allocating the workspace's flags")?,
         })
     }
 

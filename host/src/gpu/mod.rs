@@ -31,6 +31,7 @@ pub use kernels::ptx_hash;
 pub use memory::{DeviceSpan, DeviceWeights, Workspace};
 
 use crate::{ActivationsView, Error, Output, PackedWeights, Plan};
+use memory::copy_to_device;
 
 /// The CUDA version that first understands the kernels' PTX (ISA 8.0).
 const NEEDED_CUDA: cuda_driver::CudaVersion = cuda_driver::CudaVersion { major: 12, minor: 0 };
@@ -230,10 +231,9 @@ impl Gpu {
         self.make_current()?;
 
         let codes = padded_rows(&activations);
-        let codes = DeviceBuffer::from_slice(&codes).during("copying the activations to the GPU")?;
-        let scales =
-            DeviceBuffer::from_slice(activations.scales()).during("copying the token scales to the GPU")?;
-        let bias = bias.map(DeviceBuffer::from_slice).transpose().during("copying the bias to the GPU")?;
+        let codes = copy_to_device(&codes, "copying the activations to the GPU")?;
+        let scales = copy_to_device(activations.scales(), "copying the token scales to the GPU")?;
+        let bias = bias.map(|bias| copy_to_device(bias, "copying the bias to the GPU")).transpose()?;
         // SAFETY: the kernel writes every element before it is read.
         let output = unsafe { DeviceBuffer::<u8>::uninitialized(elements * size_of::<T>()) }
             .during("allocating the output")?;

@@ -1,12 +1,12 @@
 //! Bad calls on a GPU: each gives its typed error, nothing is launched, and the stream works on.
 
-use cust::memory::{CopyDestination, DeviceBuffer};
+use cust::memory::CopyDestination;
 use libtest_mimic::Failed;
 use liquidgemm::gpu::{DeviceSpan, Gpu, GpuError, Operands};
 use liquidgemm::{Error, Group, OutputType, PackedWeights, Plan};
 use liquidgemm_format::tile::TileShape;
 use liquidgemm_gpu_tests::refused::{REFUSED_SHAPE, refused_calls};
-use liquidgemm_gpu_tests::{Problem, Session, Test, rng, run};
+use liquidgemm_gpu_tests::{Problem, Session, Test, rng, run, to_device};
 
 const TESTS: [Test; 4] = [
     (
@@ -30,7 +30,7 @@ fn bad_calls_are_refused_and_leave_output_and_stream_alone(gpu: &'static Gpu) ->
     let [m, n, k] = REFUSED_SHAPE;
     let session = Session::new(gpu)?;
     let problem = Problem::random(gpu, &mut rng(11), REFUSED_SHAPE)?;
-    let output = DeviceBuffer::from_slice(&vec![POISON; m * n * OutputType::Bf16.size()])?;
+    let output = to_device(&vec![POISON; m * n * OutputType::Bf16.size()])?;
     let good = problem.operands(DeviceSpan::from(&output), n, OutputType::Bf16, true);
     for call in refused_calls(good)? {
         // SAFETY: everything lives until the stream has been waited for.
@@ -58,9 +58,9 @@ fn a_plan_for_a_larger_gpu_does_not_fit_the_workspace(gpu: &'static Gpu) -> Resu
     let weights =
         PackedWeights::pack(&vec![7; n * k], &vec![(1, 120); n], vec![1.0; n], n, k, Group::Channel)?;
     let weights = gpu.upload(&weights)?;
-    let activations = DeviceBuffer::from_slice(&vec![1i8; m * k])?;
-    let scales = DeviceBuffer::from_slice(&vec![1f32; m])?;
-    let output = DeviceBuffer::from_slice(&vec![-1f32; m * n])?;
+    let activations = to_device(&vec![1i8; m * k])?;
+    let scales = to_device(&vec![1f32; m])?;
+    let output = to_device(&vec![-1f32; m * n])?;
     let operands = Operands {
         m,
         activations: (&activations).into(),

@@ -2,9 +2,10 @@
 //!
 //! Without a GPU every test is reported as ignored, and a line says that they were skipped and why.
 
+pub mod graph;
 pub mod refused;
 
-use cust::memory::{CopyDestination, DeviceBuffer};
+use cust::memory::{CopyDestination, DeviceBuffer, DeviceCopy};
 use cust::stream::{Stream, StreamFlags};
 use libtest_mimic::{Arguments, Conclusion, Failed, Trial};
 use liquidgemm::gpu::{DeviceSpan, Gpu, Operands, Workspace};
@@ -68,6 +69,46 @@ pub fn rng(seed: u64) -> StdRng {
     StdRng::seed_from_u64(seed)
 }
 
+/// Copies to a new buffer on the device and waits until all of it is there, so that any stream may use it.
+pub fn to_device<T: DeviceCopy>(values: &[T]) -> Result<DeviceBuffer<T>, Failed> {
+    let buffer = DeviceBuffer::from_slice(values)?;
+    settle()?;
+    Ok(buffer)
+}
+
+/// Copies other values into a buffer and waits, as [`to_device`] does.
+pub fn refill<T: DeviceCopy>(buffer: &mut DeviceBuffer<T>, values: &[T]) -> Result<(), Failed> {
+    buffer.copy_from(values)?;
+    settle()
+}
+
+/// Waits for the default stream, on which `cust` copies: such a copy may return while its last piece is still under way,
+/// and other streams do not wait for it.
+fn settle() -> Result<(), Failed> {
+    // SAFETY: null is the default stream, which always exists.
+    graph::driver("cuStreamSynchronize", unsafe { cust::sys::cuStreamSynchronize(std::ptr::null_mut()) })
+}
+
+/// Fails unless the buffer holds exactly these values, bit for bit.
+pub fn expect_values<T: Output>(
+    buffer: &DeviceBuffer<u8>,
+    expected: &[T],
+    case: impl Fn() -> String,
+) -> Result<(), Failed> {
+    let mut bytes = vec![0; buffer.len()];
+    buffer.copy_to(&mut bytes[..])?;
+    let expected: &[u8] = bytemuck::cast_slice(expected);
+    if bytes == expected {
+        return Ok(());
+    }
+    let size = size_of::<T>();
+    let differ = |(y, e): &(&[u8], &[u8])| y != e;
+    let pairs = || bytes.chunks(size).zip(expected.chunks(size));
+    let wrong = pairs().filter(differ).count();
+    let first = pairs().position(|pair| differ(&pair));
+    Err(format!("{wrong} wrong of {}, the first at {first:?}: {}", expected.len() / size, case()).into())
+}
+
 /// A problem with its operands on host and device.
 pub struct Problem {
     /// The weights on the host.
@@ -94,9 +135,9 @@ impl Problem {
         let bias = random_bias(rng, n);
         Ok(Self {
             device_weights: gpu.upload(&weights)?,
-            codes: DeviceBuffer::from_slice(activations.data())?,
-            scales: DeviceBuffer::from_slice(activations.scales())?,
-            device_bias: DeviceBuffer::from_slice(&bias)?,
+            codes: to_device(activations.data())?,
+            scales: to_device(activations.scales())?,
+            device_bias: to_device(&bias)?,
             weights,
             activations,
             bias,
@@ -153,7 +194,7 @@ impl Problem {
         let stride = n + padding;
         let size = size_of::<T>();
         let length = ((m - 1) * stride + n) * size;
-        let output = DeviceBuffer::from_slice(&vec![POISON; length + 2 * GUARD])?;
+        let output = to_device(&vec![POISON; length + 2 * GUARD])?;
         let inside = DeviceSpan::from(&output);
         // SAFETY: the span lies inside the buffer, between the guard zones.
         let inside = unsafe { DeviceSpan::from_raw(inside.address() + GUARD as u64, length) };

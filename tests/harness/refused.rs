@@ -3,7 +3,7 @@
 
 use liquidgemm::gpu::{DeviceSpan, GpuError, Operands};
 use liquidgemm::{Cut, Error, OutputType, Plan};
-use liquidgemm_format::tile::TileShape;
+use liquidgemm_format::tile::{TILE_SHAPES, TileShape};
 
 /// A call with one thing wrong.
 pub struct RefusedCall {
@@ -179,10 +179,15 @@ pub fn refused_calls(good: Operands) -> Result<Vec<RefusedCall>, Error> {
                 m,
                 n,
                 k,
-                Cut { shape: TileShape { tokens: 24, stages: 3 }, cluster: 1, workers: 1, streamed_waves: 0 },
+                Cut {
+                    shape: TileShape { stages: 99, ..TILE_SHAPES[0] },
+                    cluster: 1,
+                    workers: 1,
+                    streamed_waves: 0,
+                },
             )?,
             is_gpu!(GpuError::PlanMismatch { .. }),
-            "24 tokens",
+            "99 stages",
         ),
     ])
 }

@@ -1,0 +1,317 @@
+//! GEMMs in a row on one stream, as a server launches them: captured in CUDA graphs, after copies, after one another. Each
+//! launch may begin before the one ahead of it has ended, and must see what that one wrote all the same.
+
+use cust::memory::DeviceBuffer;
+use cust::sys;
+use libtest_mimic::Failed;
+use liquidgemm::gpu::{DeviceSpan, DeviceWeights, Gpu, Operands};
+use liquidgemm::{Group, OutputType, PackedWeights, Plan, QuantizedActivations, cpu};
+use liquidgemm_format::tile::TILE_SHAPES;
+use liquidgemm_gpu_tests::graph::{Graph, driver};
+use liquidgemm_gpu_tests::{
+    Problem, Session, Test, expect_values, random_activations, random_weights, refill, rng, run, to_device,
+};
+use rand::Rng;
+use rand::rngs::StdRng;
+
+const TESTS: [Test; 5] = [
+    ("a_captured_gemm_replays_with_inputs_that_changed", a_captured_gemm_replays_with_inputs_that_changed),
+    ("a_gemm_sees_the_copy_before_it", a_gemm_sees_the_copy_before_it),
+    ("a_gemm_sees_what_the_gemm_before_it_wrote", a_gemm_sees_what_the_gemm_before_it_wrote),
+    ("different_gemms_in_a_row_share_a_workspace", different_gemms_in_a_row_share_a_workspace),
+    (
+        "the_same_gemm_in_a_row_gives_the_same_bits_each_time",
+        the_same_gemm_in_a_row_gives_the_same_bits_each_time,
+    ),
+];
+
+fn main() {
+    run(&TESTS).exit();
+}
+
+/// An output of `elements` elements that holds something else.
+fn poisoned<T>(elements: usize) -> Result<DeviceBuffer<u8>, Failed> {
+    to_device(&vec![0xA5; elements * size_of::<T>()])
+}
+
+/// Enqueues a problem's GEMM with f32 output and bias.
+fn enqueue(
+    gpu: &Gpu,
+    session: &Session,
+    problem: &Problem,
+    plan: &Plan,
+    output: &DeviceBuffer<u8>,
+) -> Result<(), Failed> {
+    let operands = problem.operands(DeviceSpan::from(output), problem.shape()[1], OutputType::F32, true);
+    // SAFETY: the callers keep everything alive until they have waited for the stream, and the workspace is the session's.
+    unsafe { gpu.gemm(&problem.device_weights, &operands, plan, &session.workspace, &session.stream) }?;
+    Ok(())
+}
+
+fn a_captured_gemm_replays_with_inputs_that_changed(gpu: &'static Gpu) -> Result<(), Failed> {
+    let mut rng = rng(21);
+    let session = Session::new(gpu)?;
+    for [m, n, k] in [[1, 1000, 4096], [33, 520, 1000], [300, 700, 2048]] {
+        let mut problem = Problem::random(gpu, &mut rng, [m, n, k])?;
+        let plan = gpu.plan(m, n, k)?;
+        let output = poisoned::<f32>(m * n)?;
+        // The first call compiles the kernel, which a capture would refuse.
+        enqueue(gpu, &session, &problem, &plan, &output)?;
+        session.stream.synchronize()?;
+        let graph = Graph::capture(&session.stream, || enqueue(gpu, &session, &problem, &plan, &output))?;
+        for replay in 0..4 {
+            problem.activations = random_activations(&mut rng, m, k);
+            refill(&mut problem.codes, problem.activations.data())?;
+            refill(&mut problem.scales, problem.activations.scales())?;
+            // SAFETY: all that was captured is alive.
+            unsafe { graph.replay(&session.stream) }?;
+            expect_values(&output, &problem.expected::<f32>(true)?, || {
+                format!("replay {replay}, [{m}, {n}, {k}], {plan}")
+            })?;
+        }
+    }
+    Ok(())
+}
+
+fn a_gemm_sees_the_copy_before_it(gpu: &'static Gpu) -> Result<(), Failed> {
+    const STEPS: usize = 6;
+    let mut rng = rng(22);
+    let session = Session::new(gpu)?;
+    let (m, n, k) = (24, 640, 4096);
+    let problem = Problem::random(gpu, &mut rng, [m, n, k])?;
+    let plan = gpu.plan(m, n, k)?;
+    let batches: Vec<QuantizedActivations> = (0..STEPS).map(|_| random_activations(&mut rng, m, k)).collect();
+    let sources = batches.iter().map(|batch| to_device(batch.data())).collect::<Result<Vec<_>, _>>()?;
+    let outputs = (0..STEPS).map(|_| poisoned::<f32>(m * n)).collect::<Result<Vec<_>, _>>()?;
+    // All steps go through the same activations: each copy must also wait for the GEMM before it.
+    let all = || {
+        for (source, output) in sources.iter().zip(&outputs) {
+            let (to, from) = (problem.codes.as_device_ptr().as_raw(), source.as_device_ptr().as_raw());
+            let stream = session.stream.as_inner();
+            // SAFETY: the buffers are alive and long enough, and used on this stream only.
+            unsafe {
+                let poison =
+                    sys::cuMemsetD8Async(output.as_device_ptr().as_raw(), 0xC3, output.len(), stream);
+                driver("cuMemsetD8Async", poison)?;
+                driver("cuMemcpyDtoDAsync", sys::cuMemcpyDtoDAsync_v2(to, from, source.len(), stream))?;
+            }
+            enqueue(gpu, &session, &problem, &plan, output)?;
+        }
+        Ok(())
+    };
+    let check = |what: &str| -> Result<(), Failed> {
+        for (step, (batch, output)) in batches.iter().zip(&outputs).enumerate() {
+            // The scales stay those of the problem.
+            let codes: Vec<i8> = (0..m).flat_map(|token| batch.row(token).iter().copied()).collect();
+            let batch = QuantizedActivations::from_parts(&codes, problem.activations.scales().into(), m, k)?;
+            let mut expected = vec![0f32; m * n];
+            cpu::gemm(&problem.weights, &batch, Some(&problem.bias), &mut expected)?;
+            expect_values(output, &expected, || format!("{what}, step {step}, {plan}"))?;
+        }
+        Ok(())
+    };
+    all()?;
+    session.stream.synchronize()?;
+    check("on a stream")?;
+    let graph = Graph::capture(&session.stream, all)?;
+    for _ in 0..3 {
+        // SAFETY: all that was captured is alive.
+        unsafe { graph.replay(&session.stream) }?;
+        check("in a graph")?;
+    }
+    Ok(())
+}
+
+/// Two GEMMs, the second of which takes the bytes of the first one's int32 output for its int8 activations.
+struct Chain {
+    /// Tokens of both, channels of the first, K of the first, channels of the second.
+    shape: [usize; 4],
+    first: PackedWeights,
+    second: PackedWeights,
+    device_first: DeviceWeights,
+    device_second: DeviceWeights,
+    plans: [Plan; 2],
+    scales: Vec<f32>,
+    device_scales: DeviceBuffer<f32>,
+    /// Where the first one's output lies, for all steps.
+    between: DeviceBuffer<u8>,
+}
+
+/// What one step through the chain reads and writes.
+struct ChainStep {
+    x: QuantizedActivations,
+    codes: DeviceBuffer<i8>,
+    output: DeviceBuffer<u8>,
+}
+
+impl Chain {
+    fn new(gpu: &Gpu, rng: &mut StdRng, shape: [usize; 4]) -> Result<Self, Failed> {
+        let [m, middle, k, n] = shape;
+        // Weights 0 to 15, which meet at most eight activations of 1: sums from 0 to 120 are bytes that are valid codes.
+        let codes: Vec<u8> = (0..middle * k).map(|_| rng.random_range(0..16)).collect();
+        let pairs = vec![(1, 128); middle];
+        let first = PackedWeights::pack(&codes, &pairs, vec![1.0; middle], middle, k, Group::Channel)?;
+        let second = random_weights(rng, n, 4 * middle);
+        let scales: Vec<f32> = (0..m).map(|_| rng.random_range(1e-4..1e-2f32)).collect();
+        Ok(Self {
+            shape,
+            device_first: gpu.upload(&first)?,
+            device_second: gpu.upload(&second)?,
+            plans: [gpu.plan(m, middle, k)?, gpu.plan(m, n, 4 * middle)?],
+            device_scales: to_device(&scales)?,
+            between: poisoned::<i32>(m * middle)?,
+            first,
+            second,
+            scales,
+        })
+    }
+
+    fn step(&self, rng: &mut StdRng) -> Result<ChainStep, Failed> {
+        let [m, _, k, n] = self.shape;
+        let x = self.random_x(rng)?;
+        let codes = to_device(x.data())?;
+        assert_eq!(x.stride(), k, "k is a multiple of 16");
+        Ok(ChainStep { x, codes, output: poisoned::<f32>(m * n)? })
+    }
+
+    fn random_x(&self, rng: &mut StdRng) -> Result<QuantizedActivations, Failed> {
+        let [m, _, k, _] = self.shape;
+        let mut codes = vec![0; m * k];
+        for row in codes.chunks_exact_mut(k) {
+            for _ in 0..8 {
+                row[rng.random_range(0..k)] = 1;
+            }
+        }
+        Ok(QuantizedActivations::from_parts(&codes, self.scales.clone(), m, k)?)
+    }
+
+    fn enqueue(&self, gpu: &Gpu, session: &Session, step: &ChainStep) -> Result<(), Failed> {
+        let [m, middle, k, n] = self.shape;
+        let first = Operands {
+            m,
+            activations: (&step.codes).into(),
+            activation_stride: k,
+            token_scales: (&self.device_scales).into(),
+            bias: None,
+            output: (&self.between).into(),
+            output_stride: middle,
+            output_type: OutputType::I32,
+        };
+        let second = Operands {
+            activations: (&self.between).into(),
+            activation_stride: 4 * middle,
+            output: (&step.output).into(),
+            output_stride: n,
+            output_type: OutputType::F32,
+            ..first
+        };
+        let (workspace, stream) = (&session.workspace, &session.stream);
+        // SAFETY: the callers keep everything alive until they have waited for the stream, and all of it is used on this
+        // stream only.
+        unsafe {
+            gpu.gemm(&self.device_first, &first, &self.plans[0], workspace, stream)?;
+            gpu.gemm(&self.device_second, &second, &self.plans[1], workspace, stream)?;
+        }
+        Ok(())
+    }
+
+    fn check(&self, step: &ChainStep, case: impl Fn() -> String) -> Result<(), Failed> {
+        let [m, middle, _, n] = self.shape;
+        let mut between = vec![0i32; m * middle];
+        cpu::gemm(&self.first, &step.x, None, &mut between)?;
+        let codes = bytemuck::cast_slice(&between);
+        let between = QuantizedActivations::from_parts(codes, self.scales.clone(), m, 4 * middle)?;
+        let mut expected = vec![0f32; m * n];
+        cpu::gemm(&self.second, &between, None, &mut expected)?;
+        expect_values(&step.output, &expected, case)
+    }
+}
+
+fn a_gemm_sees_what_the_gemm_before_it_wrote(gpu: &'static Gpu) -> Result<(), Failed> {
+    let mut rng = rng(23);
+    let session = Session::new(gpu)?;
+    for shape in [[1, 1024, 2048, 512], [16, 512, 4096, 4096], [48, 1024, 2048, 512], [200, 512, 1024, 640]] {
+        let chain = Chain::new(gpu, &mut rng, shape)?;
+        let mut steps = (0..6).map(|_| chain.step(&mut rng)).collect::<Result<Vec<_>, _>>()?;
+        let all = |steps: &[ChainStep]| steps.iter().try_for_each(|step| chain.enqueue(gpu, &session, step));
+        let check = |steps: &[ChainStep], what: &str| {
+            steps.iter().enumerate().try_for_each(|(index, step)| {
+                chain.check(step, || format!("{what}, step {index} of {shape:?}"))
+            })
+        };
+        all(&steps)?;
+        session.stream.synchronize()?;
+        check(&steps, "on a stream")?;
+        let graph = Graph::capture(&session.stream, || all(&steps))?;
+        for _ in 0..3 {
+            for step in &mut steps {
+                step.x = chain.random_x(&mut rng)?;
+                refill(&mut step.codes, step.x.data())?;
+            }
+            // SAFETY: all that was captured is alive.
+            unsafe { graph.replay(&session.stream) }?;
+            check(&steps, "in a graph")?;
+        }
+    }
+    Ok(())
+}
+
+fn different_gemms_in_a_row_share_a_workspace(gpu: &'static Gpu) -> Result<(), Failed> {
+    let mut rng = rng(24);
+    let session = Session::new(gpu)?;
+    let mut launches = Vec::new();
+    for shape in TILE_SHAPES {
+        // One tile and a long K: many thread blocks share it, so the partial sums of each launch lie where those of the
+        // last one did.
+        for [m, n, k] in [[shape.tokens as usize, 128, 16_384], [shape.tokens as usize + 1, 300, 2048]] {
+            let problem = Problem::random(gpu, &mut rng, [m, n, k])?;
+            let plan = Plan::with_tile(m, n, k, shape, gpu.multiprocessors())?;
+            let output = poisoned::<f32>(m * n)?;
+            launches.push((problem, plan, output));
+        }
+    }
+    // First the small tiles after the large ones, then the other way round.
+    let there_and_back = || {
+        let mut all = launches.iter().rev().chain(&launches);
+        all.try_for_each(|(problem, plan, output)| enqueue(gpu, &session, problem, plan, output))
+    };
+    let check = |what: &str| {
+        launches.iter().try_for_each(|(problem, plan, output)| {
+            let [m, n, k] = problem.shape();
+            expect_values(output, &problem.expected::<f32>(true)?, || {
+                format!("{what}, [{m}, {n}, {k}], {plan}")
+            })
+        })
+    };
+    there_and_back()?;
+    session.stream.synchronize()?;
+    check("on a stream")?;
+    let graph = Graph::capture(&session.stream, there_and_back)?;
+    for _ in 0..5 {
+        // SAFETY: all that was captured is alive.
+        unsafe { graph.replay(&session.stream) }?;
+    }
+    check("in a graph")
+}
+
+fn the_same_gemm_in_a_row_gives_the_same_bits_each_time(gpu: &'static Gpu) -> Result<(), Failed> {
+    const LAUNCHES: usize = 100;
+    let mut rng = rng(25);
+    let session = Session::new(gpu)?;
+    for [m, n, k] in [[1, 4096, 4096], [16, 1024, 8192], [130, 1000, 3000]] {
+        let problem = Problem::random(gpu, &mut rng, [m, n, k])?;
+        let plan = gpu.plan(m, n, k)?;
+        let outputs = (0..LAUNCHES).map(|_| poisoned::<f32>(m * n)).collect::<Result<Vec<_>, _>>()?;
+        let all = || outputs.iter().try_for_each(|output| enqueue(gpu, &session, &problem, &plan, output));
+        all()?;
+        session.stream.synchronize()?;
+        let graph = Graph::capture(&session.stream, all)?;
+        // SAFETY: all that was captured is alive.
+        unsafe { graph.replay(&session.stream) }?;
+        let expected = problem.expected::<f32>(true)?;
+        for (launch, output) in outputs.iter().enumerate() {
+            expect_values(output, &expected, || format!("launch {launch}, [{m}, {n}, {k}], {plan}"))?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,163 @@
+//! Plans: whatever is asked for, all of the output is computed once and the launch fits the GPU.
+
+use liquidgemm::gpu::GpuError;
+use liquidgemm::{Cut, Error, Plan};
+use liquidgemm_format::tile::{STAGE_K, TILE_SHAPES, TileShape};
+use proptest::prelude::*;
+
+/// Output channels of a thread block's tile: its partial sums are int32, channels × tokens.
+fn channels(shape: TileShape) -> usize {
+    (shape.partial_bytes() / 4 / shape.tokens) as usize
+}
+
+/// Fails unless the plan's tiles cover `[m, n]` and K, none of them in vain, and each tile's K steps are computed once.
+fn check_cover(plan: &Plan) -> Result<(), TestCaseError> {
+    let ([m, n, k], schedule) = (plan.problem(), plan.schedule());
+    let covers = |pieces: u32, size: usize, whole: usize| {
+        pieces as usize * size >= whole && (pieces as usize - 1) * size < whole
+    };
+    let cluster_channels = channels(plan.shape()) * plan.cluster() as usize;
+    prop_assert!(covers(schedule.channel_tiles, cluster_channels, n), "channels: {plan}");
+    prop_assert!(covers(schedule.token_tiles, plan.shape().tokens as usize, m), "tokens: {plan}");
+    prop_assert!(covers(schedule.k_steps, STAGE_K as usize, k), "K: {plan}");
+    prop_assert_eq!(schedule.workers * plan.cluster(), plan.blocks());
+
+    let tiles = schedule.tiles() as usize;
+    let mut at = vec![false; tiles];
+    for tile in 0..schedule.tiles() {
+        let position = schedule.position(tile);
+        let index = position.token_tile * schedule.channel_tiles + position.channel_tile;
+        prop_assert!(!std::mem::replace(&mut at[index as usize], true), "tile {tile} twice: {plan}");
+    }
+    // Segments of a tile neither overlap nor leave a gap if, one behind the other, they are as long as the tile.
+    let mut segments: Vec<_> = (0..schedule.workers).flat_map(|worker| schedule.segments(worker)).collect();
+    segments.sort_by_key(|segment| (segment.tile, segment.k_begin));
+    let mut next = (0, 0);
+    for segment in segments {
+        prop_assert_eq!((segment.tile, segment.k_begin), next, "{}", plan);
+        prop_assert!(segment.k_end > segment.k_begin && segment.k_end <= schedule.k_steps, "{plan}");
+        next = if segment.k_end == schedule.k_steps {
+            (segment.tile + 1, 0)
+        } else {
+            (segment.tile, segment.k_end)
+        };
+    }
+    prop_assert_eq!(next, (schedule.tiles(), 0), "{}", plan);
+    Ok(())
+}
+
+/// Fails unless all blocks of the launch have their slot in a workspace made for this many multiprocessors.
+fn check_fit(plan: &Plan, multiprocessors: u32) -> Result<(), TestCaseError> {
+    let shape = plan.shape();
+    prop_assert!(plan.blocks() >= 1);
+    prop_assert!(
+        plan.blocks() <= multiprocessors * shape.blocks_per_multiprocessor(),
+        "{} blocks on {multiprocessors} multiprocessors: {plan}",
+        plan.blocks()
+    );
+    prop_assert!(plan.cluster().is_power_of_two() && plan.cluster() <= shape.max_cluster().max(1));
+    Ok(())
+}
+
+/// Dimensions with an eye on the small ones and on both sides of round ones.
+fn dimension(limit: usize) -> impl Strategy<Value = usize> {
+    let round =
+        (0..limit.ilog2(), -1..=1i64).prop_map(|(log, offset)| ((1i64 << log) + offset).max(1) as usize);
+    prop_oneof![round, 1..=limit]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(300))]
+
+    #[test]
+    fn every_plan_covers_its_problem_once_and_fits_the_gpu(
+        m in dimension(3000), n in dimension(8192), k in dimension(32_768), multiprocessors in 1..=144u32,
+    ) {
+        let plan = Plan::new(m, n, k, multiprocessors).unwrap();
+        prop_assert_eq!(plan.problem(), [m, n, k]);
+        check_cover(&plan)?;
+        check_fit(&plan, multiprocessors)?;
+    }
+
+    #[test]
+    fn every_tile_covers_every_problem_once_and_fits_the_gpu(
+        m in dimension(1000),
+        n in dimension(4096),
+        k in dimension(16_384),
+        multiprocessors in 1..=144u32,
+        shape in prop::sample::select(&TILE_SHAPES[..]),
+    ) {
+        let plan = Plan::with_tile(m, n, k, shape, multiprocessors).unwrap();
+        prop_assert_eq!(plan.shape(), shape);
+        check_cover(&plan)?;
+        check_fit(&plan, multiprocessors)?;
+    }
+
+    #[test]
+    fn any_cut_is_brought_down_to_what_the_problem_can_use(
+        m in dimension(1000),
+        n in dimension(4096),
+        k in dimension(16_384),
+        shape in prop::sample::select(&TILE_SHAPES[..]),
+        cluster in prop_oneof![0..10u32, Just(u32::MAX)],
+        workers in prop_oneof![0..400u32, Just(u32::MAX)],
+        streamed_waves in prop_oneof![0..4u32, Just(u32::MAX)],
+    ) {
+        let plan = Plan::with_cut(m, n, k, Cut { shape, cluster, workers, streamed_waves }).unwrap();
+        check_cover(&plan)?;
+        prop_assert!(plan.cut().workers <= workers.max(1));
+        prop_assert!(plan.cluster() <= cluster.max(1));
+    }
+}
+
+#[test]
+fn the_largest_k_has_a_plan_and_the_next_has_none() {
+    assert!(Plan::new(1, 1, 131_072, 132).is_ok());
+    assert!(matches!(Plan::new(1, 1, 131_073, 132), Err(Error::KTooLarge { k: 131_073 })));
+    assert!(matches!(Plan::new(1, 1, usize::MAX, 132), Err(Error::KTooLarge { k: usize::MAX })));
+}
+
+#[test]
+fn dimensions_of_zero_are_named() {
+    for (shape, name) in [([0, 5, 5], "m"), ([5, 0, 5], "n"), ([5, 5, 0], "k")] {
+        let [m, n, k] = shape;
+        match Plan::new(m, n, k, 132) {
+            Err(Error::EmptyDimension { dimension }) => assert_eq!(dimension, name),
+            other => panic!("{shape:?}: {other:?}"),
+        }
+    }
+}
+
+#[test]
+fn what_32_bits_cannot_count_is_an_error() {
+    let too_long = 1 << 31;
+    for (m, n, named) in [(too_long, 1, "m"), (1, too_long, "n"), (usize::MAX, 1, "m")] {
+        match Plan::new(m, n, 64, 132) {
+            Err(Error::Gpu(GpuError::OutOfRange { what, value, .. })) => {
+                assert_eq!((what, value), (named, m.max(n)));
+            }
+            other => panic!("m = {m}, n = {n}: {other:?}"),
+        }
+    }
+    let (m, n) = (i32::MAX as usize, i32::MAX as usize);
+    match Plan::new(m, n, 131_072, 132) {
+        Err(Error::Gpu(error @ GpuError::OutOfRange { what: "the number of tiles", .. })) => {
+            assert!(error.to_string().contains("at most"), "{error}");
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_plan_shows_its_tile_and_workers_on_one_line() {
+    let plan = Plan::new(16, 12_288, 4096, 132).unwrap();
+    let text = plan.to_string();
+    assert_eq!(text.lines().count(), 1);
+    let tile = format!(
+        "{} channels x {} tokens",
+        channels(plan.shape()) as u32 * plan.cluster(),
+        plan.shape().tokens
+    );
+    assert!(text.contains(&tile), "{text}");
+    assert!(text.contains(&format!("{} workers", plan.cut().workers)), "{text}");
+}

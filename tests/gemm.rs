@@ -105,7 +105,7 @@ fn any_cut_gives_the_same_bits(gpu: &'static Gpu) -> Result<(), Failed> {
         let problem = Problem::random(gpu, &mut rng, [m, n, k])?;
         for cluster in [1, 2, 4] {
             for workers in [1, 2, 3, 5, 12, 31, gpu.multiprocessors() / cluster] {
-                for streamed_waves in [0, 1, 100] {
+                for streamed_waves in [0, 1, 2, 100] {
                     let plan = Plan::with_cut(m, n, k, Cut { shape, cluster, workers, streamed_waves })?;
                     problem.check_type(gpu, &session, &plan, OutputType::I32, false, 0)?;
                 }
@@ -121,7 +121,7 @@ fn random_cut(gpu: &Gpu, rng: &mut StdRng, [m, n, k]: [usize; 3]) -> Result<Plan
     let cluster = 1 << rng.random_range(0..3);
     let most = gpu.multiprocessors() * shape.blocks_per_multiprocessor() / cluster;
     let workers = rng.random_range(1..=most);
-    Ok(Plan::with_cut(m, n, k, Cut { shape, cluster, workers, streamed_waves: rng.random_range(0..3) })?)
+    Ok(Plan::with_cut(m, n, k, Cut { shape, cluster, workers, streamed_waves: rng.random_range(0..4) })?)
 }
 
 fn repeated_launches_give_the_same_bits(gpu: &'static Gpu) -> Result<(), Failed> {

@@ -2,11 +2,13 @@
 //!
 //! A plan only decides speed: whatever it says, the result has the same bits.
 
+mod cost;
+
 use std::fmt;
 
 use liquidgemm_format::brick;
 use liquidgemm_format::schedule::Schedule;
-use liquidgemm_format::tile::{STAGE_BRICKS, TILE_CHANNELS, TILE_SHAPES, TileShape};
+use liquidgemm_format::tile::{STAGE_BRICKS, TILE_SHAPES, TileShape};
 
 use crate::Error;
 use crate::gpu::GpuError;
@@ -31,8 +33,8 @@ pub struct Cut {
     pub cluster: u32,
     /// Clusters that share the work.
     pub workers: u32,
-    /// Waves of whole tiles that are given up for sharing out their tiles step by step, besides the last, partial
-    /// wave. More of them even the load out; fewer leave fewer partial sums to add.
+    /// Waves whose tiles are shared out step by step, counted from the last, which may be a partial one. 0 leaves every
+    /// tile whole: some workers then have less to do, but there are no partial sums to add.
     pub streamed_waves: u32,
 }
 
@@ -42,13 +44,17 @@ const MIN_STEPS: u32 = 4;
 const GROUP_CHANNELS: u32 = 2048;
 
 impl Plan {
-    /// The plan for `Y[m, n] = X[m, k] · W[n, k]ᵀ` on a GPU with `multiprocessors`.
+    /// The plan for `Y[m, n] = X[m, k] · W[n, k]ᵀ` on a GPU with `multiprocessors`: of all
+    /// [`candidates`](Self::candidates), the one with the lowest [estimate](Self::estimate_us).
     ///
     /// # Errors
     /// If a dimension is 0 or too large.
     pub fn new(m: usize, n: usize, k: usize, multiprocessors: u32) -> Result<Self, Error> {
-        let shape = TILE_SHAPES.iter().copied().find(|shape| shape.tokens as usize >= m);
-        Self::with_tile(m, n, k, shape.unwrap_or(TILE_SHAPES[TILE_SHAPES.len() - 1]), multiprocessors)
+        let candidates = Self::candidates(m, n, k, multiprocessors)?;
+        match candidates.into_iter().min_by(|a, b| a.estimate_us().total_cmp(&b.estimate_us())) {
+            Some(plan) => Ok(plan),
+            None => Self::with_tile(m, n, k, TILE_SHAPES[0], multiprocessors),
+        }
     }
 
     /// The plan with a given token tile.
@@ -62,7 +68,7 @@ impl Plan {
         shape: TileShape,
         multiprocessors: u32,
     ) -> Result<Self, Error> {
-        Self::with_cut(m, n, k, Cut { shape, cluster: 1, workers: multiprocessors, streamed_waves: 0 })
+        Self::with_cut(m, n, k, Cut { shape, cluster: 1, workers: multiprocessors, streamed_waves: 1 })
     }
 
     /// The plan with everything chosen by the caller. Values beyond what the shape or the problem can use are
@@ -86,7 +92,7 @@ impl Plan {
             }
         }
         cut.cluster = 1 << cut.cluster.clamp(1, cut.shape.max_cluster().max(1)).ilog2();
-        let cluster_channels = TILE_CHANNELS * cut.cluster;
+        let cluster_channels = cut.shape.channels() * cut.cluster;
         let channel_tiles = n.div_ceil(cluster_channels as usize) as u32;
         let token_tiles = m.div_ceil(cut.shape.tokens as usize) as u32;
         let k_steps = brick::k_blocks(k).div_ceil(STAGE_BRICKS as usize) as u32;
@@ -99,16 +105,60 @@ impl Plan {
         }
         let tiles = tiles as u32;
         cut.workers = cut.workers.clamp(1, (tiles * k_steps).div_ceil(MIN_STEPS));
-        // Whole tiles as long as they fill every worker; the rest is shared out step by step.
-        let last_wave = tiles % cut.workers;
-        let streamed_tiles = match last_wave {
+        let last_wave = match tiles % cut.workers {
+            0 => cut.workers,
+            partial => partial,
+        };
+        let streamed_tiles = match cut.streamed_waves {
             0 => 0,
-            partial => cut.streamed_waves.saturating_mul(cut.workers).saturating_add(partial).min(tiles),
+            waves => cut.workers.saturating_mul(waves - 1).saturating_add(last_wave).min(tiles),
         };
         let channel_group = (GROUP_CHANNELS / cluster_channels).clamp(1, channel_tiles);
         let schedule =
             Schedule::new([channel_tiles, token_tiles, k_steps], cut.workers, streamed_tiles, channel_group);
         Ok(Self { m, n, k, cut, schedule })
+    }
+
+    /// Every plan that is worth considering for a problem.
+    ///
+    /// # Errors
+    /// As [`Plan::new`].
+    pub fn candidates(m: usize, n: usize, k: usize, multiprocessors: u32) -> Result<Vec<Self>, Error> {
+        let mut plans: Vec<Self> = Vec::new();
+        for shape in TILE_SHAPES {
+            // A tile more than half empty wastes what the next smaller one doesn't.
+            if shape.tokens > 8 && m <= shape.tokens as usize / 2 {
+                continue;
+            }
+            for cluster in [1, 2] {
+                if cluster > shape.max_cluster() {
+                    continue;
+                }
+                let most = (multiprocessors / cluster).max(1);
+                let mut consider = |workers: u32, streamed_waves: u32| -> Result<u32, Error> {
+                    let plan = Self::with_cut(m, n, k, Cut { shape, cluster, workers, streamed_waves })?;
+                    if !plans.iter().any(|other| other.launches_like(&plan)) {
+                        plans.push(plan);
+                    }
+                    Ok(plan.schedule.tiles())
+                };
+                let tiles = consider(most, 1)?;
+                // Whole tiles, as even as can be.
+                consider(tiles.div_ceil(tiles.div_ceil(most)), 0)?;
+                if tiles < most {
+                    // Every tile in the same number of equal parts.
+                    consider(tiles * (most / tiles), 1)?;
+                } else {
+                    consider(most, 2)?;
+                }
+            }
+        }
+        Ok(plans)
+    }
+
+    /// Whether both come to the same launch.
+    fn launches_like(&self, other: &Self) -> bool {
+        (self.shape(), self.cluster(), self.schedule) == (other.shape(), other.cluster(), other.schedule)
     }
 
     /// `[m, n, k]` of the problem.
@@ -150,8 +200,25 @@ impl fmt::Display for Plan {
             f,
             "tile {} channels x {} tokens in {cluster} blocks; {channel_tiles} x {token_tiles} tiles of {k_steps} \
              steps on {workers} workers, {streamed_tiles} tiles shared along K",
-            TILE_CHANNELS * cluster,
+            shape.channels() * cluster,
             shape.tokens,
         )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn candidates_hold_the_planners_choice_and_no_launch_twice() {
+        for (m, n, k) in [(1, 4096, 4096), (100, 4096, 4096), (5000, 300, 64), (256, 57_344, 8192)] {
+            let plans = Plan::candidates(m, n, k, 132).unwrap();
+            assert!(plans.contains(&Plan::new(m, n, k, 132).unwrap()));
+            for (index, plan) in plans.iter().enumerate() {
+                assert!(!plans[..index].iter().any(|other| other.launches_like(plan)), "{plan}");
+                assert!(plan.blocks() <= 132 * plan.shape().blocks_per_multiprocessor(), "{plan}");
+            }
+        }
     }
 }

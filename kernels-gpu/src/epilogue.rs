@@ -8,8 +8,9 @@ use liquidgemm_format::arguments::{GemmArguments, output_type};
 use liquidgemm_format::brick::BRICK_CHANNELS;
 use liquidgemm_format::tile::{TileShape, WARPGROUP};
 
+use crate::halves::finishes;
 use crate::partials::sync_consumer;
-use crate::pipeline::Shared;
+use crate::pipeline::{Consumer, Shared};
 use crate::ptx::integer::{pack_bf16, pack_f16, scale};
 use crate::ptx::matrix::{store_transposed_x2, store_transposed_x4};
 use crate::ptx::memory::{
@@ -57,8 +58,7 @@ pub struct Epilogue<'a> {
     channels: u32,
     first_token: u32,
     first_channel: u32,
-    consumer: u32,
-    thread: u32,
+    consumer: Consumer,
 }
 
 impl<'a> Epilogue<'a> {
@@ -69,8 +69,7 @@ impl<'a> Epilogue<'a> {
         shared: Shared,
         shape: TileShape,
         [first_strip, first_token]: [u32; 2],
-        consumer: u32,
-        thread: u32,
+        consumer: Consumer,
     ) -> Self {
         Self {
             arguments,
@@ -81,7 +80,6 @@ impl<'a> Epilogue<'a> {
             first_token,
             first_channel: first_strip * BRICK_CHANNELS as u32,
             consumer,
-            thread,
         }
     }
 
@@ -98,10 +96,10 @@ impl<'a> Epilogue<'a> {
                 let m = if index < self.shape.tokens { arguments.m } else { 0 };
                 element(arguments.token_scales, self.first_token + index, m, 0.0)
             };
-            let channel = self.first_channel + self.thread;
-            let n = if self.thread < BRICK_CHANNELS as u32 { arguments.n } else { 0 };
+            let channel = self.first_channel + self.consumer.thread;
+            let n = if self.consumer.thread < BRICK_CHANNELS as u32 { arguments.n } else { 0 };
             Scales {
-                tokens: [token(self.thread), token(self.thread + WARPGROUP)],
+                tokens: [token(self.consumer.thread), token(self.consumer.thread + WARPGROUP)],
                 channel: [
                     element(arguments.channel_scales, channel, n, 0.0),
                     element(arguments.bias, channel, n, NO_BIAS),
@@ -118,15 +116,18 @@ impl<'a> Epilogue<'a> {
     pub unsafe fn park(&self, scales: Scales) {
         // SAFETY: there is a place for each token and channel.
         unsafe {
-            if self.thread < self.shape.tokens {
-                store_shared_f32(self.token_scales + self.thread * 4, scales.tokens[0]);
+            if self.consumer.thread < self.shape.tokens {
+                store_shared_f32(self.token_scales + self.consumer.thread * 4, scales.tokens[0]);
             }
-            if self.thread + WARPGROUP < self.shape.tokens {
-                store_shared_f32(self.token_scales + (self.thread + WARPGROUP) * 4, scales.tokens[1]);
+            if self.consumer.thread + WARPGROUP < self.shape.tokens {
+                store_shared_f32(
+                    self.token_scales + (self.consumer.thread + WARPGROUP) * 4,
+                    scales.tokens[1],
+                );
             }
-            if self.thread < BRICK_CHANNELS as u32 {
-                store_shared_f32(self.channels + self.thread * 8, scales.channel[0]);
-                store_shared_f32(self.channels + self.thread * 8 + 4, scales.channel[1]);
+            if self.consumer.thread < BRICK_CHANNELS as u32 {
+                store_shared_f32(self.channels + self.consumer.thread * 8, scales.channel[0]);
+                store_shared_f32(self.channels + self.consumer.thread * 8 + 4, scales.channel[1]);
             }
         }
     }
@@ -137,8 +138,8 @@ impl<'a> Epilogue<'a> {
     /// All threads of the consumer call it, and the arguments' output is valid.
     #[inline(always)]
     pub unsafe fn store<A: Accumulator>(&self, accumulator: &mut A) {
-        sync_consumer(self.consumer);
-        let channel = self.thread / 32 * 16 + self.thread % 32 / 4;
+        sync_consumer(self.consumer.index);
+        let channel = self.consumer.thread / 32 * 16 + self.consumer.thread % 32 / 4;
         // SAFETY: parked before the barrier.
         let [upper, lower] = unsafe {
             [
@@ -148,13 +149,13 @@ impl<'a> Epilogue<'a> {
         };
         let scaling = Scaling { epilogue: self, upper, lower };
         match self.arguments.output_type {
-            output_type::BF16 => accumulator.visit(&mut Transposed::<A, true>::new(scaling)),
-            output_type::F16 => accumulator.visit(&mut Transposed::<A, false>::new(scaling)),
+            output_type::BF16 => accumulator.visit(&mut Transposed::<true>::new(scaling)),
+            output_type::F16 => accumulator.visit(&mut Transposed::<false>::new(scaling)),
             output_type::F32 => accumulator.visit(&mut Direct::<true> { scaling }),
             _ => accumulator.visit(&mut Direct::<false> { scaling }),
         }
         // The next tile's scales may overwrite these.
-        sync_consumer(self.consumer);
+        sync_consumer(self.consumer.index);
     }
 
     /// The address of an output element of `size` bytes.
@@ -179,7 +180,7 @@ impl Scaling<'_, '_> {
     /// The block's four results as f32, in the accumulator's order.
     #[inline(always)]
     fn scaled(&self, j: u32, block: &[i32; 4]) -> [f32; 4] {
-        let pair = self.epilogue.thread % 4;
+        let pair = self.epilogue.consumer.thread % 4;
         // SAFETY: parked before `store`'s barrier.
         let tokens = unsafe { load_shared_f32x2(self.epilogue.token_scales + (8 * j + 2 * pair) * 4) };
         [
@@ -193,27 +194,23 @@ impl Scaling<'_, '_> {
 
 /// 16-bit results, through the transposition buffer: a row of 128 bytes a token, its 16-byte pieces permuted by
 /// the token's low bits so that neither side has bank conflicts.
-struct Transposed<'a, 'b, A, const BF16: bool> {
+struct Transposed<'a, 'b, const BF16: bool> {
     scaling: Scaling<'a, 'b>,
     /// Where this lane's matrix row of the first two blocks goes.
     row: u32,
     /// The even block's packed results, until the odd one's are there too.
     even: [u32; 2],
-    accumulator: core::marker::PhantomData<A>,
 }
 
-impl<'a, 'b, A: Accumulator, const BF16: bool> Transposed<'a, 'b, A, BF16> {
-    /// Tokens that the buffer holds.
-    const BUFFER_TOKENS: u32 = TileShape { tokens: A::TOKENS, stages: 1 }.epilogue_tokens();
-
+impl<'a, 'b, const BF16: bool> Transposed<'a, 'b, BF16> {
     #[inline(always)]
     fn new(scaling: Scaling<'a, 'b>) -> Self {
         let epilogue = scaling.epilogue;
-        let (warp, lane) = (epilogue.thread / 32, epilogue.thread % 32);
+        let (warp, lane) = (epilogue.consumer.thread / 32, epilogue.consumer.thread % 32);
         let (matrix, token) = (lane / 8, lane % 8);
         let piece = (warp * 2 + matrix % 2) ^ token;
         let row = epilogue.buffer + (matrix / 2 * 8 + token) * 128 + piece * 16;
-        Self { scaling, row, even: [0; 2], accumulator: core::marker::PhantomData }
+        Self { scaling, row, even: [0; 2] }
     }
 
     #[inline(always)]
@@ -226,12 +223,12 @@ impl<'a, 'b, A: Accumulator, const BF16: bool> Transposed<'a, 'b, A, BF16> {
     fn flush(&self, first_token: u32) {
         let epilogue = self.scaling.epilogue;
         let arguments = epilogue.arguments;
-        let piece = epilogue.thread % 8;
+        let piece = epilogue.consumer.thread % 8;
         let channel = epilogue.first_channel + piece * 8;
         let aligned = arguments.output_stride % 8 == 0 && arguments.output % 16 == 0;
-        sync_consumer(epilogue.consumer);
-        let mut row = epilogue.thread / 8;
-        while row < Self::BUFFER_TOKENS {
+        sync_consumer(epilogue.consumer.index);
+        let mut row = epilogue.consumer.thread / 8;
+        while row < epilogue.shape.epilogue_tokens() {
             let token = first_token + row;
             if token < arguments.m {
                 let address = epilogue.output(token, channel, 2);
@@ -247,7 +244,7 @@ impl<'a, 'b, A: Accumulator, const BF16: bool> Transposed<'a, 'b, A, BF16> {
             }
             row += 16;
         }
-        sync_consumer(epilogue.consumer);
+        sync_consumer(epilogue.consumer.index);
     }
 }
 
@@ -270,15 +267,20 @@ unsafe fn store_pairs(address: u64, words: [u32; 4], count: u32) {
     }
 }
 
-impl<A: Accumulator, const BF16: bool> BlockVisitor for Transposed<'_, '_, A, BF16> {
+impl<const BF16: bool> BlockVisitor for Transposed<'_, '_, BF16> {
     #[inline(always)]
     fn block(&mut self, j: u32, block: &mut [i32; 4]) {
+        let Epilogue { shape, consumer, first_token, .. } = *self.scaling.epilogue;
+        if !finishes(shape, consumer, j) {
+            return;
+        }
         let [a, b, c, d] = self.scaling.scaled(j, block);
         let packed = [Self::pack(a, b), Self::pack(c, d)];
-        let in_buffer = j % (Self::BUFFER_TOKENS / 8);
+        let buffer_blocks = shape.epilogue_tokens() / 8;
+        let in_buffer = j % buffer_blocks;
         // SAFETY: the addresses lie in the consumer's buffer.
         unsafe {
-            if A::TOKENS == 8 {
+            if buffer_blocks == 1 {
                 store_transposed_x2(self.row, packed);
             } else if j % 2 == 1 {
                 let [even_upper, even_lower] = self.even;
@@ -287,8 +289,8 @@ impl<A: Accumulator, const BF16: bool> BlockVisitor for Transposed<'_, '_, A, BF
             }
         }
         self.even = packed;
-        if in_buffer == Self::BUFFER_TOKENS / 8 - 1 {
-            self.flush(self.scaling.epilogue.first_token + (j - in_buffer) * 8);
+        if in_buffer == buffer_blocks - 1 {
+            self.flush(first_token + (j - in_buffer) * 8);
         }
     }
 }
@@ -302,9 +304,12 @@ impl<const SCALED: bool> BlockVisitor for Direct<'_, '_, SCALED> {
     #[inline(always)]
     fn block(&mut self, j: u32, block: &mut [i32; 4]) {
         let epilogue = self.scaling.epilogue;
-        let lane = epilogue.thread % 32;
+        if !finishes(epilogue.shape, epilogue.consumer, j) {
+            return;
+        }
+        let lane = epilogue.consumer.thread % 32;
         let token = epilogue.first_token + 8 * j + lane % 4 * 2;
-        let channel = epilogue.first_channel + epilogue.thread / 32 * 16 + lane / 4;
+        let channel = epilogue.first_channel + epilogue.consumer.thread / 32 * 16 + lane / 4;
         let values = if SCALED {
             self.scaling.scaled(j, block).map(f32::to_bits)
         } else {

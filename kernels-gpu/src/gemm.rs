@@ -1,4 +1,4 @@
-//! The W4A8 GEMM: a producer, bricks and activations by a warp each, fills a ring of stages; two consumer warpgroups dequantize in registers and feed the
+//! The W4A8 GEMM: a producer, bricks and activations by a warp each, fills a ring of stages; consumer warpgroups dequantize in registers and feed the
 //! tensor cores (LiquidGEMM's implicit fine-grained pipeline, arXiv 2509.01229, section 5).
 //!
 //! Weights are wgmma's A operand and come from registers; activations are B and come from swizzled shared
@@ -9,36 +9,27 @@ use cuda_std::{TensorMap, cluster, shared, thread, warp};
 use liquidgemm_format::arguments::GemmArguments;
 use liquidgemm_format::brick::BRICK_BYTES;
 use liquidgemm_format::ring::RingCursor;
-use liquidgemm_format::schedule::Segment;
-use liquidgemm_format::tile::{CONSUMERS, STAGE_BRICKS, STAGE_K, STRIP_STAGE_BYTES, TileShape, WARPGROUP};
+use liquidgemm_format::schedule::{Segment, TilePosition};
+use liquidgemm_format::tile::{STAGE_BRICKS, STAGE_K, STRIP_STAGE_BYTES, TileShape};
 
 use crate::dequant::{BrickShare, SharePlace};
 use crate::epilogue::Epilogue;
-use crate::partials;
-use crate::pipeline::{Cluster, Shared};
+use crate::pipeline::{Cluster, Consumer, Shared};
 use crate::ptx::wgmma::{Accumulator, DESCRIPTOR_K32};
 use crate::ptx::{grid, registers, tma, wgmma};
+use crate::{halves, partials};
 
-/// Registers a thread of the producer keeps; the consumers share the rest.
-const PRODUCER_REGISTERS: u32 = 40;
-/// Registers a thread of a consumer has.
-const CONSUMER_REGISTERS: u32 = 232;
-const _: () = assert!(
-    WARPGROUP * (PRODUCER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS) <= 65_536,
-    "the warpgroups share one register file"
-);
-
-/// The kernel's body, for the token tile of `A` and a ring of `STAGES`.
+/// The kernel's body, for the token tile of `A`, `STRIPS` strips with `HALVES` consumers each, and a ring of `STAGES`.
 ///
 /// # Safety
 /// The arguments describe memory as their documentation says; `activations` is a map of int8 `[m, k]` with
 /// boxes of [`STAGE_K`] × a cluster block's part of the tile's tokens and 128-byte swizzle.
 #[inline(always)]
-pub unsafe fn gemm<A: Accumulator, const STAGES: u32>(
+pub unsafe fn gemm<A: Accumulator, const STRIPS: u32, const HALVES: u32, const STAGES: u32>(
     activations: *const TensorMap,
     arguments: &GemmArguments,
 ) {
-    let shape = const { TileShape { tokens: A::TOKENS, stages: STAGES } };
+    let shape = const { TileShape { strips: STRIPS, tokens: A::TOKENS, halves: HALVES, stages: STAGES } };
     let shared = Shared::new(shared::dynamic_shared_mem(), shape);
     let thread = thread::thread_idx_x();
     let warp = warp::broadcast(thread / warp::WARP_SIZE);
@@ -49,30 +40,33 @@ pub unsafe fn gemm<A: Accumulator, const STAGES: u32>(
         // SAFETY: the map is a parameter; the barrier below orders the barriers' making.
         unsafe {
             tma::prefetch_map(activations);
-            shared.init_barriers(cluster.blocks);
+            shared.init_barriers(cluster);
         }
     }
     sync(cluster);
 
-    if warpgroup == CONSUMERS {
+    let consumers = STRIPS * HALVES;
+    if warpgroup == consumers {
         if shape.moves_registers() {
             // SAFETY: the whole warpgroup is here.
-            unsafe { registers::decrease::<PRODUCER_REGISTERS>() };
+            unsafe { registers::decrease::<STRIPS, HALVES>() };
         }
         // SAFETY (both): one whole warp each; the caller vouches for the arguments.
-        if warp == CONSUMERS * 4 {
+        if warp == consumers * 4 {
+            // As early as can be: a launch takes longer to begin than its first bricks delay this one's.
             grid::admit_next();
-            unsafe { produce_bricks::<STAGES>(arguments, shared, cluster) };
-        } else if warp == CONSUMERS * 4 + 1 {
+            unsafe { produce_bricks::<STAGES>(arguments, shared, shape, cluster) };
+        } else if warp == consumers * 4 + 1 {
             unsafe { produce_activations::<STAGES>(activations, arguments, shared, shape, cluster) };
         }
     } else {
         if shape.moves_registers() {
             // SAFETY: the whole warpgroup is here.
-            unsafe { registers::increase::<CONSUMER_REGISTERS>() };
+            unsafe { registers::increase::<STRIPS, HALVES>() };
         }
+        let consumer = Consumer::of_warpgroup(warpgroup, thread, shape);
         // SAFETY: the whole warpgroup is here; the caller vouches for the arguments.
-        unsafe { consume::<A, STAGES>(arguments, shared, shape, cluster, warpgroup) };
+        unsafe { consume::<A, STAGES>(arguments, shared, shape, cluster, consumer) };
     }
     if cluster.blocks > 1 {
         // The others may still send activations here, or arrive on the barriers.
@@ -90,21 +84,31 @@ fn sync(cluster: Cluster) {
     }
 }
 
+/// The first strip of a block's tile.
+#[inline(always)]
+fn first_strip(position: TilePosition, shape: TileShape, cluster: Cluster) -> u32 {
+    (position.channel_tile * cluster.blocks + cluster.rank) * shape.strips
+}
+
 /// The first producer: keeps the ring full of bricks.
 ///
 /// The weights are there before the launch, so it begins at once, while the launch before this one, which may be
 /// computing the activations, still runs.
 #[inline(always)]
-unsafe fn produce_bricks<const STAGES: u32>(arguments: &GemmArguments, shared: Shared, cluster: Cluster) {
+unsafe fn produce_bricks<const STAGES: u32>(
+    arguments: &GemmArguments,
+    shared: Shared,
+    shape: TileShape,
+    cluster: Cluster,
+) {
     let schedule = arguments.schedule;
     let strip_bytes = arguments.k_blocks as u64 * BRICK_BYTES as u64;
     let mut ring = RingCursor::<STAGES>::start();
     for segment in schedule.segments(cluster::cluster_idx_x()) {
-        let position = schedule.position(segment.tile);
-        let first_strip = (position.channel_tile * cluster.blocks + cluster.rank) * CONSUMERS;
+        let first_strip = first_strip(schedule.position(segment.tile), shape, cluster);
         // The last tiles may have fewer strips: their consumers then work on what happens to lie there, and store
         // nothing.
-        let strips = arguments.strips.saturating_sub(first_strip).min(CONSUMERS);
+        let strips = arguments.strips.saturating_sub(first_strip).min(shape.strips);
         let mut block = segment.k_begin * STAGE_BRICKS;
         let mut source =
             arguments.bricks + first_strip as u64 * strip_bytes + block as u64 * BRICK_BYTES as u64;
@@ -115,12 +119,12 @@ unsafe fn produce_bricks<const STAGES: u32>(arguments: &GemmArguments, shared: S
             // SAFETY: the stage is empty once acquired and holds what is copied; the bricks exist.
             unsafe {
                 let full = shared.acquire_empty(stage, ring.empty_parity(), strips * bytes);
-                if strips > 0 {
-                    tma::load_bulk(shared.bricks(stage, 0), source, bytes, full);
-                }
-                if strips > 1 {
-                    tma::load_bulk(shared.bricks(stage, 1), source + strip_bytes, bytes, full);
-                }
+                seq_macro::seq!(STRIP in 0..3 {
+                    if STRIP < shape.strips && STRIP < strips {
+                        let from = source + STRIP * strip_bytes;
+                        tma::load_bulk(shared.bricks(stage, STRIP), from, bytes, full);
+                    }
+                });
             }
             block += STAGE_BRICKS;
             source += STRIP_STAGE_BYTES as u64;
@@ -173,29 +177,28 @@ unsafe fn produce_activations<const STAGES: u32>(
     }
 }
 
-/// A consumer: a 64-channel strip of every tile.
+/// A consumer: a 64-channel strip of every tile, or one half of its K.
 #[inline(always)]
 unsafe fn consume<A: Accumulator, const STAGES: u32>(
     arguments: &GemmArguments,
     shared: Shared,
     shape: TileShape,
     cluster: Cluster,
-    consumer: u32,
+    consumer: Consumer,
 ) {
     let schedule = arguments.schedule;
     let worker = cluster::cluster_idx_x();
-    let thread = thread::thread_idx_x() % WARPGROUP;
     let mut ring = RingCursor::<STAGES>::start();
     // Scales, workspace and output belong to the launch before this one until it has ended.
     grid::await_previous();
     for segment in schedule.segments(worker) {
         let mut accumulator = A::zero();
         let position = schedule.position(segment.tile);
-        let first_strip = (position.channel_tile * cluster.blocks + cluster.rank) * CONSUMERS + consumer;
+        let strip = first_strip(position, shape, cluster) + consumer.strip;
         let first_token = position.token_tile * shape.tokens;
         let owns = schedule.owns(segment);
-        let slots = partials::Slots { cluster, consumer, thread };
-        let epilogue = Epilogue::new(arguments, shared, shape, [first_strip, first_token], consumer, thread);
+        let slots = partials::Slots { shape, cluster, consumer };
+        let epilogue = Epilogue::new(arguments, shared, shape, [strip, first_token], consumer);
         // SAFETY: the caller vouches for the arguments; all threads of the warpgroup go the same way, as
         // every condition depends on the segment alone.
         unsafe {
@@ -205,7 +208,8 @@ unsafe fn consume<A: Accumulator, const STAGES: u32>(
             if early {
                 epilogue.park(scales);
             }
-            ring = accumulate(&mut accumulator, ring, segment, shared, cluster, consumer, thread);
+            ring = accumulate(&mut accumulator, ring, segment, shared, shape, cluster, consumer);
+            halves::exchange(&mut accumulator, shared, shape, consumer);
             if owns {
                 let first = schedule.first_contributor(worker, segment);
                 slots.collect(&mut accumulator, arguments, first..worker);
@@ -222,23 +226,24 @@ unsafe fn consume<A: Accumulator, const STAGES: u32>(
 
 /// The main loop: adds a segment's products to the accumulator and returns the ring's next stage.
 ///
-/// Each step is one wgmma group of four MMAs. While it runs, the next step's codes are loaded and dequantized into
-/// operand registers of their own; two steps a turn of the loop make those two sets.
+/// Each step is one wgmma group, of four MMAs or of the two that are this consumer's. While it runs, the next step's
+/// codes are loaded and dequantized into operand registers of their own; two steps a turn of the loop make those two
+/// sets.
 #[inline(always)]
 unsafe fn accumulate<A: Accumulator, const STAGES: u32>(
     accumulator: &mut A,
     ring: RingCursor<STAGES>,
     segment: Segment,
     shared: Shared,
+    shape: TileShape,
     cluster: Cluster,
-    consumer: u32,
-    thread: u32,
+    consumer: Consumer,
 ) -> RingCursor<STAGES> {
     // SAFETY: a stage is read between acquiring and releasing it, and released when its last wgmma is done;
     // the caller vouches for the warpgroup.
     unsafe {
         let mut walk =
-            StageWalk::enter(ring, segment.k_end - segment.k_begin, shared, cluster, consumer, thread);
+            StageWalk::enter(ring, segment.k_end - segment.k_begin, shared, shape, cluster, consumer);
         // One way out of the loop only: what is the same for all threads then stays in uniform registers.
         if walk.steps % 2 == 1 {
             walk.step(accumulator);
@@ -256,13 +261,13 @@ unsafe fn accumulate<A: Accumulator, const STAGES: u32>(
 /// A consumer's way through the stages of a segment.
 struct StageWalk<const STAGES: u32> {
     shared: Shared,
+    shape: TileShape,
     cluster: Cluster,
-    consumer: u32,
-    lane: u32,
+    consumer: Consumer,
     place: SharePlace,
     /// The stage to multiply next.
     ring: RingCursor<STAGES>,
-    /// Its codes.
+    /// The codes of its bricks; where two consumers share the strip, of this one's brick, twice.
     shares: [BrickShare; STAGE_BRICKS as usize],
     /// Steps left, with this one.
     steps: u32,
@@ -277,31 +282,38 @@ impl<const STAGES: u32> StageWalk<STAGES> {
         ring: RingCursor<STAGES>,
         steps: u32,
         shared: Shared,
+        shape: TileShape,
         cluster: Cluster,
-        consumer: u32,
-        thread: u32,
+        consumer: Consumer,
     ) -> Self {
-        let place = SharePlace::of_thread(thread);
-        let lane = thread % warp::WARP_SIZE;
+        let place = SharePlace::of_thread(consumer.thread);
         // SAFETY: the stage is acquired before it is read.
         let shares = unsafe {
             shared.acquire_full(ring.stage(), ring.full_parity());
-            Self::load(shared, ring, consumer, place)
+            Self::load(shared, shape, ring, consumer, place)
         };
-        Self { shared, cluster, consumer, lane, place, ring, shares, steps, unreleased: STAGES }
+        Self { shared, shape, cluster, consumer, place, ring, shares, steps, unreleased: STAGES }
     }
 
-    /// Loads the codes of a stage.
+    /// Loads the consumer's codes of a stage.
     #[inline(always)]
     unsafe fn load(
         shared: Shared,
+        shape: TileShape,
         ring: RingCursor<STAGES>,
-        consumer: u32,
+        consumer: Consumer,
         place: SharePlace,
     ) -> [BrickShare; STAGE_BRICKS as usize] {
-        let bricks = shared.bricks(ring.stage(), consumer);
+        let bricks = shared.own_bricks(ring.stage(), consumer);
         // SAFETY: the caller has acquired the stage.
-        unsafe { [BrickShare::load(bricks, place), BrickShare::load(bricks + BRICK_BYTES as u32, place)] }
+        unsafe {
+            let first = BrickShare::load(bricks, place);
+            if shape.halves == 1 {
+                [first, BrickShare::load(bricks + BRICK_BYTES as u32, place)]
+            } else {
+                [first, first]
+            }
+        }
     }
 
     /// Multiplies one stage.
@@ -310,18 +322,8 @@ impl<const STAGES: u32> StageWalk<STAGES> {
         let next = self.ring.next();
         // SAFETY: the barriers are made. Asked now, the answer is there when it is needed.
         let next_is_full = unsafe { self.shared.is_full(next.stage(), next.full_parity()) };
-        let [first, second] = self.shares;
-        let operands = [first.operand::<0>(), first.operand::<1>(), second.operand::<0>(), second.operand::<1>()];
-        let tile = wgmma::descriptor(self.shared.activations(self.ring.stage()));
         // SAFETY: the stage is acquired; the operands' registers are not written before the group is done.
-        unsafe {
-            wgmma::fence();
-            accumulator.multiply_accumulate(operands[0], tile);
-            accumulator.multiply_accumulate(operands[1], tile + DESCRIPTOR_K32);
-            accumulator.multiply_accumulate(operands[2], tile + 2 * DESCRIPTOR_K32);
-            accumulator.multiply_accumulate(operands[3], tile + 3 * DESCRIPTOR_K32);
-            wgmma::commit();
-        }
+        unsafe { self.multiply(accumulator) };
         let before = self.unreleased;
         self.unreleased = self.ring.stage();
         self.ring = next;
@@ -332,19 +334,45 @@ impl<const STAGES: u32> StageWalk<STAGES> {
                 if !next_is_full {
                     self.shared.acquire_full(next.stage(), next.full_parity());
                 }
-                self.shares = Self::load(self.shared, next, self.consumer, self.place);
+                self.shares = Self::load(self.shared, self.shape, next, self.consumer, self.place);
             }
             wgmma::wait::<1>();
             if before != STAGES {
-                self.shared.release(before, self.cluster, self.lane);
+                self.shared.release(before, self.cluster, self.consumer.thread % warp::WARP_SIZE);
             }
+        }
+    }
+
+    /// Dequantizes the stage's codes and issues their MMAs as one group.
+    #[inline(always)]
+    unsafe fn multiply<A: Accumulator>(&self, accumulator: &mut A) {
+        let [first, second] = self.shares;
+        let tile = wgmma::descriptor(self.shared.activations(self.ring.stage()));
+        let tile = tile + self.consumer.half * 2 * DESCRIPTOR_K32;
+        let operands = [first.operand::<0>(), first.operand::<1>()];
+        // SAFETY: the caller waits before it touches the accumulator or the operands' registers.
+        unsafe {
+            if self.shape.halves == 1 {
+                let more = [second.operand::<0>(), second.operand::<1>()];
+                wgmma::fence();
+                accumulator.multiply_accumulate(operands[0], tile);
+                accumulator.multiply_accumulate(operands[1], tile + DESCRIPTOR_K32);
+                accumulator.multiply_accumulate(more[0], tile + 2 * DESCRIPTOR_K32);
+                accumulator.multiply_accumulate(more[1], tile + 3 * DESCRIPTOR_K32);
+            } else {
+                wgmma::fence();
+                accumulator.multiply_accumulate(operands[0], tile);
+                accumulator.multiply_accumulate(operands[1], tile + DESCRIPTOR_K32);
+            }
+            wgmma::commit();
         }
     }
 
     /// Gives the last stage back.
     #[inline(always)]
     unsafe fn release(&self) {
+        let lane = self.consumer.thread % warp::WARP_SIZE;
         // SAFETY: the caller has waited for all groups.
-        unsafe { self.shared.release(self.unreleased, self.cluster, self.lane) };
+        unsafe { self.shared.release(self.unreleased, self.cluster, lane) };
     }
 }

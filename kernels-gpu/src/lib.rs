@@ -9,6 +9,7 @@
 pub mod dequant;
 pub mod epilogue;
 pub mod gemm;
+pub mod halves;
 pub mod partials;
 pub mod pipeline;
 pub mod probes;
@@ -20,39 +21,46 @@ use liquidgemm_format::tile::TileShape;
 
 use ptx::wgmma;
 
-/// The ring's depth for a token tile.
-const fn stages(tokens: u32) -> u32 {
-    match TileShape::with_tokens(tokens) {
-        Some(shape) => shape.stages,
+/// The shape of so many strips, tokens and halves.
+const fn shape(strips: u32, tokens: u32, halves: u32) -> TileShape {
+    match TileShape::find(strips, tokens, halves) {
+        Some(shape) => shape,
         None => panic!("no such tile shape"),
     }
 }
 
 macro_rules! gemm_kernel {
-    ($name:ident, $accumulator:ident, $threads:literal, $blocks:literal) => {
-        #[doc = concat!("[`gemm::gemm`] for the token tile of [`wgmma::", stringify!($accumulator), "`].")]
+    ($name:ident, $strips:literal, $accumulator:ident, $halves:literal, $threads:literal, $blocks:literal) => {
+        #[doc = concat!("[`gemm::gemm`] for ", $strips, " strips and [`wgmma::", stringify!($accumulator), "`].")]
         ///
         /// # Safety
         /// See [`gemm::gemm`].
         #[kernel(max_threads = $threads, min_blocks = $blocks)]
         pub unsafe fn $name(#[grid_constant] activations: cuda_std::TensorMap, arguments: GemmArguments) {
+            const TOKENS: u32 = <wgmma::$accumulator as wgmma::Accumulator>::TOKENS;
+            const SHAPE: TileShape = shape($strips, TOKENS, $halves);
+            const _: () =
+                assert!(SHAPE.threads() == $threads && SHAPE.blocks_per_multiprocessor() == $blocks);
             // SAFETY: the launcher vouches for the arguments.
             unsafe {
-                gemm::gemm::<
-                    wgmma::$accumulator,
-                    { stages(<wgmma::$accumulator as wgmma::Accumulator>::TOKENS) },
-                >(activations, &arguments)
+                gemm::gemm::<wgmma::$accumulator, $strips, $halves, { SHAPE.stages }>(activations, &arguments)
             }
         }
     };
 }
 
-gemm_kernel!(gemm_8, Accumulator8, 320, 2);
-gemm_kernel!(gemm_16, Accumulator16, 320, 2);
-gemm_kernel!(gemm_32, Accumulator32, 320, 2);
-gemm_kernel!(gemm_64, Accumulator64, 320, 1);
-gemm_kernel!(gemm_128, Accumulator128, 384, 1);
-gemm_kernel!(gemm_256, Accumulator256, 384, 1);
+gemm_kernel!(gemm_128x8, 2, Accumulator8, 1, 320, 2);
+gemm_kernel!(gemm_64x16, 1, Accumulator16, 2, 320, 2);
+gemm_kernel!(gemm_128x16, 2, Accumulator16, 1, 320, 2);
+gemm_kernel!(gemm_64x32, 1, Accumulator32, 2, 320, 2);
+gemm_kernel!(gemm_128x32, 2, Accumulator32, 1, 320, 2);
+gemm_kernel!(gemm_64x64, 1, Accumulator64, 2, 320, 1);
+gemm_kernel!(gemm_128x64, 2, Accumulator64, 1, 320, 1);
+gemm_kernel!(gemm_192x64, 3, Accumulator64, 1, 448, 1);
+gemm_kernel!(gemm_64x128, 1, Accumulator128, 2, 384, 1);
+gemm_kernel!(gemm_128x128, 2, Accumulator128, 1, 384, 1);
+gemm_kernel!(gemm_192x128, 3, Accumulator128, 1, 512, 1);
+gemm_kernel!(gemm_128x256, 2, Accumulator256, 1, 384, 1);
 
 /// [`probes::stream`].
 ///

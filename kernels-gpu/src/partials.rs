@@ -1,15 +1,17 @@
 //! Partial sums of a tile that several workers share: int32, through global memory, and therefore exact.
 //!
-//! Every block has one slot, laid out as its threads hold their registers, and a flag for each consumer.
+//! Every block has one slot, a strip's sums laid out as its consumer's threads hold them, and a flag for each consumer.
+//! Where two consumers share a strip, each writes and adds the tokens that it finishes.
 //! Flags are zero between launches: whoever waits for one lowers it.
 
 use core::ops::Range;
 
 use cuda_std::thread;
 use liquidgemm_format::arguments::GemmArguments;
-use liquidgemm_format::tile::{CONSUMERS, WARPGROUP};
+use liquidgemm_format::tile::{TileShape, WARPGROUP};
 
-use crate::pipeline::Cluster;
+use crate::halves::finishes;
+use crate::pipeline::{Cluster, Consumer};
 use crate::ptx::memory::{await_flag, load_global_x4, raise_flag, store_global_x4};
 use crate::ptx::wgmma::{Accumulator, BlockVisitor};
 
@@ -25,31 +27,33 @@ const BLOCK_STRIDE: u64 = WARPGROUP as u64 * 16;
 /// Which part of the slots a thread reads and writes.
 #[derive(Clone, Copy)]
 pub struct Slots {
+    /// The kernel's tile shape.
+    pub shape: TileShape,
     /// The block's place in its cluster: it shares tiles with the blocks of the same rank.
     pub cluster: Cluster,
     /// The consumer in its block.
-    pub consumer: u32,
-    /// The thread in its consumer.
-    pub thread: u32,
+    pub consumer: Consumer,
 }
 
 impl Slots {
-    /// This consumer's number among those of all blocks, in the cluster of `worker`.
+    /// The number of the block, of this rank, in the cluster of `worker`.
     #[inline(always)]
-    fn index(self, worker: u32) -> u64 {
-        ((worker * self.cluster.blocks + self.cluster.rank) * CONSUMERS + self.consumer) as u64
+    fn block(self, worker: u32) -> u32 {
+        worker * self.cluster.blocks + self.cluster.rank
     }
 
     /// The address of this thread's first sums in a worker's slot; the others follow at [`BLOCK_STRIDE`].
     #[inline(always)]
-    fn slot<A: Accumulator>(self, arguments: &GemmArguments, worker: u32) -> u64 {
-        let consumer_bytes = A::TOKENS as u64 / 8 * BLOCK_STRIDE;
-        arguments.partials + self.index(worker) * consumer_bytes + self.thread as u64 * 16
+    fn slot(self, arguments: &GemmArguments, worker: u32) -> u64 {
+        let strips_before = self.block(worker) * self.shape.strips + self.consumer.strip;
+        let offset = strips_before as u64 * self.shape.strip_sums_bytes() as u64;
+        arguments.partials + offset + self.consumer.thread as u64 * 16
     }
 
     #[inline(always)]
     fn flag(self, arguments: &GemmArguments, worker: u32) -> u64 {
-        arguments.flags + self.index(worker) * 4
+        let consumers_before = self.block(worker) * self.shape.consumers() + self.consumer.index;
+        arguments.flags + consumers_before as u64 * 4
     }
 
     /// Hands this consumer's sums to the tile's owner.
@@ -63,9 +67,9 @@ impl Slots {
         arguments: &GemmArguments,
         worker: u32,
     ) {
-        accumulator.visit(&mut Write { address: self.slot::<A>(arguments, worker) });
-        sync_consumer(self.consumer);
-        if self.thread == 0 {
+        accumulator.visit(&mut Write { slots: self, address: self.slot(arguments, worker) });
+        sync_consumer(self.consumer.index);
+        if self.consumer.thread == 0 {
             // SAFETY: the caller vouches for the flag.
             unsafe { raise_flag(self.flag(arguments, worker)) };
         }
@@ -86,21 +90,22 @@ impl Slots {
             return;
         }
         // Each flag has a thread that waits for it, so that the waits go on side by side.
-        let mut waited = contributors.start + self.thread;
+        let mut waited = contributors.start + self.consumer.thread;
         while waited < contributors.end {
             // SAFETY: the caller vouches for the flag.
             unsafe { await_flag(self.flag(arguments, waited)) };
             waited += WARPGROUP;
         }
-        sync_consumer(self.consumer);
-        let worker_stride = self.slot::<A>(arguments, 1) - self.slot::<A>(arguments, 0);
+        sync_consumer(self.consumer.index);
+        let worker_stride = self.slot(arguments, 1) - self.slot(arguments, 0);
         // A small tile has too few loads of its own to hide their latency: there, contributors go together.
         let together = match A::TOKENS {
             0..=16 => 4,
             17..=32 => 2,
             _ => 1,
         };
-        let mut add = Add { address: self.slot::<A>(arguments, contributors.start), worker_stride, count: 0 };
+        let address = self.slot(arguments, contributors.start);
+        let mut add = Add { slots: self, address, worker_stride, count: 0 };
         let mut left = contributors.end - contributors.start;
         while left > 0 {
             add.count = left.min(together);
@@ -112,12 +117,16 @@ impl Slots {
 }
 
 struct Write {
+    slots: Slots,
     address: u64,
 }
 
 impl BlockVisitor for Write {
     #[inline(always)]
     fn block(&mut self, j: u32, block: &mut [i32; 4]) {
+        if !finishes(self.slots.shape, self.slots.consumer, j) {
+            return;
+        }
         // SAFETY: the block lies in this worker's slot.
         unsafe { store_global_x4(self.address + j as u64 * BLOCK_STRIDE, block.map(|sum| sum as u32)) };
     }
@@ -125,6 +134,7 @@ impl BlockVisitor for Write {
 
 /// Adds the sums of `count` contributors, at most four, all of whose loads are under way at once.
 struct Add {
+    slots: Slots,
     address: u64,
     worker_stride: u64,
     count: u32,
@@ -133,6 +143,9 @@ struct Add {
 impl BlockVisitor for Add {
     #[inline(always)]
     fn block(&mut self, j: u32, block: &mut [i32; 4]) {
+        if !finishes(self.slots.shape, self.slots.consumer, j) {
+            return;
+        }
         let mut others = [[0; 4]; 4];
         seq_macro::seq!(I in 0..4 {
             if I < self.count {

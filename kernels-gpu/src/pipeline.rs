@@ -2,19 +2,47 @@
 //!
 //! The layout is `liquidgemm_format::tile`'s, from which the host takes the size.
 
-use liquidgemm_format::brick::BRICK_CHANNELS;
-use liquidgemm_format::tile::{CONSUMERS, STRIP_STAGE_BYTES, TileShape, WARPGROUP};
+use liquidgemm_format::brick::{BRICK_BYTES, BRICK_CHANNELS};
+use liquidgemm_format::tile::{STRIP_STAGE_BYTES, TileShape, WARPGROUP};
 
 use crate::ptx::mbarrier;
 
 /// Warps that fill the ring: one copies bricks, one activations. Each arrives at a stage's full barrier.
 const PRODUCERS: u32 = 2;
 
-/// Arrivals that empty a stage: every thread of the block's own consumers, as each reads bricks, and one for each
-/// consumer warp of the cluster's other blocks, which share the activations.
-#[inline(always)]
-fn empty_arrivals(cluster: u32) -> u32 {
-    CONSUMERS * WARPGROUP + (cluster - 1) * CONSUMERS * (WARPGROUP / 32)
+/// Where a block stands in its cluster.
+#[derive(Clone, Copy)]
+pub struct Cluster {
+    /// The cluster's blocks.
+    pub blocks: u32,
+    /// This block's rank among them.
+    pub rank: u32,
+}
+
+/// Which of a block's consumers a warpgroup is, and which of its threads a thread.
+#[derive(Clone, Copy)]
+pub struct Consumer {
+    /// Among the block's consumers.
+    pub index: u32,
+    /// The strip of the block's tile that it works on.
+    pub strip: u32,
+    /// Which bricks of each stage are its own, where two consumers share a strip: the first or the second.
+    pub half: u32,
+    /// The thread in the warpgroup.
+    pub thread: u32,
+}
+
+impl Consumer {
+    /// The consumer that a block's thread belongs to.
+    #[inline(always)]
+    pub fn of_warpgroup(warpgroup: u32, thread: u32, shape: TileShape) -> Self {
+        let (strip, half) = match shape.strips {
+            _ if shape.halves == 1 => (warpgroup, 0),
+            1 => (0, warpgroup),
+            _ => (warpgroup % 2, warpgroup / 2),
+        };
+        Self { index: warpgroup, strip, half, thread: thread % WARPGROUP }
+    }
 }
 
 /// The block's shared memory for one tile shape.
@@ -37,28 +65,40 @@ impl Shared {
         self.base + stage * self.shape.activation_bytes()
     }
 
-    /// The bricks of consumer `consumer`'s strip in a stage, along K.
+    /// The bricks of a strip in a stage, along K.
     #[inline(always)]
-    pub fn bricks(self, stage: u32, consumer: u32) -> u32 {
-        self.base + self.shape.weights_offset() + (stage * CONSUMERS + consumer) * STRIP_STAGE_BYTES
+    pub fn bricks(self, stage: u32, strip: u32) -> u32 {
+        self.base + self.shape.weights_offset() + (stage * self.shape.strips + strip) * STRIP_STAGE_BYTES
+    }
+
+    /// The first brick of a stage that is a consumer's own.
+    #[inline(always)]
+    pub fn own_bricks(self, stage: u32, consumer: Consumer) -> u32 {
+        self.bricks(stage, consumer.strip) + consumer.half * BRICK_BYTES as u32
     }
 
     /// The buffer in which a consumer transposes its result.
     #[inline(always)]
-    pub fn epilogue(self, consumer: u32) -> u32 {
-        self.base + self.shape.epilogue_offset() + consumer * self.shape.epilogue_bytes()
+    pub fn epilogue(self, consumer: Consumer) -> u32 {
+        self.base + self.shape.epilogue_offset() + consumer.index * self.shape.epilogue_bytes()
+    }
+
+    /// The buffer through which a strip's two consumers exchange sums.
+    #[inline(always)]
+    pub fn exchange(self, strip: u32) -> u32 {
+        self.base + self.shape.exchange_offset() + strip * self.shape.exchange_bytes()
     }
 
     /// A consumer's copy of the tile's token scales.
     #[inline(always)]
-    pub fn token_scales(self, consumer: u32) -> u32 {
-        self.base + self.shape.token_scales_offset() + consumer * self.shape.tokens * 4
+    pub fn token_scales(self, consumer: Consumer) -> u32 {
+        self.base + self.shape.token_scales_offset() + consumer.index * self.shape.tokens * 4
     }
 
     /// A consumer's copy of its channels' scales and biases.
     #[inline(always)]
-    pub fn channels(self, consumer: u32) -> u32 {
-        self.base + self.shape.channels_offset() + consumer * BRICK_CHANNELS as u32 * 8
+    pub fn channels(self, consumer: Consumer) -> u32 {
+        self.base + self.shape.channels_offset() + consumer.index * BRICK_CHANNELS as u32 * 8
     }
 
     #[inline(always)]
@@ -73,16 +113,21 @@ impl Shared {
 
     /// Makes the ring's barriers, for a cluster of so many blocks.
     ///
+    /// A stage is empty after the arrivals of every thread of the block's own consumers, as each reads bricks, and of
+    /// one thread for each consumer warp of the cluster's other blocks, which share the activations.
+    ///
     /// # Safety
     /// One thread calls it, and a barrier of the cluster separates it from every use of the ring.
     #[inline(always)]
-    pub unsafe fn init_barriers(self, cluster: u32) {
+    pub unsafe fn init_barriers(self, cluster: Cluster) {
+        let consumers = self.shape.consumers();
+        let empty_arrivals = consumers * WARPGROUP + (cluster.blocks - 1) * consumers * (WARPGROUP / 32);
         let mut stage = 0;
         while stage < self.shape.stages {
             // SAFETY: the barriers lie inside the block's shared memory.
             unsafe {
                 mbarrier::init(self.full(stage), PRODUCERS);
-                mbarrier::init(self.empty(stage), empty_arrivals(cluster));
+                mbarrier::init(self.empty(stage), empty_arrivals);
             }
             stage += 1;
         }
@@ -141,13 +186,4 @@ impl Shared {
             }
         }
     }
-}
-
-/// Where a block stands in its cluster.
-#[derive(Clone, Copy)]
-pub struct Cluster {
-    /// The cluster's blocks.
-    pub blocks: u32,
-    /// This block's rank among them.
-    pub rank: u32,
 }

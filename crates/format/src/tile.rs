@@ -1,18 +1,16 @@
 //! The kernel's tile shapes and how each lays out shared memory, so that the host asks for what the device
 //! carves up.
 //!
-//! A thread block computes 128 channels × `tokens` of the output: two consumer warpgroups, a 64-channel strip
-//! each. A pipeline stage holds 128 of K: the activation tile, then each strip's bricks. The blocks of a cluster
-//! lie side by side along the channels and share the activation tile: each loads its part of it for all.
+//! A thread block computes `strips` × 64 channels and `tokens` tokens of the output. Each strip has one consumer
+//! warpgroup, or two that share its K: the one takes the first brick of every stage, the other the second, and in the
+//! end each adds up half of the tokens. A pipeline stage holds 128 of K: the activation tile, then each strip's
+//! bricks. The blocks of a cluster lie side by side along the channels and share the activation tile: each loads its
+//! part of it for all.
 
 use crate::brick::{BRICK_BYTES, BRICK_CHANNELS, BRICK_K};
 
-/// Consumer warpgroups in a thread block.
-pub const CONSUMERS: u32 = 2;
 /// Threads of a warpgroup.
 pub const WARPGROUP: u32 = 128;
-/// Output channels of a thread block's tile.
-pub const TILE_CHANNELS: u32 = CONSUMERS * BRICK_CHANNELS as u32;
 /// Bricks along K in one stage.
 pub const STAGE_BRICKS: u32 = 2;
 /// K extent of a stage; in int8 also the bytes of an activation row, one 128-byte swizzle span.
@@ -23,33 +21,49 @@ pub const STRIP_STAGE_BYTES: u32 = STAGE_BRICKS * BRICK_BYTES as u32;
 pub const MAX_SHARED_BYTES: u32 = 232_448;
 /// Shared memory of a multiprocessor, of which each resident block also takes 1 KiB for the system.
 const MULTIPROCESSOR_SHARED_BYTES: u32 = 233_472;
-/// The most thread blocks of a cluster.
-pub const MAX_CLUSTER: u32 = 4;
+/// The most thread blocks of a cluster. Clusters of four leave multiprocessors empty.
+pub const MAX_CLUSTER: u32 = 2;
+/// The most bytes through which the two consumers of a strip exchange sums at a time.
+const MAX_EXCHANGE_BYTES: u32 = 32_768;
 
-/// A token tile and the depth of its ring.
+/// A block's tile, its consumers, and the depth of its ring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TileShape {
-    /// Tokens of the tile: the n of the wgmma instruction.
+    /// 64-channel strips.
+    pub strips: u32,
+    /// Tokens: the n of the wgmma instruction.
     pub tokens: u32,
+    /// Consumers that share a strip's K: 1 or 2.
+    pub halves: u32,
     /// Stages of the ring.
     pub stages: u32,
 }
 
-/// Every tile shape that has a kernel, from the smallest.
+const fn shape(strips: u32, tokens: u32, halves: u32, stages: u32) -> TileShape {
+    TileShape { strips, tokens, halves, stages }
+}
+
+/// Every tile shape that has a kernel, by tokens and then by channels.
 ///
 /// Up to 32 tokens two blocks fit on a multiprocessor, so that the next launch can fill its ring while the last
 /// one drains.
-pub const TILE_SHAPES: [TileShape; 6] = [
-    TileShape { tokens: 8, stages: 11 },
-    TileShape { tokens: 16, stages: 10 },
-    TileShape { tokens: 32, stages: 8 },
-    TileShape { tokens: 64, stages: 12 },
-    TileShape { tokens: 128, stages: 8 },
-    TileShape { tokens: 256, stages: 5 },
+pub const TILE_SHAPES: [TileShape; 12] = [
+    shape(2, 8, 1, 11),
+    shape(1, 16, 2, 16),
+    shape(2, 16, 1, 10),
+    shape(1, 32, 2, 12),
+    shape(2, 32, 1, 8),
+    shape(1, 64, 2, 14),
+    shape(2, 64, 1, 12),
+    shape(3, 64, 1, 9),
+    shape(1, 128, 2, 8),
+    shape(2, 128, 1, 8),
+    shape(3, 128, 1, 6),
+    shape(2, 256, 1, 5),
 ];
 
 impl TileShape {
-    /// The shape with this many tokens.
+    /// The first shape with this many tokens.
     #[must_use]
     pub const fn with_tokens(tokens: u32) -> Option<Self> {
         let mut index = 0;
@@ -62,6 +76,32 @@ impl TileShape {
         None
     }
 
+    /// The shape of this many strips, tokens and halves.
+    #[must_use]
+    pub const fn find(strips: u32, tokens: u32, halves: u32) -> Option<Self> {
+        let mut index = 0;
+        while index < TILE_SHAPES.len() {
+            let shape = TILE_SHAPES[index];
+            if shape.strips == strips && shape.tokens == tokens && shape.halves == halves {
+                return Some(shape);
+            }
+            index += 1;
+        }
+        None
+    }
+
+    /// Output channels of a block's tile.
+    #[must_use]
+    pub const fn channels(self) -> u32 {
+        self.strips * BRICK_CHANNELS as u32
+    }
+
+    /// Consumer warpgroups.
+    #[must_use]
+    pub const fn consumers(self) -> u32 {
+        self.strips * self.halves
+    }
+
     /// Whether the producer is a whole warpgroup that gives registers to the consumers, as large accumulators
     /// need it, or just its two warps.
     #[must_use]
@@ -69,10 +109,22 @@ impl TileShape {
         self.tokens >= 128
     }
 
+    /// Registers that a thread of the producer keeps where it gives some away.
+    #[must_use]
+    pub const fn producer_registers(self) -> u32 {
+        if self.consumers() > 2 { 24 } else { 40 }
+    }
+
+    /// Registers that a thread of a consumer then has.
+    #[must_use]
+    pub const fn consumer_registers(self) -> u32 {
+        if self.consumers() > 2 { 160 } else { 232 }
+    }
+
     /// Threads of a block.
     #[must_use]
     pub const fn threads(self) -> u32 {
-        CONSUMERS * WARPGROUP + if self.moves_registers() { WARPGROUP } else { 64 }
+        self.consumers() * WARPGROUP + if self.moves_registers() { WARPGROUP } else { 64 }
     }
 
     /// Blocks that fit on a multiprocessor.
@@ -85,6 +137,13 @@ impl TileShape {
     #[must_use]
     pub const fn max_cluster(self) -> u32 {
         if self.tokens / 8 < MAX_CLUSTER { self.tokens / 8 } else { MAX_CLUSTER }
+    }
+
+    /// Tokens of the tile that one consumer finishes: all of its strip's, or half of them. Of a tile of eight the
+    /// first half finishes all.
+    #[must_use]
+    pub const fn finished_tokens(self) -> u32 {
+        if self.tokens == 8 { 8 } else { self.tokens / self.halves }
     }
 
     /// Bytes of a stage's activation tile.
@@ -102,7 +161,7 @@ impl TileShape {
     /// Tokens that a consumer transposes at a time in the epilogue.
     #[must_use]
     pub const fn epilogue_tokens(self) -> u32 {
-        if self.tokens < 64 { self.tokens } else { 64 }
+        if self.finished_tokens() < 64 { self.finished_tokens() } else { 64 }
     }
 
     /// Bytes of one consumer's transposition buffer: 64 channels of 2 bytes a token.
@@ -115,25 +174,49 @@ impl TileShape {
     #[must_use]
     pub const fn epilogue_offset(self) -> u32 {
         // Kept on 128 bytes, the span that the transposition's swizzle permutes.
-        (self.weights_offset() + self.stages * CONSUMERS * STRIP_STAGE_BYTES).next_multiple_of(128)
+        (self.weights_offset() + self.stages * self.strips * STRIP_STAGE_BYTES).next_multiple_of(128)
+    }
+
+    /// Bytes of one strip's sums, 64 × `tokens` int32.
+    #[must_use]
+    pub const fn strip_sums_bytes(self) -> u32 {
+        BRICK_CHANNELS as u32 * self.tokens * 4
+    }
+
+    /// Rounds in which the two consumers of a strip exchange their sums.
+    #[must_use]
+    pub const fn exchange_rounds(self) -> u32 {
+        self.strip_sums_bytes().div_ceil(MAX_EXCHANGE_BYTES)
+    }
+
+    /// Bytes through which the two consumers of one strip exchange the sums of a round; 0 where it has only one.
+    #[must_use]
+    pub const fn exchange_bytes(self) -> u32 {
+        if self.halves == 1 { 0 } else { self.strip_sums_bytes() / self.exchange_rounds() }
+    }
+
+    /// Offset of the strips' exchange buffers.
+    #[must_use]
+    pub const fn exchange_offset(self) -> u32 {
+        self.epilogue_offset() + self.consumers() * self.epilogue_bytes()
     }
 
     /// Offset of the consumers' token scales, `tokens` f32 each.
     #[must_use]
     pub const fn token_scales_offset(self) -> u32 {
-        self.epilogue_offset() + CONSUMERS * self.epilogue_bytes()
+        self.exchange_offset() + self.strips * self.exchange_bytes()
     }
 
     /// Offset of the consumers' channel scales and biases, two f32 a channel.
     #[must_use]
     pub const fn channels_offset(self) -> u32 {
-        self.token_scales_offset() + CONSUMERS * self.tokens * 4
+        self.token_scales_offset() + self.consumers() * self.tokens * 4
     }
 
     /// Offset of the full barriers, 8 bytes each; the empty barriers follow.
     #[must_use]
     pub const fn barriers_offset(self) -> u32 {
-        self.channels_offset() + TILE_CHANNELS * 8
+        self.channels_offset() + self.consumers() * BRICK_CHANNELS as u32 * 8
     }
 
     /// Dynamic shared memory of a thread block.
@@ -145,7 +228,7 @@ impl TileShape {
     /// Bytes of the int32 partial sums that a block hands to a tile's owner.
     #[must_use]
     pub const fn partial_bytes(self) -> u32 {
-        TILE_CHANNELS * self.tokens * 4
+        self.strips * self.strip_sums_bytes()
     }
 }
 
@@ -159,6 +242,7 @@ mod tests {
             assert!(shape.shared_bytes() <= MAX_SHARED_BYTES, "{shape:?} takes {}", shape.shared_bytes());
             assert_eq!(shape.activation_bytes() % 1024, 0, "128-byte swizzle repeats every 1,024 bytes");
             assert_eq!(shape.weights_offset() % 16, 0, "bulk copies land on 16 bytes");
+            assert_eq!(shape.exchange_offset() % 16, 0, "sums are exchanged 16 bytes at a time");
             assert_eq!(shape.barriers_offset() % 8, 0);
         }
     }
@@ -167,7 +251,15 @@ mod tests {
     fn two_small_blocks_share_a_multiprocessor_and_keep_its_memory_busy() {
         for shape in TILE_SHAPES.iter().filter(|shape| shape.tokens <= 32) {
             assert_eq!(shape.blocks_per_multiprocessor(), 2, "{shape:?} takes {}", shape.shared_bytes());
-            assert!(2 * shape.stages * CONSUMERS * STRIP_STAGE_BYTES >= 96 * 1024);
+            assert!(2 * shape.stages * shape.strips * STRIP_STAGE_BYTES >= 96 * 1024);
+        }
+    }
+
+    #[test]
+    fn the_warpgroups_share_one_register_file() {
+        for shape in TILE_SHAPES.iter().filter(|shape| shape.moves_registers()) {
+            let consumers = shape.consumers() * shape.consumer_registers();
+            assert!(WARPGROUP * (shape.producer_registers() + consumers) <= 65_536, "{shape:?}");
         }
     }
 
@@ -176,5 +268,13 @@ mod tests {
         for shape in TILE_SHAPES {
             assert_eq!(shape.tokens / shape.max_cluster() % 8, 0);
         }
+    }
+
+    #[test]
+    fn shapes_are_found_by_what_tells_them_apart() {
+        for shape in TILE_SHAPES {
+            assert_eq!(TileShape::find(shape.strips, shape.tokens, shape.halves), Some(shape));
+        }
+        assert_eq!(TileShape::find(7, 8, 1), None);
     }
 }

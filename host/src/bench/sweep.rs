@@ -2,18 +2,15 @@
 
 use std::cmp::Ordering;
 
-use liquidgemm_format::tile::TILE_SHAPES;
 use serde::{Deserialize, Serialize};
 
 use super::record::Run;
 use super::run::{Observer, Options, Stage};
+use crate::Plan;
 use crate::gpu::Gpu;
-use crate::{Cut, Error, Plan};
 
 /// A plan whose estimate is this much slower than the fastest one's is not timed in detail.
 const HOPELESS: f64 = 1.5;
-/// Waves given up for sharing along K; the last, partial wave is always shared.
-const STREAMED_WAVES: [u32; 3] = [0, 1, 2];
 /// Plans that a report names, besides the planner's choice.
 const REPORTED: usize = 10;
 
@@ -55,29 +52,6 @@ pub struct PlanTime {
     pub mismatch: Option<String>,
 }
 
-/// Every plan that is worth a try for a problem: the planner's choice, then every tile, cluster, number of workers that
-/// fills the GPU, and amount of sharing along K. Cuts that come to the same schedule occur once.
-///
-/// # Errors
-/// As [`Plan::new`].
-pub fn candidates(m: usize, n: usize, k: usize, multiprocessors: u32) -> Result<Vec<Plan>, Error> {
-    let mut plans = vec![Plan::new(m, n, k, multiprocessors)?];
-    for shape in TILE_SHAPES {
-        for cluster in (0..).map(|power| 1 << power).take_while(|&cluster| cluster <= shape.max_cluster()) {
-            for blocks in 1..=shape.blocks_per_multiprocessor() {
-                let workers = multiprocessors * blocks / cluster;
-                for streamed_waves in STREAMED_WAVES {
-                    let plan = Plan::with_cut(m, n, k, Cut { shape, cluster, workers, streamed_waves })?;
-                    if !plans.iter().any(|other| is_same(other, &plan)) {
-                        plans.push(plan);
-                    }
-                }
-            }
-        }
-    }
-    Ok(plans)
-}
-
 /// Whether two plans launch the same.
 fn is_same(a: &Plan, b: &Plan) -> bool {
     (a.shape(), a.cluster(), a.schedule()) == (b.shape(), b.cluster(), b.schedule())
@@ -114,7 +88,7 @@ fn one(stage: &Stage<'_>, bed: &super::run::Bed, m: usize, multiprocessors: u32)
     }
     let chosen = Plan::new(m, n, k, multiprocessors)?;
     let mut estimates = Vec::new();
-    for plan in candidates(m, n, k, multiprocessors)? {
+    for plan in Plan::candidates(m, n, k, multiprocessors)? {
         estimates.push((clock.estimate(&stage.ours(bed, m, &plan))?, plan));
     }
     let fastest = estimates.iter().map(|(us, _)| *us).fold(f64::INFINITY, f64::min);
@@ -171,19 +145,6 @@ impl Sweep {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn candidates_begin_with_the_planners_choice_and_have_every_tile_once() {
-        let plans = candidates(100, 4096, 4096, 132).unwrap();
-        assert_eq!(plans[0], Plan::new(100, 4096, 4096, 132).unwrap());
-        for shape in TILE_SHAPES {
-            assert!(plans.iter().any(|plan| plan.shape() == shape), "{shape:?}");
-        }
-        for (index, plan) in plans.iter().enumerate() {
-            assert!(!plans[..index].iter().any(|other| is_same(other, plan)), "{plan}");
-            assert!(plan.blocks() <= 132 * plan.shape().blocks_per_multiprocessor());
-        }
-    }
 
     #[test]
     fn report_marks_the_planners_choice_and_estimates() {

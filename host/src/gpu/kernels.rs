@@ -6,7 +6,7 @@ use std::sync::OnceLock;
 use cust::module::Module;
 use cust::sys::{self, CUfunction};
 use liquidgemm_format::probe::{MMA_TILE_BYTES, STREAM_SHARED_BYTES};
-use liquidgemm_format::tile::TileShape;
+use liquidgemm_format::tile::{TILE_SHAPES, TileShape};
 
 use crate::gpu::error::{During, GpuError};
 
@@ -24,14 +24,20 @@ macro_rules! source {
     };
 }
 
-/// The GEMM kernels, in the order of [`liquidgemm_format::tile::TILE_SHAPES`].
-const GEMM: [KernelSource; 6] = [
-    source!("gemm_8"),
-    source!("gemm_16"),
-    source!("gemm_32"),
-    source!("gemm_64"),
-    source!("gemm_128"),
-    source!("gemm_256"),
+/// The GEMM kernels, in the order of [`TILE_SHAPES`].
+const GEMM: [KernelSource; TILE_SHAPES.len()] = [
+    source!("gemm_128x8"),
+    source!("gemm_64x16"),
+    source!("gemm_128x16"),
+    source!("gemm_64x32"),
+    source!("gemm_128x32"),
+    source!("gemm_64x64"),
+    source!("gemm_128x64"),
+    source!("gemm_192x64"),
+    source!("gemm_64x128"),
+    source!("gemm_128x128"),
+    source!("gemm_192x128"),
+    source!("gemm_128x256"),
 ];
 
 /// Pulls memory and does nothing else.
@@ -108,7 +114,7 @@ fn get_or_load<'a>(
 impl KernelCache {
     /// The GEMM kernel of a tile shape.
     pub(crate) fn gemm(&self, shape: TileShape) -> Result<&Kernel, GpuError> {
-        let index = liquidgemm_format::tile::TILE_SHAPES.iter().position(|&other| other == shape);
+        let index = TILE_SHAPES.iter().position(|&other| other == shape);
         let index = index.ok_or_else(|| GpuError::PlanMismatch {
             plan: format!("a tile of {} tokens and {} stages", shape.tokens, shape.stages),
             call: "a GPU without such a kernel".into(),

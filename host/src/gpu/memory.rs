@@ -4,7 +4,7 @@ use std::ptr;
 
 use cust::memory::{CopyDestination, DeviceBuffer, DeviceCopy};
 use cust::sys;
-use liquidgemm_format::tile::{CONSUMERS, TILE_SHAPES, TileShape};
+use liquidgemm_format::tile::{TILE_SHAPES, TileShape};
 
 use crate::gpu::error::{During, GpuError};
 use crate::{Group, PackedWeights, Plan};
@@ -148,7 +148,7 @@ impl Workspace {
     pub(crate) fn new(multiprocessors: u32) -> Result<Self, GpuError> {
         let blocks = |shape: &TileShape| (multiprocessors * shape.blocks_per_multiprocessor()) as usize;
         let partials = TILE_SHAPES.iter().map(|shape| blocks(shape) * shape.partial_bytes() as usize).max();
-        let flags = TILE_SHAPES.iter().map(|shape| blocks(shape) * CONSUMERS as usize).max();
+        let flags = TILE_SHAPES.iter().map(|shape| blocks(shape) * shape.consumers() as usize).max();
         Ok(Self {
             // SAFETY: the kernels write a slot before they read it.
             partials: unsafe { DeviceBuffer::uninitialized(partials.unwrap_or(0)) }
@@ -166,7 +166,11 @@ impl Workspace {
     pub(crate) fn check(&self, plan: &Plan) -> Result<(), GpuError> {
         let blocks = plan.blocks() as usize;
         let needed = blocks * plan.shape().partial_bytes() as usize;
-        let room = if blocks * CONSUMERS as usize <= self.flags.len() { self.partials.len() } else { 0 };
+        let room = if blocks * plan.shape().consumers() as usize <= self.flags.len() {
+            self.partials.len()
+        } else {
+            0
+        };
         if needed > room {
             return Err(GpuError::BufferTooSmall { what: "workspace", needed, actual: room });
         }

@@ -70,6 +70,23 @@ pub unsafe fn store_shared(address: u32, value: u32) {
     unsafe { asm!("st.shared.u32 [{}], {};", in(reg32) address, in(reg32) value, options(nostack)) }
 }
 
+/// Stores 16 bytes to shared memory.
+///
+/// # Safety
+/// `address` is 16-byte aligned in the block's shared memory.
+#[inline(always)]
+pub unsafe fn store_shared_x4(address: u32, values: [u32; 4]) {
+    let [a, b, c, d] = values;
+    // SAFETY: the caller vouches for the address.
+    unsafe {
+        asm!(
+            "st.shared.v4.u32 [{}], {{{}, {}, {}, {}}};",
+            in(reg32) address, in(reg32) a, in(reg32) b, in(reg32) c, in(reg32) d,
+            options(nostack)
+        );
+    }
+}
+
 /// A read-only f32 of global memory.
 ///
 /// # Safety

@@ -2,22 +2,41 @@
 
 use core::arch::asm;
 
-/// Gives registers back: this warpgroup keeps `COUNT` a thread.
-///
-/// # Safety
-/// Every warp of the warpgroup calls it, and the kernel has launch bounds.
-#[inline(always)]
-pub unsafe fn decrease<const COUNT: u32>() {
-    // SAFETY: the caller vouches for the warpgroup.
-    unsafe { asm!("setmaxnreg.dec.sync.aligned.u32 {};", const COUNT, options(nostack)) }
+use liquidgemm_format::tile::TileShape;
+
+/// The counts depend on the consumers alone.
+const fn shape(strips: u32, halves: u32) -> TileShape {
+    TileShape { strips, tokens: 256, halves, stages: 1 }
 }
 
-/// Takes registers: this warpgroup has `COUNT` a thread from here on.
+/// Gives registers back: this warpgroup keeps what a producer beside `STRIPS` × `HALVES` consumers needs.
 ///
 /// # Safety
 /// Every warp of the warpgroup calls it, and the kernel has launch bounds.
 #[inline(always)]
-pub unsafe fn increase<const COUNT: u32>() {
+pub unsafe fn decrease<const STRIPS: u32, const HALVES: u32>() {
     // SAFETY: the caller vouches for the warpgroup.
-    unsafe { asm!("setmaxnreg.inc.sync.aligned.u32 {};", const COUNT, options(nostack)) }
+    unsafe {
+        asm!(
+            "setmaxnreg.dec.sync.aligned.u32 {};",
+            const shape(STRIPS, HALVES).producer_registers(),
+            options(nostack)
+        );
+    }
+}
+
+/// Takes registers: this warpgroup has its share of what a block of `STRIPS` × `HALVES` consumers can have.
+///
+/// # Safety
+/// Every warp of the warpgroup calls it, and the kernel has launch bounds.
+#[inline(always)]
+pub unsafe fn increase<const STRIPS: u32, const HALVES: u32>() {
+    // SAFETY: the caller vouches for the warpgroup.
+    unsafe {
+        asm!(
+            "setmaxnreg.inc.sync.aligned.u32 {};",
+            const shape(STRIPS, HALVES).consumer_registers(),
+            options(nostack)
+        );
+    }
 }

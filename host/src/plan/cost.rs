@@ -1,0 +1,123 @@
+//! How long a plan will take, so that the planner can choose: a model of few terms, fitted to measured plans.
+//!
+//! A launch is as slow as its slower side, memory or the busiest worker; on top come a constant and, where tiles are
+//! shared along K, the handing over of partial sums. The constants were fitted by least squares to 4,700 plans of the
+//! linear layers of LLaMA-2, LLaMA-3 and Yi at 1 to 4,096 tokens on an H100 SXM; `docs/performance-log.md` says how well
+//! they choose. They need not be exact: a wrong choice costs time, never a bit of the result.
+
+use liquidgemm_format::tile::TileShape;
+
+use super::Plan;
+
+/// What one tile shape costs.
+struct ShapeCost {
+    channels: u32,
+    tokens: u32,
+    /// Microseconds for a pipeline step of 128 along K.
+    step: f64,
+    /// Microseconds for what a tile needs besides its steps: scales, epilogue, refilling the pipeline.
+    tile: f64,
+}
+
+const fn cost(channels: u32, tokens: u32, step: f64, tile: f64) -> ShapeCost {
+    ShapeCost { channels, tokens, step, tile }
+}
+
+const SHAPE_COSTS: [ShapeCost; 12] = [
+    cost(128, 8, 0.281, 1.30),
+    cost(64, 16, 0.182, 1.71),
+    cost(128, 16, 0.268, 1.85),
+    cost(64, 32, 0.188, 1.88),
+    cost(128, 32, 0.306, 1.67),
+    cost(64, 64, 0.198, 1.43),
+    cost(128, 64, 0.336, 1.11),
+    cost(192, 64, 0.423, 1.24),
+    cost(64, 128, 0.251, 1.73),
+    cost(128, 128, 0.433, 0.98),
+    cost(192, 128, 0.597, 1.67),
+    cost(128, 256, 0.720, 2.67),
+];
+
+/// Microseconds of every launch.
+const LAUNCH: f64 = 0.56;
+/// Megabytes that memory delivers in a microsecond to these kernels.
+const MEMORY: f64 = 2.60;
+/// Megabytes that the L2 cache delivers in a microsecond.
+const CACHE: f64 = 9.97;
+/// Microseconds for the first partial sums of a launch: a flag raised, seen and answered.
+const HANDOVER: f64 = 2.93;
+/// Microseconds for a megabyte of partial sums, written and read.
+const PARTIAL_SUMS: f64 = 0.102;
+/// How much longer a step takes in a cluster of two, which waits for two blocks at every stage.
+const CLUSTER_STEP: f64 = 1.037;
+/// How sharply the slower of compute and memory hides the other.
+const SHARPNESS: i32 = 6;
+
+impl Plan {
+    /// An estimate of the launch's time on an H100, in microseconds. It ranks the plans of one problem; the bench
+    /// measures.
+    #[must_use]
+    pub fn estimate_us(&self) -> f64 {
+        let [m, n, k] = self.problem().map(|extent| extent as f64);
+        let (shape, schedule) = (self.shape(), self.schedule());
+        let costs = shape_cost(shape);
+        let (workers, k_steps) = (schedule.workers as f64, schedule.k_steps as f64);
+        let streamed = schedule.streamed_tiles as f64;
+
+        // The busiest worker: whole tiles, then its part of the stream, which may begin and end inside a tile.
+        let whole = (schedule.whole_tiles() as f64 / workers).ceil();
+        let stream_steps = streamed * k_steps / workers;
+        let splits = schedule.streamed_tiles > 0 && !schedule.streamed_tiles.is_multiple_of(schedule.workers);
+        let even = splits && schedule.workers.is_multiple_of(schedule.streamed_tiles);
+        let stream_tiles = (stream_steps / k_steps).ceil() + if splits && !even { 1.0 } else { 0.0 };
+        let step = costs.step * if self.cluster() > 1 { CLUSTER_STEP } else { 1.0 };
+        let compute = (whole * k_steps + stream_steps) * step + (whole + stream_tiles) * costs.tile;
+
+        let megabytes = |bytes: f64| bytes / 1e6;
+        let from_memory = megabytes(n * k * 17.0 / 32.0 + m * k + 2.0 * m * n) / MEMORY;
+        // Every tile reads its weights and its activations anew.
+        let tiles = schedule.tiles() as f64;
+        let tile_weights = (shape.channels() * self.cluster()) as f64 * k * 17.0 / 32.0;
+        let tile_activations = shape.tokens as f64 * k;
+        let from_cache = megabytes(tiles * (tile_weights + tile_activations)) / CACHE;
+
+        let handover = if splits {
+            let parts = (workers / streamed).max(1.0);
+            HANDOVER + PARTIAL_SUMS * megabytes((shape.partial_bytes() * self.blocks()) as f64) * parts
+        } else {
+            0.0
+        };
+        let busy = compute.max(from_cache).powi(SHARPNESS) + from_memory.powi(SHARPNESS);
+        busy.powf(1.0 / SHARPNESS as f64) + LAUNCH + handover
+    }
+}
+
+fn shape_cost(shape: TileShape) -> &'static ShapeCost {
+    let matches = |cost: &&ShapeCost| cost.channels == shape.channels() && cost.tokens == shape.tokens;
+    // Every shape has its line, as the test below makes sure.
+    SHAPE_COSTS.iter().find(matches).unwrap_or(&SHAPE_COSTS[0])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use liquidgemm_format::tile::TILE_SHAPES;
+
+    #[test]
+    fn every_tile_shape_has_its_cost() {
+        for shape in TILE_SHAPES {
+            let cost = shape_cost(shape);
+            assert_eq!((cost.channels, cost.tokens), (shape.channels(), shape.tokens));
+        }
+    }
+
+    #[test]
+    fn more_tokens_are_never_estimated_to_be_faster() {
+        for (n, k) in [(4096, 4096), (12_288, 4096), (57_344, 8192)] {
+            let us = |m| Plan::new(m, n, k, 132).unwrap().estimate_us();
+            for m in (0..13).map(|power| 1usize << power) {
+                assert!(us(2 * m) > 0.999 * us(m), "{m} tokens of {n} x {k}");
+            }
+        }
+    }
+}

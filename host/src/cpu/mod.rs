@@ -5,6 +5,8 @@
 //! 64 channels times a block of tokens; it dequantizes a chunk of K once and multiplies all of its tokens with
 //! it. Which instructions do that is a [`Kernel`]; every kernel gives the same bits.
 
+#[cfg(target_arch = "x86_64")]
+mod avx2;
 mod portable;
 #[cfg(target_arch = "x86_64")]
 mod vnni;
@@ -82,7 +84,7 @@ pub(crate) fn check_call<T: Output>(
 pub enum Kernel {
     /// Whatever the compiler makes of it for the target's baseline.
     Portable,
-    /// The same source compiled for AVX2.
+    /// AVX2, whose int8 products are exact while the weights are still 4-bit codes.
     #[cfg(target_arch = "x86_64")]
     Avx2,
     /// AVX-512 with its int8 dot products.
@@ -103,7 +105,7 @@ impl Kernel {
         let mut kernels = vec![Kernel::Portable];
         #[cfg(target_arch = "x86_64")]
         {
-            if portable::is_avx2_available() {
+            if avx2::is_available() {
                 kernels.push(Kernel::Avx2);
             }
             if vnni::is_available() {
@@ -119,7 +121,7 @@ impl Kernel {
             Kernel::Portable => portable::accumulate(bricks, x, chunk, task),
             #[cfg(target_arch = "x86_64")]
             // SAFETY: only kernels from `available` get here, which has asked the CPU for AVX2.
-            Kernel::Avx2 => unsafe { portable::accumulate_avx2(bricks, x, chunk, task) },
+            Kernel::Avx2 => unsafe { avx2::accumulate(bricks, x, chunk, task) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: only kernels from `available` get here, which has asked the CPU for AVX-512 VNNI.
             Kernel::Avx512Vnni => unsafe { vnni::accumulate(bricks, x, chunk, task) },
@@ -164,7 +166,25 @@ struct Task {
     accumulators: Vec<Accumulators>,
     portable: portable::Panels,
     #[cfg(target_arch = "x86_64")]
+    avx2: avx2::Panels,
+    #[cfg(target_arch = "x86_64")]
     vnni: vnni::Panels,
+}
+
+/// Calls `multiply` for as many whole groups of `T` tokens as there are, and gives back the rest.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn by_tokens<'a, 'x, const T: usize, X>(
+    accumulators: &'a mut [Accumulators],
+    x: &'x [X],
+    mut multiply: impl FnMut(&mut [Accumulators; T], &[X; T]),
+) -> (&'a mut [Accumulators], &'x [X]) {
+    let (accumulator_groups, accumulators) = accumulators.as_chunks_mut::<T>();
+    let (x_groups, x) = x.as_chunks::<T>();
+    for (accumulators, x) in accumulator_groups.iter_mut().zip(x_groups) {
+        multiply(accumulators, x);
+    }
+    (accumulators, x)
 }
 
 /// One strip's channels of the output for a block of tokens: one slice a token.

@@ -13,32 +13,8 @@ pub(super) struct Panels {
     weights: Vec<[i16; CHUNK_K]>,
 }
 
-/// Adds one chunk's products, compiled for the target's baseline.
+/// Adds one chunk's products.
 pub(super) fn accumulate(bricks: &[u8], x: &TokenBlock<'_>, chunk: usize, task: &mut Task) {
-    accumulate_inlined(bricks, x, chunk, task, dot);
-}
-
-/// Whether this CPU has the instructions that [`accumulate_avx2`] is compiled for.
-#[cfg(target_arch = "x86_64")]
-pub(super) fn is_avx2_available() -> bool {
-    std::is_x86_feature_detected!("avx2")
-}
-
-/// Adds one chunk's products, compiled for AVX2.
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2")]
-pub(super) fn accumulate_avx2(bricks: &[u8], x: &TokenBlock<'_>, chunk: usize, task: &mut Task) {
-    accumulate_inlined(bricks, x, chunk, task, |a, b| dot_avx2(a, b));
-}
-
-#[inline(always)]
-fn accumulate_inlined(
-    bricks: &[u8],
-    x: &TokenBlock<'_>,
-    chunk: usize,
-    task: &mut Task,
-    dot: impl Fn(&[i16; CHUNK_K], &[i16; CHUNK_K]) -> i32,
-) {
     let weights = &mut task.portable.weights;
     weights.resize(BRICK_CHANNELS, [0; CHUNK_K]);
     for (index, brick) in bricks.chunks_exact(BRICK_BYTES).enumerate() {
@@ -67,18 +43,6 @@ fn accumulate_inlined(
 // each.
 #[inline(never)]
 fn dot(a: &[i16; CHUNK_K], b: &[i16; CHUNK_K]) -> i32 {
-    dot_inlined(a, b)
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2")]
-#[inline(never)]
-fn dot_avx2(a: &[i16; CHUNK_K], b: &[i16; CHUNK_K]) -> i32 {
-    dot_inlined(a, b)
-}
-
-#[inline(always)]
-fn dot_inlined(a: &[i16; CHUNK_K], b: &[i16; CHUNK_K]) -> i32 {
     a.iter().zip(b).map(|(&a, &b)| i32::from(a) * i32::from(b)).sum()
 }
 

@@ -20,7 +20,7 @@ use std::arch::x86_64::{
 
 use liquidgemm_format::brick::{BRICK_BYTES, BRICK_K, CODE_BYTES, code_at};
 
-use super::{Accumulators, CHUNK_BRICKS, CHUNK_K, Task, TokenBlock};
+use super::{Accumulators, CHUNK_BRICKS, CHUNK_K, Task, TokenBlock, by_tokens};
 
 /// Runs of four weights along K in a chunk.
 const CHUNK_FOURS: usize = CHUNK_K / 4;
@@ -74,10 +74,13 @@ pub(super) fn accumulate(bricks: &[u8], x: &TokenBlock<'_>, chunk: usize, task: 
 
     if x.count <= FEW_TOKENS {
         let (accumulators, x) = (&mut task.accumulators[..], &panel_x[..]);
-        let (accumulators, x) = by_tokens::<8>(accumulators, x, |acc, x| multiply_in_order(bricks, x, acc));
-        let (accumulators, x) = by_tokens::<4>(accumulators, x, |acc, x| multiply_in_order(bricks, x, acc));
-        let (accumulators, x) = by_tokens::<2>(accumulators, x, |acc, x| multiply_in_order(bricks, x, acc));
-        by_tokens::<1>(accumulators, x, |acc, x| multiply_in_order(bricks, x, acc));
+        let (accumulators, x) =
+            by_tokens::<8, _>(accumulators, x, |acc, x| multiply_in_order(bricks, x, acc));
+        let (accumulators, x) =
+            by_tokens::<4, _>(accumulators, x, |acc, x| multiply_in_order(bricks, x, acc));
+        let (accumulators, x) =
+            by_tokens::<2, _>(accumulators, x, |acc, x| multiply_in_order(bricks, x, acc));
+        by_tokens::<1, _>(accumulators, x, |acc, x| multiply_in_order(bricks, x, acc));
         return;
     }
 
@@ -87,24 +90,9 @@ pub(super) fn accumulate(bricks: &[u8], x: &TokenBlock<'_>, chunk: usize, task: 
     }
     let weights = &weights[..bricks.len() / BRICK_BYTES * (BRICK_K / 4)];
     let (accumulators, x) = (&mut task.accumulators[..], &panel_x[..]);
-    let (accumulators, x) = by_tokens::<8>(accumulators, x, |acc, x| multiply(weights, x, acc));
-    let (accumulators, x) = by_tokens::<2>(accumulators, x, |acc, x| multiply(weights, x, acc));
-    by_tokens::<1>(accumulators, x, |acc, x| multiply(weights, x, acc));
-}
-
-/// Calls `multiply` for as many whole groups of `T` tokens as there are, and gives back the rest.
-#[inline(always)]
-fn by_tokens<'a, 'x, const T: usize>(
-    accumulators: &'a mut [Accumulators],
-    x: &'x [[u32; CHUNK_FOURS]],
-    mut multiply: impl FnMut(&mut [Accumulators; T], &[[u32; CHUNK_FOURS]; T]),
-) -> (&'a mut [Accumulators], &'x [[u32; CHUNK_FOURS]]) {
-    let (accumulator_groups, accumulators) = accumulators.as_chunks_mut::<T>();
-    let (x_groups, x) = x.as_chunks::<T>();
-    for (accumulators, x) in accumulator_groups.iter_mut().zip(x_groups) {
-        multiply(accumulators, x);
-    }
-    (accumulators, x)
+    let (accumulators, x) = by_tokens::<8, _>(accumulators, x, |acc, x| multiply(weights, x, acc));
+    let (accumulators, x) = by_tokens::<2, _>(accumulators, x, |acc, x| multiply(weights, x, acc));
+    by_tokens::<1, _>(accumulators, x, |acc, x| multiply(weights, x, acc));
 }
 
 /// Dequantizes a brick into its 16 rows of the panel.

@@ -2,13 +2,8 @@
 
 use liquidgemm::gpu::GpuError;
 use liquidgemm::{Cut, Error, Plan};
-use liquidgemm_format::tile::{STAGE_K, TILE_SHAPES, TileShape};
+use liquidgemm_format::tile::{STAGE_K, TILE_SHAPES};
 use proptest::prelude::*;
-
-/// Output channels of a thread block's tile: its partial sums are int32, channels × tokens.
-fn channels(shape: TileShape) -> usize {
-    (shape.partial_bytes() / 4 / shape.tokens) as usize
-}
 
 /// Fails unless the plan's tiles cover `[m, n]` and K, none of them in vain, and each tile's K steps are computed once.
 fn check_cover(plan: &Plan) -> Result<(), TestCaseError> {
@@ -16,7 +11,7 @@ fn check_cover(plan: &Plan) -> Result<(), TestCaseError> {
     let covers = |pieces: u32, size: usize, whole: usize| {
         pieces as usize * size >= whole && (pieces as usize - 1) * size < whole
     };
-    let cluster_channels = channels(plan.shape()) * plan.cluster() as usize;
+    let cluster_channels = (plan.shape().channels() * plan.cluster()) as usize;
     prop_assert!(covers(schedule.channel_tiles, cluster_channels, n), "channels: {plan}");
     prop_assert!(covers(schedule.token_tiles, plan.shape().tokens as usize, m), "tokens: {plan}");
     prop_assert!(covers(schedule.k_steps, STAGE_K as usize, k), "K: {plan}");
@@ -71,12 +66,27 @@ proptest! {
 
     #[test]
     fn every_plan_covers_its_problem_once_and_fits_the_gpu(
-        m in dimension(3000), n in dimension(8192), k in dimension(32_768), multiprocessors in 1..=144u32,
+        m in dimension(3000), n in dimension(8192), k in dimension(32_768), multiprocessors in 2..=144u32,
     ) {
         let plan = Plan::new(m, n, k, multiprocessors).unwrap();
         prop_assert_eq!(plan.problem(), [m, n, k]);
         check_cover(&plan)?;
         check_fit(&plan, multiprocessors)?;
+    }
+
+    #[test]
+    fn every_candidate_is_a_plan_for_the_problem_and_none_is_estimated_below_the_chosen(
+        m in dimension(1000), n in dimension(4096), k in dimension(16_384), multiprocessors in 2..=144u32,
+    ) {
+        let chosen = Plan::new(m, n, k, multiprocessors).unwrap();
+        let candidates = Plan::candidates(m, n, k, multiprocessors).unwrap();
+        prop_assert!(candidates.contains(&chosen));
+        for candidate in candidates {
+            check_cover(&candidate)?;
+            check_fit(&candidate, multiprocessors)?;
+            let us = candidate.estimate_us();
+            prop_assert!(us.is_finite() && us >= chosen.estimate_us(), "{us} µs: {candidate}");
+        }
     }
 
     #[test]
@@ -153,11 +163,8 @@ fn a_plan_shows_its_tile_and_workers_on_one_line() {
     let plan = Plan::new(16, 12_288, 4096, 132).unwrap();
     let text = plan.to_string();
     assert_eq!(text.lines().count(), 1);
-    let tile = format!(
-        "{} channels x {} tokens",
-        channels(plan.shape()) as u32 * plan.cluster(),
-        plan.shape().tokens
-    );
+    let tile =
+        format!("{} channels x {} tokens", plan.shape().channels() * plan.cluster(), plan.shape().tokens);
     assert!(text.contains(&tile), "{text}");
     assert!(text.contains(&format!("{} workers", plan.cut().workers)), "{text}");
 }

@@ -8,11 +8,11 @@
 
 use std::arch::x86_64::{
     __m256i, _mm_add_epi32, _mm_cvtsi128_si64, _mm_unpackhi_epi64, _mm256_add_epi16, _mm256_add_epi32,
-    _mm256_and_si256, _mm256_blendv_epi8, _mm256_castsi256_si128, _mm256_extracti128_si256,
-    _mm256_loadu_si256, _mm256_madd_epi16, _mm256_maddubs_epi16, _mm256_permute2x128_si256,
-    _mm256_permutevar8x32_epi32, _mm256_set1_epi8, _mm256_set1_epi16, _mm256_set1_epi32, _mm256_set1_epi64x,
-    _mm256_setzero_si256, _mm256_shuffle_epi8, _mm256_srli_epi16, _mm256_storeu_si256, _mm256_sub_epi16,
-    _mm256_unpackhi_epi16, _mm256_unpacklo_epi16,
+    _mm256_and_si256, _mm256_blendv_epi8, _mm256_castsi256_si128, _mm256_cmpgt_epi32,
+    _mm256_extracti128_si256, _mm256_loadu_si256, _mm256_madd_epi16, _mm256_maddubs_epi16,
+    _mm256_permute2x128_si256, _mm256_permutevar8x32_epi32, _mm256_set1_epi8, _mm256_set1_epi16,
+    _mm256_set1_epi32, _mm256_set1_epi64x, _mm256_setzero_si256, _mm256_shuffle_epi8, _mm256_srli_epi16,
+    _mm256_storeu_si256, _mm256_sub_epi16, _mm256_unpackhi_epi16, _mm256_unpacklo_epi16,
 };
 
 use liquidgemm_format::brick::{BRICK_BYTES, BRICK_CHANNELS, BRICK_K, CODE_BYTES, code_at};
@@ -53,21 +53,6 @@ const FOURS: [[u32; LANES]; PIECE_REGISTERS] = {
         register += 1;
     }
     fours
-};
-
-/// All ones where [`FOURS`] lies in the upper half of the brick's K. (The lower three bits are the place in the half.)
-const IN_UPPER_HALF: [[u32; LANES]; PIECE_REGISTERS] = {
-    let mut upper = [[0; LANES]; PIECE_REGISTERS];
-    let mut register = 0;
-    while register < PIECE_REGISTERS {
-        let mut lane = 0;
-        while lane < LANES {
-            upper[register][lane] = if FOURS[register][lane] < LANES as u32 { 0 } else { u32::MAX };
-            lane += 1;
-        }
-        register += 1;
-    }
-    upper
 };
 
 /// One token's part of a chunk of K.
@@ -116,10 +101,13 @@ fn fill(panel: &mut TokenPanel, codes: &[i8]) {
         let (lower, upper) = codes.split_at(BRICK_K / 2);
         let lower = load::<i8, 32>(lower.first_chunk().expect("half a brick's K"));
         let upper = load::<i8, 32>(upper.first_chunk().expect("half a brick's K"));
-        for ((x, fours), in_upper) in panel.x[index].iter_mut().zip(&FOURS).zip(&IN_UPPER_HALF) {
-            let from_lower = _mm256_permutevar8x32_epi32(lower, load(fours));
-            let from_upper = _mm256_permutevar8x32_epi32(upper, load(fours));
-            store(x, _mm256_blendv_epi8(from_lower, from_upper, load(in_upper)));
+        for (x, fours) in panel.x[index].iter_mut().zip(&FOURS) {
+            let fours = load(fours);
+            // The lower three bits are the place in the half.
+            let from_lower = _mm256_permutevar8x32_epi32(lower, fours);
+            let from_upper = _mm256_permutevar8x32_epi32(upper, fours);
+            let is_upper = _mm256_cmpgt_epi32(fours, _mm256_set1_epi32(LANES as i32 - 1));
+            store(x, _mm256_blendv_epi8(from_lower, from_upper, is_upper));
         }
         panel.sums[index / 2][index % 2] = codes.iter().map(|&code| i16::from(code)).sum();
     }

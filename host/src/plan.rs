@@ -51,7 +51,8 @@ impl Plan {
     /// If a dimension is 0 or too large.
     pub fn new(m: usize, n: usize, k: usize, multiprocessors: u32) -> Result<Self, Error> {
         let candidates = Self::candidates(m, n, k, multiprocessors)?;
-        match candidates.into_iter().min_by(|a, b| a.estimate_us().total_cmp(&b.estimate_us())) {
+        let estimate = |plan: &Self| plan.estimate_us(multiprocessors);
+        match candidates.into_iter().min_by(|a, b| estimate(a).total_cmp(&estimate(b))) {
             Some(plan) => Ok(plan),
             None => Self::with_tile(m, n, k, TILE_SHAPES[0], multiprocessors),
         }
@@ -126,8 +127,8 @@ impl Plan {
     pub fn candidates(m: usize, n: usize, k: usize, multiprocessors: u32) -> Result<Vec<Self>, Error> {
         let mut plans: Vec<Self> = Vec::new();
         for shape in TILE_SHAPES {
-            // A tile more than half empty wastes what the next smaller one doesn't.
-            if shape.tokens > 8 && m <= shape.tokens as usize / 2 {
+            // A tile more than three quarters empty wastes what a smaller one doesn't.
+            if shape.tokens > 8 && m <= shape.tokens as usize / 4 {
                 continue;
             }
             for cluster in [1, 2] {

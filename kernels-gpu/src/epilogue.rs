@@ -11,11 +11,12 @@ use liquidgemm_format::tile::{TileShape, WARPGROUP};
 use crate::halves::finishes;
 use crate::partials::sync_consumer;
 use crate::pipeline::{Consumer, Shared};
+use crate::ptx::hint::no_unroll;
 use crate::ptx::integer::{pack_bf16, pack_f16, scale};
 use crate::ptx::matrix::{store_transposed_x2, store_transposed_x4};
 use crate::ptx::memory::{
-    load_global_f32, load_shared_f32x2, load_shared_x4, store_global, store_global_u16, store_global_x4,
-    store_shared_f32,
+    load_global_f32, load_shared_f32x2, load_shared_u16, load_shared_x4, store_global, store_global_u16,
+    store_global_x4, store_shared_f32,
 };
 use crate::ptx::wgmma::{Accumulator, BlockVisitor};
 
@@ -218,52 +219,60 @@ impl<'a, 'b, const BF16: bool> Transposed<'a, 'b, BF16> {
         if BF16 { pack_bf16(low, high) } else { pack_f16(low, high) }
     }
 
-    /// Copies the buffer, which holds the tokens from `first_token`, to the output.
+    /// Copies the buffer at `offset`, which holds the tokens from `first_token`, to the output.
+    ///
+    /// The one barrier makes the buffer's contents visible, and says that everyone is done with the other buffer.
     #[inline(always)]
-    fn flush(&self, first_token: u32) {
+    fn flush(&self, first_token: u32, offset: u32) {
         let epilogue = self.scaling.epilogue;
         let arguments = epilogue.arguments;
+        let tokens = epilogue.shape.epilogue_tokens();
+        let first_row = epilogue.consumer.thread / 8;
         let piece = epilogue.consumer.thread % 8;
         let channel = epilogue.first_channel + piece * 8;
-        let aligned = arguments.output_stride % 8 == 0 && arguments.output % 16 == 0;
+        let whole =
+            arguments.output_stride % 8 == 0 && arguments.output % 16 == 0 && channel + 8 <= arguments.n;
+        let place = |row: u32| epilogue.buffer + offset + row * 128 + (piece ^ (row % 8)) * 16;
         sync_consumer(epilogue.consumer.index);
-        let mut row = epilogue.consumer.thread / 8;
-        while row < epilogue.shape.epilogue_tokens() {
-            let token = first_token + row;
-            if token < arguments.m {
-                let address = epilogue.output(token, channel, 2);
-                // SAFETY: the row lies in the buffer, the elements below m and n in the output.
-                unsafe {
-                    let words = load_shared_x4(epilogue.buffer + row * 128 + (piece ^ (row % 8)) * 16);
-                    if aligned && channel + 8 <= arguments.n {
-                        store_global_x4(address, words);
+        let mut words = [[0; 4]; 2];
+        // SAFETY: the rows lie in the buffer, the elements below m and n in the output.
+        unsafe {
+            seq_macro::seq!(R in 0..2 {
+                let row = first_row + 16 * R;
+                if 16 * R < tokens && row < tokens {
+                    words[R] = load_shared_x4(place(row));
+                }
+            });
+            seq_macro::seq!(R in 0..2 {
+                let row = first_row + 16 * R;
+                if 16 * R < tokens && row < tokens && first_token + row < arguments.m {
+                    let address = epilogue.output(first_token + row, channel, 2);
+                    if whole {
+                        store_global_x4(address, words[R]);
                     } else {
-                        store_pairs(address, words, arguments.n.saturating_sub(channel));
+                        store_one_by_one(address, place(row), channel, arguments.n);
                     }
                 }
-            }
-            row += 16;
+            });
         }
-        sync_consumer(epilogue.consumer.index);
     }
 }
 
-/// Stores the first `count` of eight 16-bit elements one by one.
+/// Copies the 16-bit elements of the eight channels from `channel` that lie below `n` from shared to global memory.
 ///
 /// # Safety
-/// As many elements are valid at `address`.
+/// As many elements are valid at both addresses.
 #[inline(always)]
-unsafe fn store_pairs(address: u64, words: [u32; 4], count: u32) {
-    // SAFETY: the caller vouches for `count` elements.
-    unsafe {
-        seq_macro::seq!(I in 0..4 {
-            if 2 * I < count {
-                store_global_u16(address + 4 * I, words[I]);
-            }
-            if 2 * I + 1 < count {
-                store_global_u16(address + 4 * I + 2, words[I] >> 16);
-            }
-        });
+unsafe fn store_one_by_one(mut address: u64, mut shared: u32, mut channel: u32, n: u32) {
+    // The end is not written as `channel + 8`, lest the compiler unroll what is seldom run and never fast.
+    let end = (channel | 7) + 1;
+    while channel < end && channel < n {
+        no_unroll();
+        // SAFETY: the caller vouches for the elements below `n`.
+        unsafe { store_global_u16(address, load_shared_u16(shared)) };
+        address += 2;
+        shared += 2;
+        channel += 1;
     }
 }
 
@@ -278,19 +287,20 @@ impl<const BF16: bool> BlockVisitor for Transposed<'_, '_, BF16> {
         let packed = [Self::pack(a, b), Self::pack(c, d)];
         let buffer_blocks = shape.epilogue_tokens() / 8;
         let in_buffer = j % buffer_blocks;
+        let offset = j / buffer_blocks % shape.epilogue_buffers() * shape.epilogue_buffer_bytes();
         // SAFETY: the addresses lie in the consumer's buffer.
         unsafe {
             if buffer_blocks == 1 {
-                store_transposed_x2(self.row, packed);
+                store_transposed_x2(self.row + offset, packed);
             } else if j % 2 == 1 {
                 let [even_upper, even_lower] = self.even;
-                let address = self.row + (in_buffer - 1) * 1024;
+                let address = self.row + offset + (in_buffer - 1) * 1024;
                 store_transposed_x4(address, [even_upper, even_lower, packed[0], packed[1]]);
             }
         }
         self.even = packed;
         if in_buffer == buffer_blocks - 1 {
-            self.flush(first_token + (j - in_buffer) * 8);
+            self.flush(first_token + (j - in_buffer) * 8, offset);
         }
     }
 }

@@ -161,13 +161,25 @@ impl TileShape {
     /// Tokens that a consumer transposes at a time in the epilogue.
     #[must_use]
     pub const fn epilogue_tokens(self) -> u32 {
-        if self.finished_tokens() < 64 { self.finished_tokens() } else { 64 }
+        if self.finished_tokens() < 32 { self.finished_tokens() } else { 32 }
     }
 
-    /// Bytes of one consumer's transposition buffer: 64 channels of 2 bytes a token.
+    /// Transposition buffers of a consumer: while one is stored, the next is filled.
+    #[must_use]
+    pub const fn epilogue_buffers(self) -> u32 {
+        if self.finished_tokens() > self.epilogue_tokens() { 2 } else { 1 }
+    }
+
+    /// Bytes of one transposition buffer: 64 channels of 2 bytes a token.
+    #[must_use]
+    pub const fn epilogue_buffer_bytes(self) -> u32 {
+        self.epilogue_tokens() * 128
+    }
+
+    /// Bytes of a consumer's transposition buffers.
     #[must_use]
     pub const fn epilogue_bytes(self) -> u32 {
-        self.epilogue_tokens() * 128
+        self.epilogue_buffers() * self.epilogue_buffer_bytes()
     }
 
     /// Offset of the consumers' transposition buffers.

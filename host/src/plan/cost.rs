@@ -1,7 +1,7 @@
 //! How long a plan will take, so that the planner can choose: a model of few terms, fitted to measured plans.
 //!
 //! A launch is as slow as its slower side, memory or the busiest worker; on top come a constant and, where tiles are
-//! shared along K, the handing over of partial sums. The constants were fitted by least squares to 4,700 plans of the
+//! shared along K, the handing over of partial sums. The constants were fitted by least squares to 4,500 plans of the
 //! linear layers of LLaMA-2, LLaMA-3 and Yi at 1 to 4,096 tokens on an H100 SXM; `docs/performance-log.md` says how well
 //! they choose. They need not be exact: a wrong choice costs time, never a bit of the result.
 
@@ -24,40 +24,45 @@ const fn cost(channels: u32, tokens: u32, step: f64, tile: f64) -> ShapeCost {
 }
 
 const SHAPE_COSTS: [ShapeCost; 12] = [
-    cost(128, 8, 0.281, 1.30),
-    cost(64, 16, 0.182, 1.71),
-    cost(128, 16, 0.268, 1.85),
-    cost(64, 32, 0.188, 1.88),
-    cost(128, 32, 0.306, 1.67),
-    cost(64, 64, 0.198, 1.43),
-    cost(128, 64, 0.336, 1.11),
-    cost(192, 64, 0.423, 1.24),
-    cost(64, 128, 0.251, 1.73),
-    cost(128, 128, 0.433, 0.98),
-    cost(192, 128, 0.597, 1.67),
-    cost(128, 256, 0.720, 2.67),
+    cost(128, 8, 0.296, 0.0),
+    cost(64, 16, 0.217, 0.27),
+    cost(128, 16, 0.311, 0.0),
+    cost(64, 32, 0.228, 0.06),
+    cost(128, 32, 0.342, 0.0),
+    cost(64, 64, 0.195, 1.36),
+    cost(128, 64, 0.332, 0.94),
+    cost(192, 64, 0.418, 1.40),
+    cost(64, 128, 0.249, 1.79),
+    cost(128, 128, 0.432, 1.17),
+    cost(192, 128, 0.592, 1.99),
+    cost(128, 256, 0.716, 3.02),
 ];
 
 /// Microseconds of every launch.
-const LAUNCH: f64 = 0.56;
+const LAUNCH: f64 = 1.79;
 /// Megabytes that memory delivers in a microsecond to these kernels.
-const MEMORY: f64 = 2.60;
+const MEMORY: f64 = 2.89;
+/// By which power of the share of busy multiprocessors memory delivers less, for shapes of which two blocks fit on one:
+/// there the next launch's blocks come to lie unevenly.
+const UNEVENNESS: f64 = 0.8;
 /// Megabytes that the L2 cache delivers in a microsecond.
-const CACHE: f64 = 9.97;
-/// Microseconds for the first partial sums of a launch: a flag raised, seen and answered.
-const HANDOVER: f64 = 2.93;
+const CACHE: f64 = 10.0;
+/// Microseconds for the first partial sums of a tile: a flag raised, seen and answered.
+const HANDOVER: f64 = 1.66;
+/// Microseconds for every further contributor to a tile.
+const CONTRIBUTOR: f64 = 0.21;
 /// Microseconds for a megabyte of partial sums, written and read.
-const PARTIAL_SUMS: f64 = 0.102;
+const PARTIAL_SUMS: f64 = 0.101;
 /// How much longer a step takes in a cluster of two, which waits for two blocks at every stage.
 const CLUSTER_STEP: f64 = 1.037;
 /// How sharply the slower of compute and memory hides the other.
 const SHARPNESS: i32 = 6;
 
 impl Plan {
-    /// An estimate of the launch's time on an H100, in microseconds. It ranks the plans of one problem; the bench
-    /// measures.
+    /// An estimate of the launch's time on an H100 of so many multiprocessors, in microseconds. It ranks the plans of one
+    /// problem; the bench measures.
     #[must_use]
-    pub fn estimate_us(&self) -> f64 {
+    pub fn estimate_us(&self, multiprocessors: u32) -> f64 {
         let [m, n, k] = self.problem().map(|extent| extent as f64);
         let (shape, schedule) = (self.shape(), self.schedule());
         let costs = shape_cost(shape);
@@ -74,7 +79,11 @@ impl Plan {
         let compute = (whole * k_steps + stream_steps) * step + (whole + stream_tiles) * costs.tile;
 
         let megabytes = |bytes: f64| bytes / 1e6;
-        let from_memory = megabytes(n * k * 17.0 / 32.0 + m * k + 2.0 * m * n) / MEMORY;
+        let busy_share = match shape.blocks_per_multiprocessor() {
+            1 => 1.0,
+            _ => (self.blocks() as f64 / multiprocessors as f64).min(1.0).powf(UNEVENNESS),
+        };
+        let from_memory = megabytes(n * k * 17.0 / 32.0 + m * k + 2.0 * m * n) / MEMORY / busy_share;
         // Every tile reads its weights and its activations anew.
         let tiles = schedule.tiles() as f64;
         let tile_weights = (shape.channels() * self.cluster()) as f64 * k * 17.0 / 32.0;
@@ -83,7 +92,8 @@ impl Plan {
 
         let handover = if splits {
             let parts = (workers / streamed).max(1.0);
-            HANDOVER + PARTIAL_SUMS * megabytes((shape.partial_bytes() * self.blocks()) as f64) * parts
+            let sums = megabytes(shape.partial_bytes() as f64 * self.blocks() as f64);
+            HANDOVER + CONTRIBUTOR * (parts - 1.0) + PARTIAL_SUMS * sums * parts
         } else {
             0.0
         };
@@ -114,7 +124,7 @@ mod tests {
     #[test]
     fn more_tokens_are_never_estimated_to_be_faster() {
         for (n, k) in [(4096, 4096), (12_288, 4096), (57_344, 8192)] {
-            let us = |m| Plan::new(m, n, k, 132).unwrap().estimate_us();
+            let us = |m| Plan::new(m, n, k, 132).unwrap().estimate_us(132);
             for m in (0..13).map(|power| 1usize << power) {
                 assert!(us(2 * m) > 0.999 * us(m), "{m} tokens of {n} x {k}");
             }

@@ -36,6 +36,29 @@ pub unsafe fn load_shared(address: u32) -> u32 {
     value
 }
 
+/// 2 bytes of shared memory.
+///
+/// # Safety
+/// `address` is 2-byte aligned in the block's shared memory.
+#[inline(always)]
+pub unsafe fn load_shared_u16(address: u32) -> u32 {
+    let value;
+    // SAFETY: the caller vouches for the address.
+    unsafe {
+        asm!(
+            "{{",
+            ".reg .b16 half;",
+            "ld.shared.b16 half, [{1}];",
+            "cvt.u32.u16 {0}, half;",
+            "}}",
+            out(reg32) value,
+            in(reg32) address,
+            options(nostack)
+        );
+    }
+    value
+}
+
 /// Two f32 of shared memory.
 ///
 /// # Safety

@@ -5,6 +5,7 @@
 //! instruction is meant for are there.
 
 pub mod grid;
+pub mod hint;
 pub mod integer;
 pub mod matrix;
 pub mod mbarrier;

@@ -7,7 +7,7 @@
 use cust::memory::DeviceBuffer;
 use cust::sys;
 use half::bf16;
-use rand::{Rng, RngCore, SeedableRng};
+use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rand_distr::StandardNormal;
 use rayon::prelude::*;
@@ -98,22 +98,21 @@ impl Pool {
     }
 }
 
-/// Packed weights with random codes and random valid pairs of the size that the quantizer makes.
+/// Channels that are drawn and quantized; a wider matrix repeats their strips.
+const DRAWN_CHANNELS: usize = 1024;
+
+/// Normal weights, quantized like any others.
 pub(super) fn random_weights(n: usize, k: usize) -> Result<PackedWeights, Error> {
-    use liquidgemm_format::brick::{BRICK_BYTES, CODE_BYTES};
-    let mut bricks = vec![0u8; PackedWeights::check_shape(n, k)?];
-    bricks.par_chunks_mut(64 * BRICK_BYTES).enumerate().for_each(|(chunk, bricks)| {
-        let mut rng = generator(chunk);
-        for brick in bricks.chunks_exact_mut(BRICK_BYTES) {
-            rng.fill_bytes(brick);
-            for pair in brick[CODE_BYTES..].chunks_exact_mut(2) {
-                let s = 8 + pair[0] % 8;
-                pair[0] = s;
-                // Evenly over what 15·s + a ≤ 255 leaves.
-                pair[1] = (u32::from(pair[1]) * (256 - 15 * u32::from(s)) / 256) as u8;
-            }
-        }
+    let bytes = PackedWeights::check_shape(n, k)?;
+    let drawn = n.min(DRAWN_CHANNELS);
+    let mut weights = vec![0.0f32; drawn * k];
+    weights.par_chunks_mut(k).enumerate().for_each(|(channel, row)| {
+        let mut rng = generator(channel);
+        row.fill_with(|| rng.sample(StandardNormal));
     });
+    let drawn = PackedWeights::quantize(&weights, drawn, k, Group::K(64))?;
+    let mut bricks = drawn.bricks().repeat(bytes.div_ceil(drawn.bricks().len()));
+    bricks.truncate(bytes);
     PackedWeights::from_parts(bricks, random_scales(n), n, k, Group::K(64))
 }
 
@@ -184,16 +183,18 @@ mod tests {
     }
 
     #[test]
-    fn random_weights_are_valid_and_use_the_whole_range_of_codes() {
-        let weights = random_weights(130, 200).unwrap();
-        assert_eq!((weights.n(), weights.k()), (130, 200));
-        let mut seen = [false; 16];
-        for k in 0..200 {
-            seen[weights.code(129, k) as usize] = true;
+    fn random_weights_are_normal_up_to_quantization() {
+        let (n, k) = (DRAWN_CHANNELS + 130, 200);
+        let weights = random_weights(n, k).unwrap();
+        assert_eq!((weights.n(), weights.k()), (n, k));
+        // The second repetition of the first channels.
+        for channel in [0, DRAWN_CHANNELS + 129] {
+            let values: Vec<f64> = (0..k).map(|k| f64::from(weights.level1(channel, k))).collect();
+            let mean = values.iter().sum::<f64>() / k as f64;
+            let deviation = (values.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / k as f64).sqrt();
+            // The largest of 200 normal numbers, which becomes 119, is about 2.7 deviations away.
+            assert!((30.0..60.0).contains(&deviation), "channel {channel}: {deviation}");
         }
-        assert!(seen.iter().all(|&seen| seen));
-        let pairs: Vec<(u8, u8)> = (0..130).map(|channel| weights.pair(channel, 0)).collect();
-        assert!(pairs.iter().all(|(s, _)| (8..16).contains(s)));
-        assert!(pairs.iter().any(|(_, a)| *a > 50) && pairs.iter().any(|(_, a)| *a < 10));
+        assert_eq!(weights.level1(3, 5), weights.level1(DRAWN_CHANNELS + 3, 5));
     }
 }

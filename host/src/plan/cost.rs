@@ -1,7 +1,7 @@
 //! How long a plan will take, so that the planner can choose: a model of few terms, fitted to measured plans.
 //!
 //! A launch is as slow as its slower side, memory or the busiest worker; on top come a constant and, where tiles are
-//! shared along K, the handing over of partial sums. The constants were fitted by least squares to 4,500 plans of the
+//! shared along K, the handing over of partial sums. The constants were fitted by least squares to 3,500 plans of the
 //! linear layers of LLaMA-2, LLaMA-3 and Yi at 1 to 4,096 tokens on an H100 SXM; `docs/performance-log.md` says how well
 //! they choose. They need not be exact: a wrong choice costs time, never a bit of the result.
 
@@ -24,37 +24,37 @@ const fn cost(channels: u32, tokens: u32, step: f64, tile: f64) -> ShapeCost {
 }
 
 const SHAPE_COSTS: [ShapeCost; 12] = [
-    cost(128, 8, 0.296, 0.0),
-    cost(64, 16, 0.217, 0.27),
-    cost(128, 16, 0.311, 0.0),
-    cost(64, 32, 0.228, 0.06),
-    cost(128, 32, 0.342, 0.0),
-    cost(64, 64, 0.195, 1.36),
-    cost(128, 64, 0.332, 0.94),
-    cost(192, 64, 0.418, 1.40),
-    cost(64, 128, 0.249, 1.79),
-    cost(128, 128, 0.432, 1.17),
-    cost(192, 128, 0.592, 1.99),
-    cost(128, 256, 0.716, 3.02),
+    cost(128, 8, 0.294, 0.00),
+    cost(64, 16, 0.214, 0.30),
+    cost(128, 16, 0.307, 0.01),
+    cost(64, 32, 0.223, 0.13),
+    cost(128, 32, 0.316, 0.26),
+    cost(64, 64, 0.192, 1.40),
+    cost(128, 64, 0.320, 1.08),
+    cost(192, 64, 0.407, 1.78),
+    cost(64, 128, 0.244, 2.03),
+    cost(128, 128, 0.430, 1.47),
+    cost(192, 128, 0.565, 2.95),
+    cost(128, 256, 0.692, 3.98),
 ];
 
 /// Microseconds of every launch.
-const LAUNCH: f64 = 1.79;
+const LAUNCH: f64 = 1.90;
 /// Megabytes that memory delivers in a microsecond to these kernels.
-const MEMORY: f64 = 2.89;
+const MEMORY: f64 = 2.88;
 /// By which power of the share of busy multiprocessors memory delivers less, for shapes of which two blocks fit on one:
 /// there the next launch's blocks come to lie unevenly.
 const UNEVENNESS: f64 = 0.8;
 /// Megabytes that the L2 cache delivers in a microsecond.
-const CACHE: f64 = 10.0;
+const CACHE: f64 = 10.9;
 /// Microseconds for the first partial sums of a tile: a flag raised, seen and answered.
-const HANDOVER: f64 = 1.66;
+const HANDOVER: f64 = 1.51;
 /// Microseconds for every further contributor to a tile.
-const CONTRIBUTOR: f64 = 0.21;
+const CONTRIBUTOR: f64 = 0.24;
 /// Microseconds for a megabyte of partial sums, written and read.
-const PARTIAL_SUMS: f64 = 0.101;
+const PARTIAL_SUMS: f64 = 0.091;
 /// How much longer a step takes in a cluster of two, which waits for two blocks at every stage.
-const CLUSTER_STEP: f64 = 1.037;
+const CLUSTER_STEP: f64 = 1.044;
 /// How sharply the slower of compute and memory hides the other.
 const SHARPNESS: i32 = 6;
 

@@ -92,6 +92,10 @@ impl Plan {
                 return Err(GpuError::OutOfRange { what, value, limit }.into());
             }
         }
+        let Some(shape) = TileShape::find(cut.shape.strips, cut.shape.tokens, cut.shape.halves) else {
+            return Err(GpuError::UnknownTile { shape: cut.shape }.into());
+        };
+        cut.shape = shape;
         cut.cluster = 1 << cut.cluster.clamp(1, cut.shape.max_cluster().max(1)).ilog2();
         let cluster_channels = cut.shape.channels() * cut.cluster;
         let channel_tiles = n.div_ceil(cluster_channels as usize) as u32;
@@ -126,13 +130,14 @@ impl Plan {
     /// As [`Plan::new`].
     pub fn candidates(m: usize, n: usize, k: usize, multiprocessors: u32) -> Result<Vec<Self>, Error> {
         let mut plans: Vec<Self> = Vec::new();
+        let mut too_many = None;
         for shape in TILE_SHAPES {
             // A tile more than three quarters empty wastes what a smaller one doesn't.
             if shape.tokens > 8 && m <= shape.tokens as usize / 4 {
                 continue;
             }
             for cluster in [1, 2] {
-                if cluster > shape.max_cluster() {
+                if cluster > shape.max_cluster().min(multiprocessors) {
                     continue;
                 }
                 let most = (multiprocessors / cluster).max(1);
@@ -143,7 +148,15 @@ impl Plan {
                     }
                     Ok(plan.schedule.tiles())
                 };
-                let tiles = consider(most, 1)?;
+                let tiles = match consider(most, 1) {
+                    Ok(tiles) => tiles,
+                    // Too many tiles of this shape; a larger one may do.
+                    Err(error @ Error::Gpu(GpuError::OutOfRange { .. })) => {
+                        too_many.get_or_insert(error);
+                        continue;
+                    }
+                    Err(error) => return Err(error),
+                };
                 // Whole tiles, as even as can be.
                 consider(tiles.div_ceil(tiles.div_ceil(most)), 0)?;
                 if tiles < most {
@@ -154,7 +167,10 @@ impl Plan {
                 }
             }
         }
-        Ok(plans)
+        match too_many {
+            Some(error) if plans.is_empty() => Err(error),
+            _ => Ok(plans),
+        }
     }
 
     /// Whether both come to the same launch.

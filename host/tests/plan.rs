@@ -2,7 +2,7 @@
 
 use liquidgemm::gpu::GpuError;
 use liquidgemm::{Cut, Error, Plan};
-use liquidgemm_format::tile::{STAGE_K, TILE_SHAPES};
+use liquidgemm_format::tile::{STAGE_K, TILE_SHAPES, TileShape};
 use proptest::prelude::*;
 
 /// Fails unless the plan's tiles cover `[m, n]` and K, none of them in vain, and each tile's K steps are computed once.
@@ -155,6 +155,27 @@ fn what_32_bits_cannot_count_is_an_error() {
             assert!(error.to_string().contains("at most"), "{error}");
         }
         other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_batch_too_large_for_small_tiles_is_planned_with_larger_ones() {
+    let (m, n, k) = (4_000_000, 57_344, 8192);
+    let small = TILE_SHAPES[0];
+    assert!(matches!(Plan::with_tile(m, n, k, small, 132), Err(Error::Gpu(GpuError::OutOfRange { .. }))));
+    assert!(Plan::new(m, n, k, 132).unwrap().shape().tokens > small.tokens);
+}
+
+#[test]
+fn a_tile_without_a_kernel_is_refused_by_name() {
+    for tokens in [0, 24] {
+        let shape = TileShape { tokens, ..TILE_SHAPES[0] };
+        match Plan::with_tile(5, 5, 5, shape, 132) {
+            Err(Error::Gpu(error @ GpuError::UnknownTile { .. })) => {
+                assert!(error.to_string().contains(&format!("{tokens} tokens")), "{error}");
+            }
+            other => panic!("{other:?}"),
+        }
     }
 }
 

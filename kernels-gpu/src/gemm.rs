@@ -1,5 +1,6 @@
-//! The W4A8 GEMM: a producer, bricks and activations by a warp each, fills a ring of stages; consumer warpgroups dequantize in registers and feed the
-//! tensor cores (LiquidGEMM's implicit fine-grained pipeline, arXiv 2509.01229, section 5).
+//! The W4A8 GEMM: two producer warps, one for bricks and one for activations, fill a ring of stages; consumer warpgroups
+//! dequantize in registers and feed the tensor cores (LiquidGEMM's implicit fine-grained pipeline, arXiv 2509.01229,
+//! section 5).
 //!
 //! Weights are wgmma's A operand and come from registers; activations are B and come from swizzled shared
 //! memory. Blocks are persistent and go through the segments that the schedule gives their cluster. The host twin,

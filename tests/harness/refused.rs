@@ -2,8 +2,7 @@
 //! must give. The test on a GPU and the test on a fake driver go through the same list.
 
 use liquidgemm::gpu::{DeviceSpan, GpuError, Operands};
-use liquidgemm::{Cut, Error, OutputType, Plan};
-use liquidgemm_format::tile::{TILE_SHAPES, TileShape};
+use liquidgemm::{Error, OutputType, Plan};
 
 /// A call with one thing wrong.
 pub struct RefusedCall {
@@ -172,22 +171,6 @@ pub fn refused_calls(good: Operands) -> Result<Vec<RefusedCall>, Error> {
             Plan::new(m, n, 192, 132)?,
             is_gpu!(GpuError::PlanMismatch { .. }),
             "[5, 200, 192]",
-        ),
-        plan(
-            "a plan with a tile that has no kernel",
-            Plan::with_cut(
-                m,
-                n,
-                k,
-                Cut {
-                    shape: TileShape { stages: 99, ..TILE_SHAPES[0] },
-                    cluster: 1,
-                    workers: 1,
-                    streamed_waves: 0,
-                },
-            )?,
-            is_gpu!(GpuError::PlanMismatch { .. }),
-            "99 stages",
         ),
     ])
 }

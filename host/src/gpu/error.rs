@@ -130,6 +130,17 @@ pub enum GpuError {
         limit: usize,
     },
 
+    /// A tile shape that has no kernel.
+    #[error(
+        "there is no kernel for tiles of {} channels x {} tokens with {} consumers a strip; \
+         liquidgemm_format::tile::TILE_SHAPES lists those that there are",
+        shape.channels(), shape.tokens, shape.halves
+    )]
+    UnknownTile {
+        /// What was asked for.
+        shape: liquidgemm_format::tile::TileShape,
+    },
+
     /// A plan that was made for another problem or another GPU.
     #[error("the plan is for {plan}, but the call is {call}")]
     PlanMismatch {

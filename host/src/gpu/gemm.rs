@@ -127,6 +127,9 @@ impl Gpu {
     /// 2. nothing else writes to what the GEMM reads, and nothing reads or writes its output;
     /// 3. no other launch uses `workspace`, except later ones on the same stream.
     ///
+    /// The launch begins to read the weights, and nothing else, while the one before it on the stream may still run. As
+    /// [`DeviceWeights`] are written only by [`Gpu::upload`], which waits, nothing needs to be done about it.
+    ///
     /// All of them belong to this GPU's context.
     pub unsafe fn gemm(
         &self,

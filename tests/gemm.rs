@@ -28,9 +28,12 @@ fn small_problems_equal_the_cpu_for_every_tile(gpu: &'static Gpu) -> Result<(), 
     for shape in TILE_SHAPES {
         for [m, n, k] in [[1, 1, 1], [3, 5, 64], [8, 64, 128], [17, 129, 100], [40, 200, 1000]] {
             let problem = Problem::random(gpu, &mut rng, [m, n, k])?;
-            let plan = Plan::with_tile(m, n, k, shape, 4)?;
-            problem.check_type(gpu, &session, &plan, OutputType::I32, false, 0)?;
-            problem.check_type(gpu, &session, &plan, OutputType::Bf16, true, 0)?;
+            // Few workers, so that the ring turns and tiles are shared also here.
+            for (cluster, workers) in [(1, 4), (2, 2)] {
+                let plan = Plan::with_cut(m, n, k, Cut { shape, cluster, workers, streamed_waves: 1 })?;
+                problem.check_type(gpu, &session, &plan, OutputType::I32, false, 0)?;
+                problem.check_type(gpu, &session, &plan, OutputType::Bf16, true, 0)?;
+            }
         }
     }
     Ok(())

@@ -2,7 +2,7 @@
 //!
 //! A launch is as slow as its slower side, memory or the busiest worker; on top come a constant and, where tiles are
 //! shared along K, the handing over of partial sums. The constants were fitted by least squares to 3,500 plans of the
-//! linear layers of LLaMA-2, LLaMA-3 and Yi at 1 to 4,096 tokens on an H100 SXM; `docs/performance-log.md` says how well
+//! linear layers of LLaMA-2 and LLaMA-3 at 1 to 4,096 tokens on an H100 SXM; `docs/performance-log.md` says how well
 //! they choose. They need not be exact: a wrong choice costs time, never a bit of the result.
 
 use liquidgemm_format::tile::TileShape;

@@ -108,15 +108,7 @@ fn goals(run: &Run, text: &mut String) -> std::fmt::Result {
          on the peers' own page.\n\n| | points | × fp8 | time / ideal | ahead of best peer |\n|---|---|---|---|---|\n",
     );
     for verdict in &verdicts {
-        let mut goals = verdict.goals.iter().map(|goal| match goal.name {
-            "TOPS" => format!("TOPS {goal}"),
-            _ => goal.to_string(),
-        });
-        let (first, second) = (goals.next().unwrap_or_default(), goals.next().unwrap_or_default());
-        let ahead = match verdict.peers_compared {
-            0 => "-".into(),
-            all => format!("{} of {all}", all - verdict.behind_peer.len()),
-        };
+        let [first, second, ahead] = verdict.cells();
         writeln!(text, "| {} | {} | {first} | {second} | {ahead} |", verdict.name, verdict.points)?;
     }
     let mut behind = verdicts.iter().flat_map(|verdict| &verdict.behind_peer).peekable();

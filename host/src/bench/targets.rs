@@ -107,6 +107,22 @@ pub struct Verdict {
     pub peers_compared: usize,
 }
 
+impl Verdict {
+    /// The two goals and how many points are ahead of their best peer, as every report shows them.
+    pub(super) fn cells(&self) -> [String; 3] {
+        let mut goals = self.goals.iter().map(|goal| match goal.name {
+            "TOPS" => format!("TOPS {goal}"),
+            _ => goal.to_string(),
+        });
+        let (first, second) = (goals.next().unwrap_or_default(), goals.next().unwrap_or_default());
+        let ahead = match self.peers_compared {
+            0 => "-".into(),
+            all => format!("{} of {all}", all - self.behind_peer.len()),
+        };
+        [first, second, ahead]
+    }
+}
+
 /// One figure and its target.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Goal {
@@ -227,15 +243,7 @@ pub fn report(verdicts: &[Verdict]) -> String {
         "targets", "points", "× fp8", "time / ideal"
     ));
     for verdict in verdicts {
-        let mut goals = verdict.goals.iter().map(|goal| match goal.name {
-            "TOPS" => format!("TOPS {goal}"),
-            _ => goal.to_string(),
-        });
-        let (first, second) = (goals.next().unwrap_or_default(), goals.next().unwrap_or_default());
-        let ahead = match verdict.peers_compared {
-            0 => "-".into(),
-            all => format!("{} of {all}", all - verdict.behind_peer.len()),
-        };
+        let [first, second, ahead] = verdict.cells();
         line(format!("{:<18} {:>6}  {first:<24} {second:<26} {ahead}", verdict.name, verdict.points));
     }
     let behind: Vec<&String> = verdicts.iter().flat_map(|verdict| &verdict.behind_peer).collect();

@@ -4,6 +4,8 @@
 //! `stmatrix.trans` through a buffer in shared memory and leave in 16-byte pieces of a token's row; 32-bit
 //! results go out directly, eight neighbouring channels at a time.
 
+use cuda_std::TensorMap;
+use cuda_std::warp::WARP_SIZE;
 use liquidgemm_format::arguments::{GemmArguments, output_type};
 use liquidgemm_format::brick::BRICK_CHANNELS;
 use liquidgemm_format::tile::{TileShape, WARPGROUP};
@@ -19,6 +21,7 @@ use crate::ptx::memory::{
     store_global_x4, store_shared_f32,
 };
 use crate::ptx::wgmma::{Accumulator, BlockVisitor};
+use crate::ptx::{mbarrier, tma};
 
 /// A bias that changes no value, not even −0.0.
 const NO_BIAS: f32 = -0.0;
@@ -50,6 +53,7 @@ pub struct Scales {
 /// What a consumer needs to finish its part of a tile.
 pub struct Epilogue<'a> {
     arguments: &'a GemmArguments,
+    output_map: *const TensorMap,
     shape: TileShape,
     /// For the transposition.
     buffer: u32,
@@ -67,6 +71,7 @@ impl<'a> Epilogue<'a> {
     #[inline(always)]
     pub fn new(
         arguments: &'a GemmArguments,
+        output_map: *const TensorMap,
         shared: Shared,
         shape: TileShape,
         [first_strip, first_token]: [u32; 2],
@@ -74,6 +79,7 @@ impl<'a> Epilogue<'a> {
     ) -> Self {
         Self {
             arguments,
+            output_map,
             shape,
             buffer: shared.epilogue(consumer),
             token_scales: shared.token_scales(consumer),
@@ -149,9 +155,22 @@ impl<'a> Epilogue<'a> {
             ]
         };
         let scaling = Scaling { epilogue: self, upper, lower };
-        match self.arguments.output_type {
-            output_type::BF16 => accumulator.visit(&mut Transposed::<true>::new(scaling)),
-            output_type::F16 => accumulator.visit(&mut Transposed::<false>::new(scaling)),
+        let output_type = self.arguments.output_type;
+        if self.shape.maps_output() && self.arguments.output_is_mapped != 0 {
+            match output_type {
+                output_type::BF16 => accumulator.visit(&mut Transposed::new(scaling, Bf16, Mapped)),
+                _ => accumulator.visit(&mut Transposed::new(scaling, F16, Mapped)),
+            }
+            // Its last barrier has seen everyone read the last scales.
+            return;
+        }
+        match output_type {
+            output_type::BF16 | output_type::F16 if self.shape.maps_output() => {
+                let either = Either { bf16: output_type == output_type::BF16 };
+                accumulator.visit(&mut Transposed::new(scaling, either, Pieces));
+            }
+            output_type::BF16 => accumulator.visit(&mut Transposed::new(scaling, Bf16, Pieces)),
+            output_type::F16 => accumulator.visit(&mut Transposed::new(scaling, F16, Pieces)),
             output_type::F32 => accumulator.visit(&mut Direct::<true> { scaling }),
             _ => accumulator.visit(&mut Direct::<false> { scaling }),
         }
@@ -193,38 +212,88 @@ impl Scaling<'_, '_> {
     }
 }
 
-/// 16-bit results, through the transposition buffer: a row of 128 bytes a token, its 16-byte pieces permuted by
-/// the token's low bits so that neither side has bank conflicts.
-struct Transposed<'a, 'b, const BF16: bool> {
-    scaling: Scaling<'a, 'b>,
-    /// Where this lane's matrix row of the first two blocks goes.
-    row: u32,
-    /// The even block's packed results, until the odd one's are there too.
-    even: [u32; 2],
+/// A 16-bit output type.
+trait Half: Copy {
+    /// Two results, `low` in the lower half.
+    fn pack(self, low: f32, high: f32) -> u32;
 }
 
-impl<'a, 'b, const BF16: bool> Transposed<'a, 'b, BF16> {
+#[derive(Clone, Copy)]
+struct Bf16;
+
+impl Half for Bf16 {
     #[inline(always)]
-    fn new(scaling: Scaling<'a, 'b>) -> Self {
-        let epilogue = scaling.epilogue;
-        let (warp, lane) = (epilogue.consumer.thread / 32, epilogue.consumer.thread % 32);
-        let (matrix, token) = (lane / 8, lane % 8);
-        let piece = (warp * 2 + matrix % 2) ^ token;
-        let row = epilogue.buffer + (matrix / 2 * 8 + token) * 128 + piece * 16;
-        Self { scaling, row, even: [0; 2] }
+    fn pack(self, low: f32, high: f32) -> u32 {
+        pack_bf16(low, high)
+    }
+}
+
+#[derive(Clone, Copy)]
+struct F16;
+
+impl Half for F16 {
+    #[inline(always)]
+    fn pack(self, low: f32, high: f32) -> u32 {
+        pack_f16(low, high)
+    }
+}
+
+/// The type that the arguments name, where one piece of code for both is worth a few instructions.
+#[derive(Clone, Copy)]
+struct Either {
+    bf16: bool,
+}
+
+impl Half for Either {
+    #[inline(always)]
+    fn pack(self, low: f32, high: f32) -> u32 {
+        if self.bf16 { pack_bf16(low, high) } else { pack_f16(low, high) }
+    }
+}
+
+/// How the transposition buffer's contents go to the output.
+trait Exit {
+    /// Before the barrier that makes a filled buffer visible.
+    fn before_barrier(&self, shape: TileShape);
+
+    /// Copies the buffer at `address`, which holds the tokens from `first_token`, to the output.
+    fn leave(&self, epilogue: &Epilogue<'_>, first_token: u32, address: u32);
+}
+
+/// By the copy engine, which needs rows on 16 bytes.
+struct Mapped;
+
+impl Exit for Mapped {
+    #[inline(always)]
+    fn before_barrier(&self, shape: TileShape) {
+        // SAFETY: the barrier follows.
+        unsafe { mbarrier::fence_async() };
+        // The buffer that is filled next must have left.
+        match shape.epilogue_buffers() {
+            0..=2 => tma::await_stores::<0>(),
+            3 => tma::await_stores::<1>(),
+            _ => tma::await_stores::<2>(),
+        }
     }
 
     #[inline(always)]
-    fn pack(low: f32, high: f32) -> u32 {
-        if BF16 { pack_bf16(low, high) } else { pack_f16(low, high) }
+    fn leave(&self, epilogue: &Epilogue<'_>, first_token: u32, address: u32) {
+        if epilogue.consumer.thread < WARP_SIZE {
+            // SAFETY: the buffer is full and stays so until the next but `epilogue_buffers` is filled.
+            unsafe { tma::store_2d(epilogue.output_map, epilogue.first_channel, first_token, address) };
+        }
     }
+}
 
-    /// Copies the buffer at `offset`, which holds the tokens from `first_token`, to the output.
-    ///
-    /// The one barrier makes the buffer's contents visible, and says that everyone is done with the other buffer.
+/// In 16-byte pieces of a token's row where rows allow it, else one by one.
+struct Pieces;
+
+impl Exit for Pieces {
     #[inline(always)]
-    fn flush(&self, first_token: u32, offset: u32) {
-        let epilogue = self.scaling.epilogue;
+    fn before_barrier(&self, _: TileShape) {}
+
+    #[inline(always)]
+    fn leave(&self, epilogue: &Epilogue<'_>, first_token: u32, address: u32) {
         let arguments = epilogue.arguments;
         let tokens = epilogue.shape.epilogue_tokens();
         let first_row = epilogue.consumer.thread / 8;
@@ -232,8 +301,7 @@ impl<'a, 'b, const BF16: bool> Transposed<'a, 'b, BF16> {
         let channel = epilogue.first_channel + piece * 8;
         let whole =
             arguments.output_stride % 8 == 0 && arguments.output % 16 == 0 && channel + 8 <= arguments.n;
-        let place = |row: u32| epilogue.buffer + offset + row * 128 + (piece ^ (row % 8)) * 16;
-        sync_consumer(epilogue.consumer.index);
+        let place = |row: u32| address + row * 128 + (piece ^ (row % 8)) * 16;
         let mut words = [[0; 4]; 2];
         // SAFETY: the rows lie in the buffer, the elements below m and n in the output.
         unsafe {
@@ -258,6 +326,42 @@ impl<'a, 'b, const BF16: bool> Transposed<'a, 'b, BF16> {
     }
 }
 
+/// 16-bit results, through the transposition buffer: a row of 128 bytes a token, its 16-byte pieces permuted by
+/// the token's low bits so that neither side has bank conflicts. It is the copy engine's 128-byte swizzle.
+struct Transposed<'a, 'b, H, E> {
+    scaling: Scaling<'a, 'b>,
+    half: H,
+    exit: E,
+    /// Where this lane's matrix row of the first two blocks goes.
+    row: u32,
+    /// The even block's packed results, until the odd one's are there too.
+    even: [u32; 2],
+}
+
+impl<'a, 'b, H: Half, E: Exit> Transposed<'a, 'b, H, E> {
+    #[inline(always)]
+    fn new(scaling: Scaling<'a, 'b>, half: H, exit: E) -> Self {
+        let epilogue = scaling.epilogue;
+        let (warp, lane) = (epilogue.consumer.thread / WARP_SIZE, epilogue.consumer.thread % WARP_SIZE);
+        let (matrix, token) = (lane / 8, lane % 8);
+        let piece = (warp * 2 + matrix % 2) ^ token;
+        let row = epilogue.buffer + (matrix / 2 * 8 + token) * 128 + piece * 16;
+        Self { scaling, half, exit, row, even: [0; 2] }
+    }
+
+    /// Sends the buffer at `offset`, which holds the tokens from `first_token`, to the output.
+    ///
+    /// The one barrier makes the buffer's contents visible, and says that everyone is done with the buffer that is
+    /// filled next.
+    #[inline(always)]
+    fn flush(&self, first_token: u32, offset: u32) {
+        let epilogue = self.scaling.epilogue;
+        self.exit.before_barrier(epilogue.shape);
+        sync_consumer(epilogue.consumer.index);
+        self.exit.leave(epilogue, first_token, epilogue.buffer + offset);
+    }
+}
+
 /// Copies the 16-bit elements of the eight channels from `channel` that lie below `n` from shared to global memory.
 ///
 /// # Safety
@@ -276,7 +380,7 @@ unsafe fn store_one_by_one(mut address: u64, mut shared: u32, mut channel: u32, 
     }
 }
 
-impl<const BF16: bool> BlockVisitor for Transposed<'_, '_, BF16> {
+impl<H: Half, E: Exit> BlockVisitor for Transposed<'_, '_, H, E> {
     #[inline(always)]
     fn block(&mut self, j: u32, block: &mut [i32; 4]) {
         let Epilogue { shape, consumer, first_token, .. } = *self.scaling.epilogue;
@@ -284,7 +388,7 @@ impl<const BF16: bool> BlockVisitor for Transposed<'_, '_, BF16> {
             return;
         }
         let [a, b, c, d] = self.scaling.scaled(j, block);
-        let packed = [Self::pack(a, b), Self::pack(c, d)];
+        let packed = [self.half.pack(a, b), self.half.pack(c, d)];
         let buffer_blocks = shape.epilogue_tokens() / 8;
         let in_buffer = j % buffer_blocks;
         let offset = j / buffer_blocks % shape.epilogue_buffers() * shape.epilogue_buffer_bytes();

@@ -24,10 +24,13 @@ use crate::{halves, partials};
 ///
 /// # Safety
 /// The arguments describe memory as their documentation says; `activations` is a map of int8 `[m, k]` with
-/// boxes of [`STAGE_K`] × a cluster block's part of the tile's tokens and 128-byte swizzle.
+/// boxes of [`STAGE_K`] × a cluster block's part of the tile's tokens and 128-byte swizzle. `output` is one of the
+/// 16-bit output with boxes of 64 channels × [`TileShape::epilogue_tokens`] and the same swizzle, if
+/// `output_is_mapped` says so.
 #[inline(always)]
 pub unsafe fn gemm<A: Accumulator, const STRIPS: u32, const HALVES: u32, const STAGES: u32>(
     activations: *const TensorMap,
+    output: *const TensorMap,
     arguments: &GemmArguments,
 ) {
     let shape = const { TileShape { strips: STRIPS, tokens: A::TOKENS, halves: HALVES, stages: STAGES } };
@@ -41,6 +44,9 @@ pub unsafe fn gemm<A: Accumulator, const STRIPS: u32, const HALVES: u32, const S
         // SAFETY: the map is a parameter; the barrier below orders the barriers' making.
         unsafe {
             tma::prefetch_map(activations);
+            if shape.maps_output() {
+                tma::prefetch_map(output);
+            }
             shared.init_barriers(cluster);
         }
     }
@@ -67,7 +73,7 @@ pub unsafe fn gemm<A: Accumulator, const STRIPS: u32, const HALVES: u32, const S
         }
         let consumer = Consumer::of_warpgroup(warpgroup, thread, shape);
         // SAFETY: the whole warpgroup is here; the caller vouches for the arguments.
-        unsafe { consume::<A, STAGES>(arguments, shared, shape, cluster, consumer) };
+        unsafe { consume::<A, STAGES>(arguments, output, shared, shape, cluster, consumer) };
     }
     if cluster.blocks > 1 {
         // The others may still send activations here, or arrive on the barriers.
@@ -182,6 +188,7 @@ unsafe fn produce_activations<const STAGES: u32>(
 #[inline(always)]
 unsafe fn consume<A: Accumulator, const STAGES: u32>(
     arguments: &GemmArguments,
+    output: *const TensorMap,
     shared: Shared,
     shape: TileShape,
     cluster: Cluster,
@@ -199,7 +206,7 @@ unsafe fn consume<A: Accumulator, const STAGES: u32>(
         let first_token = position.token_tile * shape.tokens;
         let owns = schedule.owns(segment);
         let slots = partials::Slots { shape, cluster, consumer };
-        let epilogue = Epilogue::new(arguments, shared, shape, [strip, first_token], consumer);
+        let epilogue = Epilogue::new(arguments, output, shared, shape, [strip, first_token], consumer);
         // SAFETY: the caller vouches for the arguments; all threads of the warpgroup go the same way, as
         // every condition depends on the segment alone.
         unsafe {
@@ -223,6 +230,8 @@ unsafe fn consume<A: Accumulator, const STAGES: u32>(
             }
         }
     }
+    // The block's shared memory must last as long as it is read.
+    tma::await_stores::<0>();
 }
 
 /// The main loop: adds a segment's products to the accumulator and returns the ring's next stage.

@@ -36,14 +36,22 @@ macro_rules! gemm_kernel {
         /// # Safety
         /// See [`gemm::gemm`].
         #[kernel(max_threads = $threads, min_blocks = $blocks)]
-        pub unsafe fn $name(#[grid_constant] activations: cuda_std::TensorMap, arguments: GemmArguments) {
+        pub unsafe fn $name(
+            #[grid_constant] activations: cuda_std::TensorMap,
+            #[grid_constant] output: cuda_std::TensorMap,
+            arguments: GemmArguments,
+        ) {
             const TOKENS: u32 = <wgmma::$accumulator as wgmma::Accumulator>::TOKENS;
             const SHAPE: TileShape = shape($strips, TOKENS, $halves);
             const _: () =
                 assert!(SHAPE.threads() == $threads && SHAPE.blocks_per_multiprocessor() == $blocks);
             // SAFETY: the launcher vouches for the arguments.
             unsafe {
-                gemm::gemm::<wgmma::$accumulator, $strips, $halves, { SHAPE.stages }>(activations, &arguments)
+                gemm::gemm::<wgmma::$accumulator, $strips, $halves, { SHAPE.stages }>(
+                    activations,
+                    output,
+                    &arguments,
+                )
             }
         }
     };

@@ -44,6 +44,8 @@ pub struct GemmArguments {
     pub output_stride: u32,
     /// One of [`output_type`].
     pub output_type: u32,
+    /// Whether the kernel's map of the output may be used: 16-bit elements in rows on 16 bytes.
+    pub output_is_mapped: u32,
     /// Who computes what.
     pub schedule: Schedule,
 }

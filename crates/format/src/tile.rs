@@ -121,6 +121,13 @@ impl TileShape {
         if self.consumers() > 2 { 160 } else { 232 }
     }
 
+    /// Whether 16-bit results leave by the copy engine where rows allow it: a small tile's stores are sooner done
+    /// by the threads themselves.
+    #[must_use]
+    pub const fn maps_output(self) -> bool {
+        self.tokens >= 128
+    }
+
     /// Threads of a block.
     #[must_use]
     pub const fn threads(self) -> u32 {
@@ -185,8 +192,9 @@ impl TileShape {
     /// Offset of the consumers' transposition buffers.
     #[must_use]
     pub const fn epilogue_offset(self) -> u32 {
-        // Kept on 128 bytes, the span that the transposition's swizzle permutes.
-        (self.weights_offset() + self.stages * self.strips * STRIP_STAGE_BYTES).next_multiple_of(128)
+        // The transposition's swizzle permutes spans of 128 bytes, and the copy engine's repeats every 1,024.
+        let alignment = if self.maps_output() { 1024 } else { 128 };
+        (self.weights_offset() + self.stages * self.strips * STRIP_STAGE_BYTES).next_multiple_of(alignment)
     }
 
     /// Bytes of one strip's sums, 64 × `tokens` int32.

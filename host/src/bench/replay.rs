@@ -56,8 +56,10 @@ impl<'s> Clock<'s> {
     pub(super) fn measure(&self, contenders: &[Contender<'_>]) -> Vec<anyhow::Result<Timing>> {
         let mut races: Vec<anyhow::Result<Race>> =
             contenders.iter().map(|contender| self.prepare(contender)).collect();
+        let rest: u64 = std::env::var("LQ_REST_MS").ok().and_then(|v| v.parse().ok()).unwrap_or(0);
         for _ in 0..TURNS {
             for race in &mut races {
+                std::thread::sleep(std::time::Duration::from_millis(rest));
                 if let Ok(ready) = race
                     && let Err(error) = self.turn(ready)
                 {

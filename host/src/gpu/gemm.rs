@@ -5,13 +5,14 @@ use std::ffi::c_void;
 use cust::stream::Stream;
 use cust::sys::CUstream;
 use liquidgemm_format::arguments::{GemmArguments, output_type};
+use liquidgemm_format::brick::BRICK_CHANNELS;
 use liquidgemm_format::tile::STAGE_K;
 
 use crate::gpu::Gpu;
 use crate::gpu::error::{During, GpuError};
 use crate::gpu::launch::Launch;
 use crate::gpu::memory::{DeviceSpan, DeviceWeights, Workspace};
-use crate::gpu::tensor_map::TensorMap;
+use crate::gpu::tensor_map::{Boxes, TensorMap};
 use crate::{Error, OutputType, Plan};
 
 /// What a GEMM reads and writes in device memory, besides the weights.
@@ -61,6 +62,16 @@ impl From<&Stream> for StreamHandle {
 }
 
 impl Operands {
+    /// Whether the copy engine can write the output: it takes 16-bit elements in rows that start and, lest it write
+    /// beyond their end, stop on 16 bytes.
+    fn output_has_16_byte_rows(&self, n: usize) -> bool {
+        let size = self.output_type.size();
+        size == 2
+            && (n * size).is_multiple_of(16)
+            && (self.output_stride * size).is_multiple_of(16)
+            && self.output.address().is_multiple_of(16)
+    }
+
     fn check(&self, weights: &DeviceWeights) -> Result<(), Error> {
         let (m, n, k) = (self.m, weights.n(), weights.k());
         if m == 0 {
@@ -152,13 +163,33 @@ impl Gpu {
         self.make_current()?;
         let shape = plan.shape();
         let kernel = self.kernels.gemm(shape)?;
-        let mut map = TensorMap::of_bytes(
+        let mut activations = TensorMap::of_bytes(
             self.encode_tensor_map,
-            operands.activations.address(),
-            [operands.m, weights.k()],
-            operands.activation_stride,
-            [shape.tokens / plan.cluster(), STAGE_K],
+            Boxes {
+                address: operands.activations.address(),
+                rows: operands.m,
+                columns: weights.k(),
+                stride_bytes: operands.activation_stride,
+                box_rows: shape.tokens / plan.cluster(),
+                box_columns: STAGE_K,
+            },
         )?;
+        let is_mapped = shape.maps_output() && operands.output_has_16_byte_rows(weights.n());
+        let mut output = if is_mapped {
+            TensorMap::of_halves(
+                self.encode_tensor_map,
+                Boxes {
+                    address: operands.output.address(),
+                    rows: operands.m,
+                    columns: weights.n(),
+                    stride_bytes: operands.output_stride * operands.output_type.size(),
+                    box_rows: shape.epilogue_tokens(),
+                    box_columns: BRICK_CHANNELS as u32,
+                },
+            )?
+        } else {
+            activations
+        };
         let mut arguments = GemmArguments {
             bricks: weights.bricks(),
             channel_scales: weights.channel_scales(),
@@ -178,9 +209,11 @@ impl Gpu {
                 OutputType::F32 => output_type::F32,
                 OutputType::I32 => output_type::I32,
             },
+            output_is_mapped: is_mapped.into(),
             schedule: *plan.schedule(),
         };
-        let mut parameters: [*mut c_void; 2] = [map.as_argument(), (&raw mut arguments).cast()];
+        let mut parameters: [*mut c_void; 3] =
+            [activations.as_argument(), output.as_argument(), (&raw mut arguments).cast()];
         let launch = Launch {
             function: kernel.function(),
             blocks: plan.blocks(),
@@ -189,7 +222,7 @@ impl Gpu {
             shared_bytes: shape.shared_bytes(),
             stream: stream.into().as_raw(),
         };
-        // SAFETY: the parameters are the kernel's two; the caller vouches for the memory behind them. The kernel reads
+        // SAFETY: the parameters are the kernel's three; the caller vouches for the memory behind them. The kernel reads
         // nothing but the weights, which nobody writes, before the launch ahead of it has ended.
         unsafe { launch.overlapping_previous(self.launch_kernel, &mut parameters) }
             .during("launching the GEMM")?;

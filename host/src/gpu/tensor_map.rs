@@ -1,4 +1,4 @@
-//! Tensor maps: how the copy engine is told the shape of the activations.
+//! Tensor maps: how the copy engine is told the shapes of activations and output.
 
 use std::ffi::c_void;
 
@@ -28,6 +28,7 @@ pub(crate) type EncodeTiled = unsafe extern "C" fn(
 ) -> Status;
 
 const DATA_TYPE_UINT8: u32 = 0;
+const DATA_TYPE_UINT16: u32 = 1;
 const INTERLEAVE_NONE: u32 = 0;
 const SWIZZLE_128B: u32 = 3;
 const L2_PROMOTION_256B: u32 = 3;
@@ -41,31 +42,50 @@ pub(crate) fn encoder(driver: &cuda_driver::Driver) -> Result<EncodeTiled, GpuEr
     unsafe { driver.symbol::<EncodeTiled>(NAME) }.ok_or(GpuError::MissingFunction { name: NAME })
 }
 
+/// A row-major matrix in device memory, copied in boxes with 128-byte swizzle.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Boxes {
+    pub(crate) address: u64,
+    pub(crate) rows: usize,
+    pub(crate) columns: usize,
+    /// Bytes from one row to the next, a multiple of 16.
+    pub(crate) stride_bytes: usize,
+    pub(crate) box_rows: u32,
+    pub(crate) box_columns: u32,
+}
+
 impl TensorMap {
-    /// The map of a row-major int8 matrix `[rows, columns]` whose rows lie `stride` bytes apart, read in swizzled
-    /// boxes of `box_rows` × `box_columns`.
-    pub(crate) fn of_bytes(
+    /// The map of a matrix of int8.
+    pub(crate) fn of_bytes(encode: EncodeTiled, boxes: Boxes) -> Result<Self, GpuError> {
+        Self::encode(encode, DATA_TYPE_UINT8, boxes, "encoding the activations' tensor map")
+    }
+
+    /// The map of a matrix of 16-bit elements.
+    pub(crate) fn of_halves(encode: EncodeTiled, boxes: Boxes) -> Result<Self, GpuError> {
+        Self::encode(encode, DATA_TYPE_UINT16, boxes, "encoding the output's tensor map")
+    }
+
+    fn encode(
         encode: EncodeTiled,
-        address: u64,
-        [rows, columns]: [usize; 2],
-        stride: usize,
-        [box_rows, box_columns]: [u32; 2],
+        data_type: u32,
+        boxes: Boxes,
+        action: &'static str,
     ) -> Result<Self, GpuError> {
         let mut map = Self { opaque: [0; 16] };
-        let dimensions = [columns as u64, rows as u64];
-        let strides = [stride as u64];
-        let boxes = [box_columns, box_rows];
+        let dimensions = [boxes.columns as u64, boxes.rows as u64];
+        let strides = [boxes.stride_bytes as u64];
+        let box_extents = [boxes.box_columns, boxes.box_rows];
         let element_strides = [1, 1];
         // SAFETY: the arrays have as many elements as the rank says (strides one fewer), and the map is writable.
         let status = unsafe {
             encode(
                 &mut map,
-                DATA_TYPE_UINT8,
+                data_type,
                 2,
-                address,
+                boxes.address,
                 dimensions.as_ptr(),
                 strides.as_ptr(),
-                boxes.as_ptr(),
+                box_extents.as_ptr(),
                 element_strides.as_ptr(),
                 INTERLEAVE_NONE,
                 SWIZZLE_128B,
@@ -73,7 +93,7 @@ impl TensorMap {
                 FILL_ZERO,
             )
         };
-        status.during("encoding the activations' tensor map")?;
+        status.during(action)?;
         Ok(map)
     }
 

@@ -1,4 +1,4 @@
-//! Asynchronous copies from global to shared memory by the copy engine.
+//! Asynchronous copies between global and shared memory by the copy engine.
 //!
 //! A whole warp, converged, calls these; one lane that the hardware elects issues the copy. Issued by a lane that the
 //! compiler can't see to be alone, each copy would become a loop over the lanes.
@@ -84,4 +84,36 @@ pub unsafe fn load_bulk(destination: u32, source: u64, bytes: u32, barrier: u32)
             options(nostack)
         );
     }
+}
+
+/// Copies `source` to the box at `(x, y)` of a two-dimensional tensor, as a group of its own. What lies outside the
+/// tensor is not written.
+///
+/// # Safety
+/// The box lies at `source`, aligned as the map's swizzle wants, in stores that `mbarrier::fence_async` and a barrier
+/// have made visible, and stays there until [`await_stores`]. The tensor is writable.
+#[inline(always)]
+pub unsafe fn store_2d(map: *const TensorMap, x: u32, y: u32, source: u32) {
+    // SAFETY: the caller vouches for the addresses.
+    unsafe {
+        asm!(
+            "{{",
+            ".reg .pred elected;",
+            "elect.sync _|elected, -1;",
+            "@elected cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [{}, {{{}, {}}}], [{}];",
+            "@elected cp.async.bulk.commit_group;",
+            "}}",
+            in(reg64) map, in(reg32) x, in(reg32) y, in(reg32) source,
+            options(nostack)
+        );
+    }
+}
+
+/// Waits until at most `PENDING` of this thread's groups of stores have still to read their source.
+///
+/// The hardware elects the same lane every time, so that the warp which stores is the warp which waits.
+#[inline(always)]
+pub fn await_stores<const PENDING: u32>() {
+    // SAFETY: a wait.
+    unsafe { asm!("cp.async.bulk.wait_group.read {};", const PENDING, options(nostack)) }
 }

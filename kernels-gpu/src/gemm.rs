@@ -279,6 +279,8 @@ struct StageWalk<const STAGES: u32> {
     ring: RingCursor<STAGES>,
     /// The codes of its bricks; where two consumers share the strip, of this one's brick, twice.
     shares: [BrickShare; STAGE_BRICKS as usize],
+    /// The operand of its first MMA.
+    first: [u32; 4],
     /// Steps left, with this one.
     steps: u32,
     /// The stage whose MMAs may still run; `STAGES` for none.
@@ -302,7 +304,8 @@ impl<const STAGES: u32> StageWalk<STAGES> {
             shared.acquire_full(ring.stage(), ring.full_parity());
             Self::load(shared, shape, ring, consumer, place)
         };
-        Self { shared, shape, cluster, consumer, place, ring, shares, steps, unreleased: STAGES }
+        let first = shares[0].operand::<0>();
+        Self { shared, shape, cluster, consumer, place, ring, shares, first, steps, unreleased: STAGES }
     }
 
     /// Loads the consumer's codes of a stage.
@@ -350,29 +353,30 @@ impl<const STAGES: u32> StageWalk<STAGES> {
             if before != STAGES {
                 self.shared.release(before, self.cluster, self.consumer.thread % warp::WARP_SIZE);
             }
+            self.first = self.shares[0].operand::<0>();
         }
     }
 
-    /// Dequantizes the stage's codes and issues their MMAs as one group.
+    /// Issues the stage's MMAs as one group, each operand dequantized while the MMA before it runs.
     #[inline(always)]
     unsafe fn multiply<A: Accumulator>(&self, accumulator: &mut A) {
         let [first, second] = self.shares;
         let tile = wgmma::descriptor(self.shared.activations(self.ring.stage()));
         let tile = tile + self.consumer.half * 2 * DESCRIPTOR_K32;
-        let operands = [first.operand::<0>(), first.operand::<1>()];
         // SAFETY: the caller waits before it touches the accumulator or the operands' registers.
         unsafe {
+            wgmma::fence();
+            accumulator.multiply_accumulate(self.first, tile);
+            let operand = first.operand::<1>();
+            wgmma::fence();
+            accumulator.multiply_accumulate(operand, tile + DESCRIPTOR_K32);
             if self.shape.halves == 1 {
-                let more = [second.operand::<0>(), second.operand::<1>()];
+                let operand = second.operand::<0>();
                 wgmma::fence();
-                accumulator.multiply_accumulate(operands[0], tile);
-                accumulator.multiply_accumulate(operands[1], tile + DESCRIPTOR_K32);
-                accumulator.multiply_accumulate(more[0], tile + 2 * DESCRIPTOR_K32);
-                accumulator.multiply_accumulate(more[1], tile + 3 * DESCRIPTOR_K32);
-            } else {
+                accumulator.multiply_accumulate(operand, tile + 2 * DESCRIPTOR_K32);
+                let operand = second.operand::<1>();
                 wgmma::fence();
-                accumulator.multiply_accumulate(operands[0], tile);
-                accumulator.multiply_accumulate(operands[1], tile + DESCRIPTOR_K32);
+                accumulator.multiply_accumulate(operand, tile + 3 * DESCRIPTOR_K32);
             }
             wgmma::commit();
         }

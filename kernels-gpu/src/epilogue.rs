@@ -17,7 +17,7 @@ use crate::ptx::hint::no_unroll;
 use crate::ptx::integer::{pack_bf16, pack_f16, scale};
 use crate::ptx::matrix::{store_transposed_x2, store_transposed_x4};
 use crate::ptx::memory::{
-    load_global_f32, load_shared_f32x2, load_shared_u16, load_shared_x4, store_global, store_global_u16,
+    load_global_f32_if, load_shared_f32x2, load_shared_u16, load_shared_x4, store_global, store_global_u16,
     store_global_x4, store_shared_f32,
 };
 use crate::ptx::wgmma::{Accumulator, BlockVisitor};
@@ -32,12 +32,9 @@ const NO_BIAS: f32 = -0.0;
 /// `address` is 0 or an array of `length`.
 #[inline(always)]
 unsafe fn element(address: u64, index: u32, length: u32, otherwise: f32) -> f32 {
-    if address != 0 && index < length {
-        // SAFETY: inside the array.
-        unsafe { load_global_f32(address + index as u64 * 4) }
-    } else {
-        otherwise
-    }
+    let valid = (address != 0) & (index < length);
+    // SAFETY: inside the array.
+    unsafe { load_global_f32_if(valid, address + index as u64 * 4, otherwise) }
 }
 
 /// One thread's part of a tile's scales and bias, on its way from global to shared memory: asked for before the main

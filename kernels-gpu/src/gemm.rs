@@ -279,8 +279,6 @@ struct StageWalk<const STAGES: u32> {
     ring: RingCursor<STAGES>,
     /// The codes of its bricks; where two consumers share the strip, of this one's brick, twice.
     shares: [BrickShare; STAGE_BRICKS as usize],
-    /// The operand of its first MMA.
-    first: [u32; 4],
     /// Steps left, with this one.
     steps: u32,
     /// The stage whose MMAs may still run; `STAGES` for none.
@@ -304,8 +302,7 @@ impl<const STAGES: u32> StageWalk<STAGES> {
             shared.acquire_full(ring.stage(), ring.full_parity());
             Self::load(shared, shape, ring, consumer, place)
         };
-        let first = shares[0].operand::<0>();
-        Self { shared, shape, cluster, consumer, place, ring, shares, first, steps, unreleased: STAGES }
+        Self { shared, shape, cluster, consumer, place, ring, shares, steps, unreleased: STAGES }
     }
 
     /// Loads the consumer's codes of a stage.
@@ -330,55 +327,57 @@ impl<const STAGES: u32> StageWalk<STAGES> {
     }
 
     /// Multiplies one stage.
+    ///
+    /// An MMA whose operand comes from registers holds its warp until it has read it, and so until the MMAs before it
+    /// are nearly done. Whatever else takes time is therefore asked for before: the next stage's codes arrive while
+    /// the MMAs hold the warp.
     #[inline(always)]
     unsafe fn step<A: Accumulator>(&mut self, accumulator: &mut A) {
         let next = self.ring.next();
         // SAFETY: the barriers are made. Asked now, the answer is there when it is needed.
         let next_is_full = unsafe { self.shared.is_full(next.stage(), next.full_parity()) };
-        // SAFETY: the stage is acquired; the operands' registers are not written before the group is done.
-        unsafe { self.multiply(accumulator) };
+        // The same for all threads, which the compiler can't see: told so, it keeps descriptors in uniform registers.
+        let tile = warp::broadcast(wgmma::descriptor(self.shared.activations(self.ring.stage())));
+        let tile = tile + self.consumer.half * 2 * DESCRIPTOR_K32;
+        let operands = self.operands();
         let before = self.unreleased;
         self.unreleased = self.ring.stage();
         self.ring = next;
         self.steps -= 1;
-        // SAFETY: the group before this one is done after the wait, and with it the stage before.
+        // SAFETY: the stages are acquired before they are read; the operands' registers are not written before their
+        // group is done; the group before this one is done after the wait, and with it the stage before.
         unsafe {
-            if self.steps > 0 {
-                if !next_is_full {
-                    self.shared.acquire_full(next.stage(), next.full_parity());
-                }
+            if next_is_full && self.steps > 0 {
+                self.shares = Self::load(self.shared, self.shape, next, self.consumer, self.place);
+            }
+            wgmma::fence();
+            accumulator.multiply_accumulate(operands[0], tile);
+            accumulator.multiply_accumulate(operands[1], tile + DESCRIPTOR_K32);
+            if self.shape.halves == 1 {
+                accumulator.multiply_accumulate(operands[2], tile + 2 * DESCRIPTOR_K32);
+                accumulator.multiply_accumulate(operands[3], tile + 3 * DESCRIPTOR_K32);
+            }
+            wgmma::commit();
+            if !next_is_full && self.steps > 0 {
+                self.shared.acquire_full(next.stage(), next.full_parity());
                 self.shares = Self::load(self.shared, self.shape, next, self.consumer, self.place);
             }
             wgmma::wait::<1>();
             if before != STAGES {
                 self.shared.release(before, self.cluster, self.consumer.thread % warp::WARP_SIZE);
             }
-            self.first = self.shares[0].operand::<0>();
         }
     }
 
-    /// Issues the stage's MMAs as one group, each operand dequantized while the MMA before it runs.
+    /// The A operands of the stage's MMAs; where two consumers share the strip, of this one's two, twice.
     #[inline(always)]
-    unsafe fn multiply<A: Accumulator>(&self, accumulator: &mut A) {
+    fn operands(&self) -> [[u32; 4]; 4] {
         let [first, second] = self.shares;
-        let tile = wgmma::descriptor(self.shared.activations(self.ring.stage()));
-        let tile = tile + self.consumer.half * 2 * DESCRIPTOR_K32;
-        // SAFETY: the caller waits before it touches the accumulator or the operands' registers.
-        unsafe {
-            wgmma::fence();
-            accumulator.multiply_accumulate(self.first, tile);
-            let operand = first.operand::<1>();
-            wgmma::fence();
-            accumulator.multiply_accumulate(operand, tile + DESCRIPTOR_K32);
-            if self.shape.halves == 1 {
-                let operand = second.operand::<0>();
-                wgmma::fence();
-                accumulator.multiply_accumulate(operand, tile + 2 * DESCRIPTOR_K32);
-                let operand = second.operand::<1>();
-                wgmma::fence();
-                accumulator.multiply_accumulate(operand, tile + 3 * DESCRIPTOR_K32);
-            }
-            wgmma::commit();
+        let operands = [first.operand::<0>(), first.operand::<1>()];
+        if self.shape.halves == 1 {
+            [operands[0], operands[1], second.operand::<0>(), second.operand::<1>()]
+        } else {
+            [operands[0], operands[1], operands[0], operands[1]]
         }
     }
 

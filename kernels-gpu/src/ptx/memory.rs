@@ -110,15 +110,29 @@ pub unsafe fn store_shared_x4(address: u32, values: [u32; 4]) {
     }
 }
 
-/// A read-only f32 of global memory.
+/// A read-only f32 of global memory if `valid`, else `otherwise`; no branch, so that several are under way at once.
 ///
 /// # Safety
-/// `address` is valid, and nothing writes to it while the kernel runs.
+/// If `valid`, `address` is, and nothing writes to it while the kernel runs.
 #[inline(always)]
-pub unsafe fn load_global_f32(address: u64) -> f32 {
+pub unsafe fn load_global_f32_if(valid: bool, address: u64, otherwise: f32) -> f32 {
     let value;
     // SAFETY: the caller vouches for the address.
-    unsafe { asm!("ld.global.nc.f32 {}, [{}];", out(reg32) value, in(reg64) address, options(nostack)) }
+    unsafe {
+        asm!(
+            "{{",
+            ".reg .pred valid;",
+            "setp.ne.u32 valid, {2}, 0;",
+            "mov.f32 {0}, {3};",
+            "@valid ld.global.nc.f32 {0}, [{1}];",
+            "}}",
+            out(reg32) value,
+            in(reg64) address,
+            in(reg32) valid as u32,
+            in(reg32) otherwise,
+            options(nostack)
+        );
+    }
     value
 }
 

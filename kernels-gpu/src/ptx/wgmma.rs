@@ -46,8 +46,14 @@ pub fn descriptor(address: u32) -> u32 {
 /// 128-byte swizzle, and 1,024 bytes from eight rows to the next eight.
 const DESCRIPTOR_UPPER: u32 = 1 << 30 | 1024 >> 4;
 
+/// What to add to a descriptor for a tile that lies `bytes` further on.
+#[inline(always)]
+pub const fn descriptor_step(bytes: u32) -> u32 {
+    bytes >> 4
+}
+
 /// From one k32 of a tile to the next, in a descriptor.
-pub const DESCRIPTOR_K32: u32 = 32 >> 4;
+pub const DESCRIPTOR_K32: u32 = descriptor_step(32);
 
 /// A thread's share of a 64-channel × [`TOKENS`](Self::TOKENS) int32 accumulator tile.
 ///

@@ -14,7 +14,7 @@ use crate::halves::finishes;
 use crate::partials::sync_consumer;
 use crate::pipeline::{Consumer, Shared};
 use crate::ptx::hint::no_unroll;
-use crate::ptx::integer::{pack_bf16, pack_f16, scale};
+use crate::ptx::integer::{add_bias, pack_bf16, pack_f16, scale};
 use crate::ptx::matrix::{store_transposed_x2, store_transposed_x4};
 use crate::ptx::memory::{
     load_global_f32_if, load_shared_f32x2, load_shared_u16, load_shared_x4, store_global, store_global_u16,
@@ -48,6 +48,7 @@ pub struct Scales {
 }
 
 /// What a consumer needs to finish its part of a tile.
+#[derive(Clone, Copy)]
 pub struct Epilogue<'a> {
     arguments: &'a GemmArguments,
     output_map: *const TensorMap,
@@ -151,20 +152,28 @@ impl<'a> Epilogue<'a> {
                 load_shared_f32x2(self.channels + (channel + 8) * 8),
             ]
         };
-        let scaling = Scaling { epilogue: self, upper, lower };
         let output_type = self.arguments.output_type;
+        let is_bf16 = output_type == output_type::BF16;
         if self.shape.maps_output() && self.arguments.output_is_mapped != 0 {
-            match output_type {
-                output_type::BF16 => accumulator.visit(&mut Transposed::new(scaling, Bf16, Mapped)),
-                _ => accumulator.visit(&mut Transposed::new(scaling, F16, Mapped)),
+            // What large tiles are used for most, each its own code.
+            if self.arguments.bias == 0 {
+                let scaling = Scaling::<false> { epilogue: self, upper, lower };
+                if is_bf16 {
+                    accumulator.visit(&mut Transposed::new(scaling, Bf16, Mapped));
+                } else {
+                    accumulator.visit(&mut Transposed::new(scaling, F16, Mapped));
+                }
+            } else {
+                let scaling = Scaling::<true> { epilogue: self, upper, lower };
+                accumulator.visit(&mut Transposed::new(scaling, Either { is_bf16 }, Mapped));
             }
             // Its last barrier has seen everyone read the last scales.
             return;
         }
+        let scaling = Scaling::<true> { epilogue: self, upper, lower };
         match output_type {
             output_type::BF16 | output_type::F16 if self.shape.maps_output() => {
-                let either = Either { bf16: output_type == output_type::BF16 };
-                accumulator.visit(&mut Transposed::new(scaling, either, Pieces));
+                accumulator.visit(&mut Transposed::new(scaling, Either { is_bf16 }, Pieces));
             }
             output_type::BF16 => accumulator.visit(&mut Transposed::new(scaling, Bf16, Pieces)),
             output_type::F16 => accumulator.visit(&mut Transposed::new(scaling, F16, Pieces)),
@@ -183,9 +192,9 @@ impl<'a> Epilogue<'a> {
     }
 }
 
-/// The scales and biases of a thread's two channels.
+/// The scales and biases of a thread's two channels; `BIAS` says whether there are biases.
 #[derive(Clone, Copy)]
-struct Scaling<'a, 'b> {
+struct Scaling<'a, 'b, const BIAS: bool> {
     epilogue: &'a Epilogue<'b>,
     /// Scale and bias of channel g, in the accumulator's order.
     upper: [f32; 2],
@@ -193,18 +202,22 @@ struct Scaling<'a, 'b> {
     lower: [f32; 2],
 }
 
-impl Scaling<'_, '_> {
+impl<const BIAS: bool> Scaling<'_, '_, BIAS> {
     /// The block's four results as f32, in the accumulator's order.
     #[inline(always)]
     fn scaled(&self, j: u32, block: &[i32; 4]) -> [f32; 4] {
         let pair = self.epilogue.consumer.thread % 4;
         // SAFETY: parked before `store`'s barrier.
         let tokens = unsafe { load_shared_f32x2(self.epilogue.token_scales + (8 * j + 2 * pair) * 4) };
+        let result = |sum: i32, [channel_scale, bias]: [f32; 2], token_scale: f32| {
+            let scaled = scale(sum, channel_scale, token_scale);
+            if BIAS { add_bias(scaled, bias) } else { scaled }
+        };
         [
-            scale(block[0], self.upper[0], tokens[0], self.upper[1]),
-            scale(block[1], self.upper[0], tokens[1], self.upper[1]),
-            scale(block[2], self.lower[0], tokens[0], self.lower[1]),
-            scale(block[3], self.lower[0], tokens[1], self.lower[1]),
+            result(block[0], self.upper, tokens[0]),
+            result(block[1], self.upper, tokens[1]),
+            result(block[2], self.lower, tokens[0]),
+            result(block[3], self.lower, tokens[1]),
         ]
     }
 }
@@ -238,13 +251,13 @@ impl Half for F16 {
 /// The type that the arguments name, where one piece of code for both is worth a few instructions.
 #[derive(Clone, Copy)]
 struct Either {
-    bf16: bool,
+    is_bf16: bool,
 }
 
 impl Half for Either {
     #[inline(always)]
     fn pack(self, low: f32, high: f32) -> u32 {
-        if self.bf16 { pack_bf16(low, high) } else { pack_f16(low, high) }
+        if self.is_bf16 { pack_bf16(low, high) } else { pack_f16(low, high) }
     }
 }
 
@@ -325,8 +338,8 @@ impl Exit for Pieces {
 
 /// 16-bit results, through the transposition buffer: a row of 128 bytes a token, its 16-byte pieces permuted by
 /// the token's low bits so that neither side has bank conflicts. It is the copy engine's 128-byte swizzle.
-struct Transposed<'a, 'b, H, E> {
-    scaling: Scaling<'a, 'b>,
+struct Transposed<'a, 'b, H, E, const BIAS: bool> {
+    scaling: Scaling<'a, 'b, BIAS>,
     half: H,
     exit: E,
     /// Where this lane's matrix row of the first two blocks goes.
@@ -335,9 +348,9 @@ struct Transposed<'a, 'b, H, E> {
     even: [u32; 2],
 }
 
-impl<'a, 'b, H: Half, E: Exit> Transposed<'a, 'b, H, E> {
+impl<'a, 'b, H: Half, E: Exit, const BIAS: bool> Transposed<'a, 'b, H, E, BIAS> {
     #[inline(always)]
-    fn new(scaling: Scaling<'a, 'b>, half: H, exit: E) -> Self {
+    fn new(scaling: Scaling<'a, 'b, BIAS>, half: H, exit: E) -> Self {
         let epilogue = scaling.epilogue;
         let (warp, lane) = (epilogue.consumer.thread / WARP_SIZE, epilogue.consumer.thread % WARP_SIZE);
         let (matrix, token) = (lane / 8, lane % 8);
@@ -377,7 +390,7 @@ unsafe fn store_one_by_one(mut address: u64, mut shared: u32, mut channel: u32, 
     }
 }
 
-impl<H: Half, E: Exit> BlockVisitor for Transposed<'_, '_, H, E> {
+impl<H: Half, E: Exit, const BIAS: bool> BlockVisitor for Transposed<'_, '_, H, E, BIAS> {
     #[inline(always)]
     fn block(&mut self, j: u32, block: &mut [i32; 4]) {
         let Epilogue { shape, consumer, first_token, .. } = *self.scaling.epilogue;
@@ -408,7 +421,7 @@ impl<H: Half, E: Exit> BlockVisitor for Transposed<'_, '_, H, E> {
 
 /// 32-bit results, from the registers.
 struct Direct<'a, 'b, const SCALED: bool> {
-    scaling: Scaling<'a, 'b>,
+    scaling: Scaling<'a, 'b, true>,
 }
 
 impl<const SCALED: bool> BlockVisitor for Direct<'_, '_, SCALED> {

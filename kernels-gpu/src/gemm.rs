@@ -196,45 +196,70 @@ unsafe fn consume<A: Accumulator, const STAGES: u32>(
 ) {
     let schedule = arguments.schedule;
     let worker = cluster::cluster_idx_x();
+    let slots = partials::Slots { shape, cluster, consumer };
     let mut ring = RingCursor::<STAGES>::start();
+    // A small tile waits for its first stage anyway, and has no registers to spare during the main loop.
+    let parks_early = !shape.moves_registers();
+    let mut segments = schedule.segments(worker);
+    let mut segment = segments.next();
     // Scales, workspace and output belong to the launch before this one until it has ended.
     grid::await_previous();
-    for segment in schedule.segments(worker) {
+    let mut epilogue = epilogue_of(segment, arguments, output, shared, shape, cluster, consumer);
+    // SAFETY: the caller vouches for the arguments.
+    let mut scales = unsafe { epilogue.fetch() };
+    while let Some(current) = segment {
         let mut accumulator = A::zero();
-        let position = schedule.position(segment.tile);
-        let strip = first_strip(position, shape, cluster) + consumer.strip;
-        let first_token = position.token_tile * shape.tokens;
-        let owns = schedule.owns(segment);
-        let slots = partials::Slots { shape, cluster, consumer };
-        let epilogue = Epilogue::new(arguments, output, shared, shape, [strip, first_token], consumer);
         // SAFETY: the caller vouches for the arguments; all threads of the warpgroup go the same way, as
         // every condition depends on the segment alone.
         unsafe {
-            // A small tile waits for its first stage anyway, and has no registers to spare during the main loop.
-            let early = !shape.moves_registers();
-            let scales = epilogue.fetch();
-            if early {
+            if parks_early {
                 epilogue.park(scales);
             }
-            ring = accumulate(&mut accumulator, ring, segment, shared, shape, cluster, consumer);
+            let walk = accumulate(&mut accumulator, ring, current, shared, shape, cluster, consumer);
+            // While the last MMAs run:
+            if !parks_early {
+                epilogue.park(scales);
+            }
+            segment = segments.next();
+            let next = epilogue_of(segment, arguments, output, shared, shape, cluster, consumer);
+            scales = next.fetch();
+            ring = walk.leave();
             halves::exchange(&mut accumulator, shared, shape, consumer);
-            if owns {
-                let first = schedule.first_contributor(worker, segment);
+            if schedule.owns(current) {
+                let first = schedule.first_contributor(worker, current);
                 slots.collect(&mut accumulator, arguments, first..worker);
-                if !early {
-                    epilogue.park(scales);
-                }
                 epilogue.store(&mut accumulator);
             } else {
                 slots.contribute(&mut accumulator, arguments, worker);
             }
+            epilogue = next;
         }
     }
     // The block's shared memory must last as long as it is read.
     tma::await_stores::<0>();
 }
 
-/// The main loop: adds a segment's products to the accumulator and returns the ring's next stage.
+/// The epilogue of a segment's tile; of any tile after the last segment, when nothing will use it.
+#[inline(always)]
+fn epilogue_of<'a>(
+    segment: Option<Segment>,
+    arguments: &'a GemmArguments,
+    output: *const TensorMap,
+    shared: Shared,
+    shape: TileShape,
+    cluster: Cluster,
+    consumer: Consumer,
+) -> Epilogue<'a> {
+    let tile = match segment {
+        Some(segment) => segment.tile,
+        None => 0,
+    };
+    let position = arguments.schedule.position(tile);
+    let strip = first_strip(position, shape, cluster) + consumer.strip;
+    Epilogue::new(arguments, output, shared, shape, [strip, position.token_tile * shape.tokens], consumer)
+}
+
+/// The main loop: adds a segment's products to the accumulator, the last of which may still be on their way.
 ///
 /// Each step is one wgmma group, of four MMAs or of the two that are this consumer's. While it runs, the next step's
 /// codes are loaded and dequantized into operand registers of their own; two steps a turn of the loop make those two
@@ -248,7 +273,7 @@ unsafe fn accumulate<A: Accumulator, const STAGES: u32>(
     shape: TileShape,
     cluster: Cluster,
     consumer: Consumer,
-) -> RingCursor<STAGES> {
+) -> StageWalk<STAGES> {
     // SAFETY: a stage is read between acquiring and releasing it, and released when its last wgmma is done;
     // the caller vouches for the warpgroup.
     unsafe {
@@ -262,9 +287,7 @@ unsafe fn accumulate<A: Accumulator, const STAGES: u32>(
             walk.step(accumulator);
             walk.step(accumulator);
         }
-        wgmma::wait::<0>();
-        walk.release();
-        walk.ring
+        walk
     }
 }
 
@@ -380,11 +403,14 @@ impl<const STAGES: u32> StageWalk<STAGES> {
         }
     }
 
-    /// Gives the last stage back.
+    /// Waits for the last MMAs, gives their stage back, and returns the ring's next stage.
     #[inline(always)]
-    unsafe fn release(&self) {
-        let lane = self.consumer.thread % warp::WARP_SIZE;
-        // SAFETY: the caller has waited for all groups.
-        unsafe { self.shared.release(self.unreleased, self.cluster, lane) };
+    unsafe fn leave(self) -> RingCursor<STAGES> {
+        // SAFETY: all groups are done after the wait.
+        unsafe {
+            wgmma::wait::<0>();
+            self.shared.release(self.unreleased, self.cluster, self.consumer.thread % warp::WARP_SIZE);
+        }
+        self.ring
     }
 }

@@ -55,11 +55,9 @@ pub fn pack_f16(low: f32, high: f32) -> u32 {
     packed
 }
 
-/// `rn(rn(rn(f32(accumulator) · channel_scale) · token_scale) + bias)`: four rounded operations, none fused.
-///
-/// A bias of −0.0 changes nothing, not even the sign of a zero.
+/// `rn(rn(f32(accumulator) · channel_scale) · token_scale)`: three rounded operations.
 #[inline(always)]
-pub fn scale(accumulator: i32, channel_scale: f32, token_scale: f32, bias: f32) -> f32 {
+pub fn scale(accumulator: i32, channel_scale: f32, token_scale: f32) -> f32 {
     let result;
     // SAFETY: register arithmetic.
     unsafe {
@@ -67,14 +65,24 @@ pub fn scale(accumulator: i32, channel_scale: f32, token_scale: f32, bias: f32) 
             "cvt.rn.f32.s32 {0}, {1};",
             "mul.rn.f32 {0}, {0}, {2};",
             "mul.rn.f32 {0}, {0}, {3};",
-            "add.rn.f32 {0}, {0}, {4};",
             out(reg32) result,
             in(reg32) accumulator,
             in(reg32) channel_scale,
             in(reg32) token_scale,
-            in(reg32) bias,
             options(pure, nomem, nostack)
         );
+    }
+    result
+}
+
+/// `rn(scaled + bias)`, never fused with the product before it. A bias of −0.0 changes nothing, not even the sign of a
+/// zero.
+#[inline(always)]
+pub fn add_bias(scaled: f32, bias: f32) -> f32 {
+    let result;
+    // SAFETY: register arithmetic.
+    unsafe {
+        asm!("add.rn.f32 {}, {}, {};", out(reg32) result, in(reg32) scaled, in(reg32) bias, options(pure, nomem, nostack));
     }
     result
 }

@@ -221,8 +221,11 @@ unsafe fn consume<A: Accumulator, const STAGES: u32>(
                 epilogue.park(scales);
             }
             segment = segments.next();
-            let next = epilogue_of(segment, arguments, output, shared, shape, cluster, consumer);
-            scales = next.fetch();
+            let mut next = epilogue;
+            if segment.is_some() {
+                next = epilogue_of(segment, arguments, output, shared, shape, cluster, consumer);
+                scales = next.fetch();
+            }
             ring = walk.leave();
             halves::exchange(&mut accumulator, shared, shape, consumer);
             if schedule.owns(current) {

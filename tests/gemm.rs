@@ -122,7 +122,7 @@ fn any_cut_gives_the_same_bits(gpu: &'static Gpu) -> Result<(), Failed> {
 fn random_cut(gpu: &Gpu, rng: &mut StdRng, [m, n, k]: [usize; 3]) -> Result<Plan, Failed> {
     let shape = TILE_SHAPES[rng.random_range(0..TILE_SHAPES.len())];
     let cluster = 1 << rng.random_range(0..3);
-    let most = gpu.multiprocessors() * shape.blocks_per_multiprocessor() / cluster;
+    let most = gpu.multiprocessors() / cluster;
     let workers = rng.random_range(1..=most);
     Ok(Plan::with_cut(m, n, k, Cut { shape, cluster, workers, streamed_waves: rng.random_range(0..4) })?)
 }

@@ -46,7 +46,7 @@ fn check_fit(plan: &Plan, multiprocessors: u32) -> Result<(), TestCaseError> {
     let shape = plan.shape();
     prop_assert!(plan.blocks() >= 1);
     prop_assert!(
-        plan.blocks() <= multiprocessors * shape.blocks_per_multiprocessor(),
+        plan.blocks() <= multiprocessors,
         "{} blocks on {multiprocessors} multiprocessors: {plan}",
         plan.blocks()
     );

@@ -30,12 +30,12 @@ const fn shape(strips: u32, tokens: u32, halves: u32) -> TileShape {
 }
 
 macro_rules! gemm_kernel {
-    ($name:ident, $strips:literal, $accumulator:ident, $halves:literal, $threads:literal, $blocks:literal) => {
+    ($name:ident, $strips:literal, $accumulator:ident, $halves:literal, $threads:literal) => {
         #[doc = concat!("[`gemm::gemm`] for ", $strips, " strips and [`wgmma::", stringify!($accumulator), "`].")]
         ///
         /// # Safety
         /// See [`gemm::gemm`].
-        #[kernel(max_threads = $threads, min_blocks = $blocks)]
+        #[kernel(max_threads = $threads, min_blocks = 1)]
         pub unsafe fn $name(
             #[grid_constant] activations: cuda_std::TensorMap,
             #[grid_constant] output: cuda_std::TensorMap,
@@ -43,8 +43,7 @@ macro_rules! gemm_kernel {
         ) {
             const TOKENS: u32 = <wgmma::$accumulator as wgmma::Accumulator>::TOKENS;
             const SHAPE: TileShape = shape($strips, TOKENS, $halves);
-            const _: () =
-                assert!(SHAPE.threads() == $threads && SHAPE.blocks_per_multiprocessor() == $blocks);
+            const _: () = assert!(SHAPE.threads() == $threads);
             // SAFETY: the launcher vouches for the arguments.
             unsafe {
                 gemm::gemm::<wgmma::$accumulator, $strips, $halves, { SHAPE.stages }>(
@@ -57,18 +56,20 @@ macro_rules! gemm_kernel {
     };
 }
 
-gemm_kernel!(gemm_128x8, 2, Accumulator8, 1, 320, 2);
-gemm_kernel!(gemm_64x16, 1, Accumulator16, 2, 320, 2);
-gemm_kernel!(gemm_128x16, 2, Accumulator16, 1, 320, 2);
-gemm_kernel!(gemm_64x32, 1, Accumulator32, 2, 320, 2);
-gemm_kernel!(gemm_128x32, 2, Accumulator32, 1, 320, 2);
-gemm_kernel!(gemm_64x64, 1, Accumulator64, 2, 320, 1);
-gemm_kernel!(gemm_128x64, 2, Accumulator64, 1, 320, 1);
-gemm_kernel!(gemm_192x64, 3, Accumulator64, 1, 448, 1);
-gemm_kernel!(gemm_64x128, 1, Accumulator128, 2, 384, 1);
-gemm_kernel!(gemm_128x128, 2, Accumulator128, 1, 384, 1);
-gemm_kernel!(gemm_192x128, 3, Accumulator128, 1, 512, 1);
-gemm_kernel!(gemm_128x256, 2, Accumulator256, 1, 384, 1);
+gemm_kernel!(gemm_128x8, 2, Accumulator8, 1, 320);
+gemm_kernel!(gemm_64x16, 1, Accumulator16, 2, 320);
+gemm_kernel!(gemm_128x16, 2, Accumulator16, 1, 320);
+gemm_kernel!(gemm_192x16, 3, Accumulator16, 1, 448);
+gemm_kernel!(gemm_64x32, 1, Accumulator32, 2, 320);
+gemm_kernel!(gemm_128x32, 2, Accumulator32, 1, 320);
+gemm_kernel!(gemm_192x32, 3, Accumulator32, 1, 448);
+gemm_kernel!(gemm_64x64, 1, Accumulator64, 2, 320);
+gemm_kernel!(gemm_128x64, 2, Accumulator64, 1, 320);
+gemm_kernel!(gemm_192x64, 3, Accumulator64, 1, 448);
+gemm_kernel!(gemm_64x128, 1, Accumulator128, 2, 384);
+gemm_kernel!(gemm_128x128, 2, Accumulator128, 1, 384);
+gemm_kernel!(gemm_192x128, 3, Accumulator128, 1, 512);
+gemm_kernel!(gemm_128x256, 2, Accumulator256, 1, 384);
 
 /// [`probes::stream`].
 ///

@@ -146,14 +146,15 @@ pub struct Workspace {
 
 impl Workspace {
     pub(crate) fn new(multiprocessors: u32) -> Result<Self, GpuError> {
-        let blocks = |shape: &TileShape| (multiprocessors * shape.blocks_per_multiprocessor()) as usize;
-        let partials = TILE_SHAPES.iter().map(|shape| blocks(shape) * shape.partial_bytes() as usize).max();
-        let flags = TILE_SHAPES.iter().map(|shape| blocks(shape) * shape.consumers() as usize).max();
+        let most = |of: fn(TileShape) -> u32| TILE_SHAPES.map(of).into_iter().max().unwrap_or(0) as usize;
+        let blocks = multiprocessors as usize;
+        let partials = blocks * most(TileShape::partial_bytes);
+        let flags = blocks * most(TileShape::consumers);
         Ok(Self {
             // SAFETY: the kernels write a slot before they read it.
-            partials: unsafe { DeviceBuffer::uninitialized(partials.unwrap_or(0)) }
+            partials: unsafe { DeviceBuffer::uninitialized(partials) }
                 .during("allocating the workspace")?,
-            flags: copy_to_device(&vec![0; flags.unwrap_or(0)], "allocating the workspace's flags")?,
+            flags: copy_to_device(&vec![0; flags], "allocating the workspace's flags")?,
         })
     }
 

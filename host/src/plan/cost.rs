@@ -23,12 +23,14 @@ const fn cost(channels: u32, tokens: u32, step: f64, tile: f64) -> ShapeCost {
     ShapeCost { channels, tokens, step, tile }
 }
 
-const SHAPE_COSTS: [ShapeCost; 12] = [
+const SHAPE_COSTS: [ShapeCost; 14] = [
     cost(128, 8, 0.294, 0.00),
     cost(64, 16, 0.214, 0.30),
     cost(128, 16, 0.307, 0.01),
+    cost(192, 16, 0.40, 0.3),
     cost(64, 32, 0.223, 0.13),
     cost(128, 32, 0.316, 0.26),
+    cost(192, 32, 0.40, 0.3),
     cost(64, 64, 0.192, 1.40),
     cost(128, 64, 0.320, 1.08),
     cost(192, 64, 0.407, 1.78),
@@ -42,9 +44,6 @@ const SHAPE_COSTS: [ShapeCost; 12] = [
 const LAUNCH: f64 = 1.90;
 /// Megabytes that memory delivers in a microsecond to these kernels.
 const MEMORY: f64 = 2.88;
-/// By which power of the share of busy multiprocessors memory delivers less, for shapes of which two blocks fit on one:
-/// there the next launch's blocks come to lie unevenly.
-const UNEVENNESS: f64 = 0.8;
 /// Megabytes that the L2 cache delivers in a microsecond.
 const CACHE: f64 = 10.9;
 /// Microseconds for the first partial sums of a tile: a flag raised, seen and answered.
@@ -79,11 +78,7 @@ impl Plan {
         let compute = (whole * k_steps + stream_steps) * step + (whole + stream_tiles) * costs.tile;
 
         let megabytes = |bytes: f64| bytes / 1e6;
-        let busy_share = match shape.blocks_per_multiprocessor() {
-            1 => 1.0,
-            _ => (self.blocks() as f64 / multiprocessors as f64).min(1.0).powf(UNEVENNESS),
-        };
-        let from_memory = megabytes(n * k * 17.0 / 32.0 + m * k + 2.0 * m * n) / MEMORY / busy_share;
+        let from_memory = megabytes(n * k * 17.0 / 32.0 + m * k + 2.0 * m * n) / MEMORY;
         // Every tile reads its weights and its activations anew.
         let tiles = schedule.tiles() as f64;
         let tile_weights = (shape.channels() * self.cluster()) as f64 * k * 17.0 / 32.0;

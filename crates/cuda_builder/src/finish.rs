@@ -116,7 +116,8 @@ pub fn finish(text: &str, target: &str) -> Result<Vec<Kernel>, FinishError> {
         .into_iter()
         .map(|entry| {
             entry.refuse_local_memory()?;
-            let text = format!("{preamble}\n\n{}\n{}\n", entry.head.trim_end(), stable_labels(&entry.body));
+            let body = stable_labels(&without_comments(&entry.body));
+            let text = format!("{preamble}\n\n{}\n{body}\n", entry.head.trim_end());
             Ok(Kernel { entry: entry.name, text })
         })
         .collect()
@@ -346,6 +347,12 @@ fn depth_change(code: &str) -> i32 {
 /// Whether `text` has `word` between spaces or parentheses.
 fn has_word(text: &str, word: &str) -> bool {
     text.split(|c: char| c.is_whitespace() || c == '(').any(|part| part == word)
+}
+
+/// Leaves out the lines that are comments: the compiler puts two around every inline assembly.
+fn without_comments(body: &str) -> String {
+    let lines = body.lines().filter(|line| !line.trim_start().starts_with("//"));
+    lines.collect::<Vec<_>>().join("\n")
 }
 
 /// Takes the function's number, which depends on the other kernels, out of the labels `$L__BB7_12`.

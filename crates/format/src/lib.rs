@@ -6,6 +6,7 @@
 #![cfg_attr(not(test), no_std)]
 #![forbid(unsafe_code)]
 
+pub mod ablation;
 pub mod arguments;
 pub mod brick;
 pub mod dequant;

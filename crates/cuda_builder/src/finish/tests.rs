@@ -9,7 +9,7 @@ fn module(extra: &str) -> String {
          .extern .shared .align 1024 .b8 dynamic[];\n\n\t// .globl\tgemm_8\n\n\
          .visible .entry gemm_8(\n\t.param .align 8 .b8 gemm_8_param_0[128],\n\t.param .u64 gemm_8_param_1\n)\n{{\n\
          \t.reg .b32 \t%r<9>;\n\t@%p1 bra \t$L__BB1_2;\n\t{{ .reg .pred p; }} // scoped }}\n$L__BB1_2:\n\tret;\n}}\n\
-         \t// .globl\tcopy\n.visible .entry copy()\n{{\n$L__BB0_1:\n\tbra.uni \t$L__BB0_1;\n}}\n"
+         \t// .globl\tcopy\n.visible .entry copy()\n{{\n$L__BB0_1:\n\t// begin inline asm\n\tbra.uni \t$L__BB0_1;\n}}\n"
     )
 }
 
@@ -99,6 +99,12 @@ fn functions_and_local_memory_are_refused() {
     let error = finish(&local, "sm_90a").unwrap_err();
     let FinishError::LocalMemory { entry, line } = error else { panic!("{error}") };
     assert_eq!((entry.as_str(), line.contains("__local_depot1")), ("gemm_8", true));
+}
+
+#[test]
+fn lines_of_comments_are_left_out() {
+    let text = finish_with("").unwrap().remove(0).text;
+    assert!(text.ends_with("{\n$L__BB_1:\n\tbra.uni \t$L__BB_1;\n}\n"), "{text}");
 }
 
 #[test]

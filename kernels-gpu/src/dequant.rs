@@ -9,6 +9,24 @@ use liquidgemm_format::dequant::dequantize_word;
 use crate::ptx::integer::{multiply_add_flip, permute_bytes};
 use crate::ptx::memory::{load_shared, load_shared_x4};
 
+/// How codes become weights.
+pub trait Dequantization {
+    /// Four int8 weights from four codes, one a byte, of a channel: its scale, and the second byte of its pair in all
+    /// four bytes.
+    fn four_weights(codes: u32, scale: u32, second: u32) -> u32;
+}
+
+/// `(q · s + a) XOR 0x80`.
+#[derive(Clone, Copy)]
+pub struct LiquidQuant;
+
+impl Dequantization for LiquidQuant {
+    #[inline(always)]
+    fn four_weights(codes: u32, scale: u32, second: u32) -> u32 {
+        multiply_add_flip(codes, scale, second)
+    }
+}
+
 /// 32 codes of two channels and the channels' pairs, as they lie in the brick.
 #[derive(Clone, Copy)]
 pub struct BrickShare {
@@ -53,14 +71,14 @@ impl BrickShare {
 
     /// The A operand of the brick's k32 MMA `MMA`, 0 or 1.
     #[inline(always)]
-    pub fn operand<const MMA: usize>(self) -> [u32; 4] {
+    pub fn operand<D: Dequantization, const MMA: usize>(self) -> [u32; 4] {
         // Bytes of `pairs`: s and a of channel g, s and a of channel g + 8. Selector digit 4 is a zero byte.
         let (upper_s, upper_a) = (permute_bytes::<0x4440>(self.pairs), permute_bytes::<0x1111>(self.pairs));
         let (lower_s, lower_a) = (permute_bytes::<0x4442>(self.pairs), permute_bytes::<0x3333>(self.pairs));
         let [upper_low, upper_high] =
-            dequantize_word(self.words[2 * MMA], upper_s, upper_a, multiply_add_flip);
+            dequantize_word(self.words[2 * MMA], upper_s, upper_a, D::four_weights);
         let [lower_low, lower_high] =
-            dequantize_word(self.words[2 * MMA + 1], lower_s, lower_a, multiply_add_flip);
+            dequantize_word(self.words[2 * MMA + 1], lower_s, lower_a, D::four_weights);
         [upper_low, lower_low, upper_high, lower_high]
     }
 }

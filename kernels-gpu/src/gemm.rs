@@ -6,6 +6,8 @@
 //! memory. Blocks are persistent and go through the segments that the schedule gives their cluster. The host twin,
 //! which plans and launches this, is `host/src/gpu/gemm.rs`.
 
+use core::marker::PhantomData;
+
 use cuda_std::{TensorMap, cluster, shared, thread, warp};
 use liquidgemm_format::arguments::GemmArguments;
 use liquidgemm_format::brick::BRICK_BYTES;
@@ -13,14 +15,45 @@ use liquidgemm_format::ring::RingCursor;
 use liquidgemm_format::schedule::{Segment, TilePosition};
 use liquidgemm_format::tile::{STAGE_BRICKS, STAGE_K, STRIP_STAGE_BYTES, TileShape};
 
-use crate::dequant::{BrickShare, SharePlace};
+use crate::dequant::{BrickShare, Dequantization, SharePlace};
 use crate::epilogue::Epilogue;
 use crate::pipeline::{Cluster, Consumer, Shared};
 use crate::ptx::wgmma::{Accumulator, DESCRIPTOR_K32};
 use crate::ptx::{grid, registers, tma, wgmma};
 use crate::{halves, partials};
 
-/// The kernel's body, for the token tile of `A`, `STRIPS` strips with `HALVES` consumers each, and a ring of `STAGES`.
+/// A consumer's main loop, on its way through a segment. The library's is [`StageWalk`]; the ablation compares it with
+/// others.
+pub trait MainLoop: Sized {
+    /// Where in its rings it stands between two segments.
+    type Position: Copy;
+
+    /// Where it stands before the first.
+    const START: Self::Position;
+
+    /// Adds a segment's products to the accumulator, the last of which may still be on their way.
+    ///
+    /// # Safety
+    /// The whole warpgroup calls it; the ring's barriers are made, and its producers fill it for the same segment.
+    unsafe fn accumulate<A: Accumulator>(
+        accumulator: &mut A,
+        position: Self::Position,
+        segment: Segment,
+        shared: Shared,
+        shape: TileShape,
+        cluster: Cluster,
+        consumer: Consumer,
+    ) -> Self;
+
+    /// Waits for the last products and gives back what they were read from.
+    ///
+    /// # Safety
+    /// The whole warpgroup calls it.
+    unsafe fn leave(self) -> Self::Position;
+}
+
+/// The kernel's body, for the token tile of `A`, `STRIPS` strips with `HALVES` consumers each that have `L` as their
+/// main loop, and a ring of `STAGES`.
 ///
 /// # Safety
 /// The arguments describe memory as their documentation says; `activations` is a map of int8 `[m, k]` with
@@ -28,7 +61,13 @@ use crate::{halves, partials};
 /// 16-bit output with boxes of 64 channels × [`TileShape::epilogue_tokens`] and the same swizzle, if
 /// `output_is_mapped` says so.
 #[inline(always)]
-pub unsafe fn gemm<A: Accumulator, const STRIPS: u32, const HALVES: u32, const STAGES: u32>(
+pub unsafe fn gemm<
+    A: Accumulator,
+    L: MainLoop,
+    const STRIPS: u32,
+    const HALVES: u32,
+    const STAGES: u32,
+>(
     activations: *const TensorMap,
     output: *const TensorMap,
     arguments: &GemmArguments,
@@ -73,7 +112,7 @@ pub unsafe fn gemm<A: Accumulator, const STRIPS: u32, const HALVES: u32, const S
         }
         let consumer = Consumer::of_warpgroup(warpgroup, thread, shape);
         // SAFETY: the whole warpgroup is here; the caller vouches for the arguments.
-        unsafe { consume::<A, STAGES>(arguments, output, shared, shape, cluster, consumer) };
+        unsafe { consume::<A, L>(arguments, output, shared, shape, cluster, consumer) };
     }
     if cluster.blocks > 1 {
         // The others may still send activations here, or arrive on the barriers.
@@ -83,7 +122,7 @@ pub unsafe fn gemm<A: Accumulator, const STRIPS: u32, const HALVES: u32, const S
 
 /// Waits for every thread of the cluster.
 #[inline(always)]
-fn sync(cluster: Cluster) {
+pub(crate) fn sync(cluster: Cluster) {
     if cluster.blocks > 1 {
         cluster::sync_cluster();
     } else {
@@ -102,7 +141,7 @@ fn first_strip(position: TilePosition, shape: TileShape, cluster: Cluster) -> u3
 /// The weights are there before the launch, so it begins at once, while the launch before this one, which may be
 /// computing the activations, still runs.
 #[inline(always)]
-unsafe fn produce_bricks<const STAGES: u32>(
+pub(crate) unsafe fn produce_bricks<const STAGES: u32>(
     arguments: &GemmArguments,
     shared: Shared,
     shape: TileShape,
@@ -142,7 +181,7 @@ unsafe fn produce_bricks<const STAGES: u32>(
 
 /// The second producer: keeps the ring full of activations, which the launch before this one may have to finish first.
 #[inline(always)]
-unsafe fn produce_activations<const STAGES: u32>(
+pub(crate) unsafe fn produce_activations<const STAGES: u32>(
     activations: *const TensorMap,
     arguments: &GemmArguments,
     shared: Shared,
@@ -186,7 +225,7 @@ unsafe fn produce_activations<const STAGES: u32>(
 
 /// A consumer: a 64-channel strip of every tile, or one half of its K.
 #[inline(always)]
-unsafe fn consume<A: Accumulator, const STAGES: u32>(
+pub(crate) unsafe fn consume<A: Accumulator, L: MainLoop>(
     arguments: &GemmArguments,
     output: *const TensorMap,
     shared: Shared,
@@ -197,7 +236,7 @@ unsafe fn consume<A: Accumulator, const STAGES: u32>(
     let schedule = arguments.schedule;
     let worker = cluster::cluster_idx_x();
     let slots = partials::Slots { shape, cluster, consumer };
-    let mut ring = RingCursor::<STAGES>::start();
+    let mut position = L::START;
     // A small tile waits for its first stage anyway, and has no registers to spare during the main loop.
     let parks_early = !shape.moves_registers();
     let mut segments = schedule.segments(worker);
@@ -215,7 +254,8 @@ unsafe fn consume<A: Accumulator, const STAGES: u32>(
             if parks_early {
                 epilogue.park(scales);
             }
-            let walk = accumulate(&mut accumulator, ring, current, shared, shape, cluster, consumer);
+            let walk =
+                L::accumulate(&mut accumulator, position, current, shared, shape, cluster, consumer);
             // While the last MMAs run:
             if !parks_early {
                 epilogue.park(scales);
@@ -226,7 +266,7 @@ unsafe fn consume<A: Accumulator, const STAGES: u32>(
                 next = epilogue_of(segment, arguments, output, shared, shape, cluster, consumer);
                 scales = next.fetch();
             }
-            ring = walk.leave();
+            position = walk.leave();
             halves::exchange(&mut accumulator, shared, shape, consumer);
             if schedule.owns(current) {
                 let first = schedule.first_contributor(worker, current);
@@ -262,40 +302,13 @@ fn epilogue_of<'a>(
     Epilogue::new(arguments, output, shared, shape, [strip, position.token_tile * shape.tokens], consumer)
 }
 
-/// The main loop: adds a segment's products to the accumulator, the last of which may still be on their way.
+/// The library's main loop: a consumer's way through the stages of a segment.
 ///
 /// Each step is one wgmma group, of four MMAs or of the two that are this consumer's. While it runs, the next step's
 /// codes are loaded and dequantized into operand registers of their own; two steps a turn of the loop make those two
 /// sets.
-#[inline(always)]
-unsafe fn accumulate<A: Accumulator, const STAGES: u32>(
-    accumulator: &mut A,
-    ring: RingCursor<STAGES>,
-    segment: Segment,
-    shared: Shared,
-    shape: TileShape,
-    cluster: Cluster,
-    consumer: Consumer,
-) -> StageWalk<STAGES> {
-    // SAFETY: a stage is read between acquiring and releasing it, and released when its last wgmma is done;
-    // the caller vouches for the warpgroup.
-    unsafe {
-        let mut walk =
-            StageWalk::enter(ring, segment.k_end - segment.k_begin, shared, shape, cluster, consumer);
-        // One way out of the loop only: what is the same for all threads then stays in uniform registers.
-        if walk.steps % 2 == 1 {
-            walk.step(accumulator);
-        }
-        while walk.steps > 0 {
-            walk.step(accumulator);
-            walk.step(accumulator);
-        }
-        walk
-    }
-}
-
-/// A consumer's way through the stages of a segment.
-struct StageWalk<const STAGES: u32> {
+pub struct StageWalk<D, const STAGES: u32> {
+    dequantization: PhantomData<D>,
     shared: Shared,
     shape: TileShape,
     cluster: Cluster,
@@ -312,7 +325,50 @@ struct StageWalk<const STAGES: u32> {
     unreleased: u32,
 }
 
-impl<const STAGES: u32> StageWalk<STAGES> {
+impl<D: Dequantization, const STAGES: u32> MainLoop for StageWalk<D, STAGES> {
+    type Position = RingCursor<STAGES>;
+
+    const START: Self::Position = RingCursor::start();
+
+    #[inline(always)]
+    unsafe fn accumulate<A: Accumulator>(
+        accumulator: &mut A,
+        position: Self::Position,
+        segment: Segment,
+        shared: Shared,
+        shape: TileShape,
+        cluster: Cluster,
+        consumer: Consumer,
+    ) -> Self {
+        // SAFETY: a stage is read between acquiring and releasing it, and released when its last wgmma is done;
+        // the caller vouches for the warpgroup.
+        unsafe {
+            let steps = segment.k_end - segment.k_begin;
+            let mut walk = Self::enter(position, steps, shared, shape, cluster, consumer);
+            // One way out of the loop only: what is the same for all threads then stays in uniform registers.
+            if walk.steps % 2 == 1 {
+                walk.step(accumulator);
+            }
+            while walk.steps > 0 {
+                walk.step(accumulator);
+                walk.step(accumulator);
+            }
+            walk
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn leave(self) -> Self::Position {
+        // SAFETY: all groups are done after the wait.
+        unsafe {
+            wgmma::wait::<0>();
+            self.shared.release(self.unreleased, self.cluster, self.consumer.thread % warp::WARP_SIZE);
+        }
+        self.ring
+    }
+}
+
+impl<D: Dequantization, const STAGES: u32> StageWalk<D, STAGES> {
     /// Waits for the first stage.
     #[inline(always)]
     unsafe fn enter(
@@ -329,7 +385,18 @@ impl<const STAGES: u32> StageWalk<STAGES> {
             shared.acquire_full(ring.stage(), ring.full_parity());
             Self::load(shape, ring, place)
         };
-        Self { shared, shape, cluster, consumer, place, ring, shares, steps, unreleased: STAGES }
+        Self {
+            dequantization: PhantomData,
+            shared,
+            shape,
+            cluster,
+            consumer,
+            place,
+            ring,
+            shares,
+            steps,
+            unreleased: STAGES,
+        }
     }
 
     /// Loads the consumer's codes of a stage.
@@ -398,22 +465,11 @@ impl<const STAGES: u32> StageWalk<STAGES> {
     #[inline(always)]
     fn operands(&self) -> [[u32; 4]; 4] {
         let [first, second] = self.shares;
-        let operands = [first.operand::<0>(), first.operand::<1>()];
+        let operands = [first.operand::<D, 0>(), first.operand::<D, 1>()];
         if self.shape.halves == 1 {
-            [operands[0], operands[1], second.operand::<0>(), second.operand::<1>()]
+            [operands[0], operands[1], second.operand::<D, 0>(), second.operand::<D, 1>()]
         } else {
             [operands[0], operands[1], operands[0], operands[1]]
         }
-    }
-
-    /// Waits for the last MMAs, gives their stage back, and returns the ring's next stage.
-    #[inline(always)]
-    unsafe fn leave(self) -> RingCursor<STAGES> {
-        // SAFETY: all groups are done after the wait.
-        unsafe {
-            wgmma::wait::<0>();
-            self.shared.release(self.unreleased, self.cluster, self.consumer.thread % warp::WARP_SIZE);
-        }
-        self.ring
     }
 }

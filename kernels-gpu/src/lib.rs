@@ -19,6 +19,8 @@ use cuda_std::kernel;
 use liquidgemm_format::arguments::GemmArguments;
 use liquidgemm_format::tile::TileShape;
 
+use dequant::LiquidQuant;
+use gemm::StageWalk;
 use ptx::wgmma;
 
 /// The shape of so many strips, tokens and halves.
@@ -46,11 +48,13 @@ macro_rules! gemm_kernel {
             const _: () = assert!(SHAPE.threads() == $threads);
             // SAFETY: the launcher vouches for the arguments.
             unsafe {
-                gemm::gemm::<wgmma::$accumulator, $strips, $halves, { SHAPE.stages }>(
-                    activations,
-                    output,
-                    &arguments,
-                )
+                gemm::gemm::<
+                    wgmma::$accumulator,
+                    StageWalk<LiquidQuant, { SHAPE.stages }>,
+                    $strips,
+                    $halves,
+                    { SHAPE.stages },
+                >(activations, output, &arguments)
             }
         }
     };

@@ -75,8 +75,7 @@ impl BrickShare {
         // Bytes of `pairs`: s and a of channel g, s and a of channel g + 8. Selector digit 4 is a zero byte.
         let (upper_s, upper_a) = (permute_bytes::<0x4440>(self.pairs), permute_bytes::<0x1111>(self.pairs));
         let (lower_s, lower_a) = (permute_bytes::<0x4442>(self.pairs), permute_bytes::<0x3333>(self.pairs));
-        let [upper_low, upper_high] =
-            dequantize_word(self.words[2 * MMA], upper_s, upper_a, D::four_weights);
+        let [upper_low, upper_high] = dequantize_word(self.words[2 * MMA], upper_s, upper_a, D::four_weights);
         let [lower_low, lower_high] =
             dequantize_word(self.words[2 * MMA + 1], lower_s, lower_a, D::four_weights);
         [upper_low, lower_low, upper_high, lower_high]

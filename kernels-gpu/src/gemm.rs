@@ -61,13 +61,7 @@ pub trait MainLoop: Sized {
 /// 16-bit output with boxes of 64 channels × [`TileShape::epilogue_tokens`] and the same swizzle, if
 /// `output_is_mapped` says so.
 #[inline(always)]
-pub unsafe fn gemm<
-    A: Accumulator,
-    L: MainLoop,
-    const STRIPS: u32,
-    const HALVES: u32,
-    const STAGES: u32,
->(
+pub unsafe fn gemm<A: Accumulator, L: MainLoop, const STRIPS: u32, const HALVES: u32, const STAGES: u32>(
     activations: *const TensorMap,
     output: *const TensorMap,
     arguments: &GemmArguments,
@@ -254,8 +248,7 @@ pub(crate) unsafe fn consume<A: Accumulator, L: MainLoop>(
             if parks_early {
                 epilogue.park(scales);
             }
-            let walk =
-                L::accumulate(&mut accumulator, position, current, shared, shape, cluster, consumer);
+            let walk = L::accumulate(&mut accumulator, position, current, shared, shape, cluster, consumer);
             // While the last MMAs run:
             if !parks_early {
                 epilogue.park(scales);

@@ -1,11 +1,12 @@
 //! The device side of LiquidGEMM: the kernels that the host crate launches by name.
 //!
 //! [`gemm`] reads top to bottom in the order in which things happen; [`dequant`], [`pipeline`], [`partials`] and
-//! [`epilogue`] are its parts, [`ptx`] the instructions below them.
+//! [`epilogue`] are its parts, [`ptx`] the instructions below them. [`ablation`] has what it is compared with.
 
 #![no_std]
 #![feature(abi_ptx, asm_experimental_arch)]
 
+pub mod ablation;
 pub mod dequant;
 pub mod epilogue;
 pub mod gemm;

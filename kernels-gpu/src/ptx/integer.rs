@@ -22,6 +22,31 @@ pub fn multiply_add_flip(nibbles: u32, s: u32, a4: u32) -> u32 {
     weights
 }
 
+/// `nibbles · s − z4`, byte by byte: dequantization of four codes by a multiplication and the byte-wise subtraction
+/// `vsub4`, for which Hopper has no instruction: the assembler makes several of it.
+#[inline(always)]
+pub fn multiply_subtract_bytes(nibbles: u32, s: u32, z4: u32) -> u32 {
+    let weights;
+    // SAFETY: register arithmetic.
+    unsafe {
+        asm!(
+            "{{",
+            ".reg .b32 product, unused;",
+            "mul.lo.u32 product, {1}, {2};",
+            "mov.u32 unused, 0;",
+            "vsub4.u32.u32.u32 {0}, product, {3}, unused;",
+            "}}",
+            out(reg32) weights,
+            in(reg32) nibbles,
+            in(reg32) s,
+            in(reg32) z4,
+            // Not `pure`, for the reason that `multiply_add_flip` has.
+            options(nomem, nostack)
+        );
+    }
+    weights
+}
+
 /// The bytes of `value` that the four hex digits of `SELECTOR` name, lowest digit first.
 #[inline(always)]
 pub fn permute_bytes<const SELECTOR: u32>(value: u32) -> u32 {

@@ -2,6 +2,24 @@
 
 use core::arch::asm;
 
+/// Stores four 8×8 matrices. Lane `8·i + r` gives the address of row `r` of matrix `i`, 16 bytes; lane `4·r + c` holds
+/// the row's bytes from `4·c` on.
+///
+/// # Safety
+/// As for [`store_transposed_x4`].
+#[inline(always)]
+pub unsafe fn store_x4(address: u32, matrices: [u32; 4]) {
+    let [a, b, c, d] = matrices;
+    // SAFETY: the caller vouches for the addresses.
+    unsafe {
+        asm!(
+            "stmatrix.sync.aligned.m8n8.x4.shared.b16 [{}], {{{}, {}, {}, {}}};",
+            in(reg32) address, in(reg32) a, in(reg32) b, in(reg32) c, in(reg32) d,
+            options(nostack)
+        );
+    }
+}
+
 /// Stores four 8×8 matrices, transposed. Lane `8·i + r` gives the address of row `r` of matrix `i`, 16 bytes.
 ///
 /// # Safety

@@ -40,3 +40,23 @@ pub unsafe fn increase<const STRIPS: u32, const HALVES: u32>() {
         );
     }
 }
+
+/// Gives registers back: this warpgroup keeps `COUNT` a thread.
+///
+/// # Safety
+/// As for [`decrease`].
+#[inline(always)]
+pub unsafe fn decrease_to<const COUNT: u32>() {
+    // SAFETY: the caller vouches for the warpgroup.
+    unsafe { asm!("setmaxnreg.dec.sync.aligned.u32 {};", const COUNT, options(nostack)) }
+}
+
+/// Takes registers: this warpgroup has `COUNT` a thread.
+///
+/// # Safety
+/// As for [`increase`]; the block's warpgroups together have no more than it started with.
+#[inline(always)]
+pub unsafe fn increase_to<const COUNT: u32>() {
+    // SAFETY: the caller vouches for the warpgroup.
+    unsafe { asm!("setmaxnreg.inc.sync.aligned.u32 {};", const COUNT, options(nostack)) }
+}

@@ -1,4 +1,4 @@
-//! `wgmma` m64nNk32 on int8: the A operand from registers, B from shared memory, int32 accumulators.
+//! `wgmma` m64nNk32 on int8: the A operand from registers or shared memory, B from shared memory, int32 accumulators.
 
 use core::arch::asm;
 use seq_macro::seq;
@@ -33,7 +33,7 @@ pub unsafe fn wait<const PENDING: u32>() {
     unsafe { asm!("wgmma.wait_group.sync.aligned {};", const PENDING, options(nostack)) }
 }
 
-/// The lower half of the descriptor of a K-major B tile with 128-byte swizzle; the upper half is a constant of the
+/// The lower half of the descriptor of a K-major tile with 128-byte swizzle; the upper half is a constant of the
 /// layout, [`DESCRIPTOR_UPPER`].
 ///
 /// Adding [`DESCRIPTOR_K32`] moves on by 32 bytes along K.
@@ -75,6 +75,12 @@ pub trait Accumulator {
     /// All threads of the warpgroup call it after [`fence`], and touch neither `self` nor `a`'s registers until
     /// [`wait`] says that the group is done. `descriptor` describes a tile in the block's shared memory.
     unsafe fn multiply_accumulate(&mut self, a: [u32; 4], descriptor: u32);
+
+    /// As [`multiply_accumulate`](Self::multiply_accumulate), A being a tile in shared memory too, of the same layout.
+    ///
+    /// # Safety
+    /// As there; both descriptors describe tiles in the block's shared memory.
+    unsafe fn multiply_accumulate_shared(&mut self, a: u32, descriptor: u32);
 
     /// Hands each block of four sums, `j` ascending, to `visitor`.
     fn visit(&mut self, visitor: &mut impl BlockVisitor);
@@ -131,6 +137,43 @@ macro_rules! accumulator {
                             x1 = in(reg32) x1,
                             x2 = in(reg32) x2,
                             x3 = in(reg32) x3,
+                            lower = in(reg32) descriptor,
+                            upper = const DESCRIPTOR_UPPER,
+                            options(nostack)
+                        );
+                    }
+                });
+            }
+
+            #[inline(always)]
+            unsafe fn multiply_accumulate_shared(&mut self, a: u32, descriptor: u32) {
+                seq!(J in 1..$blocks {
+                    // SAFETY: the caller vouches for the warpgroup and the descriptors.
+                    unsafe {
+                        asm!(
+                            "{{",
+                            ".reg .pred accumulate;",
+                            ".reg .b64 weights, tile;",
+                            "setp.ne.b32 accumulate, 1, 0;",
+                            "mov.b64 weights, {{{a}, {upper}}};",
+                            "mov.b64 tile, {{{lower}, {upper}}};",
+                            concat!(
+                                "wgmma.mma_async.sync.aligned.m64n", $tokens, "k32.s32.s8.s8 {{{a0}, {b0}, {c0}, {d0}",
+                                #( ", {a", J, "}, {b", J, "}, {c", J, "}, {d", J, "}", )*
+                                "}}, weights, tile, accumulate;"
+                            ),
+                            "}}",
+                            a0 = inout(reg32) self.0[0][0],
+                            b0 = inout(reg32) self.0[0][1],
+                            c0 = inout(reg32) self.0[0][2],
+                            d0 = inout(reg32) self.0[0][3],
+                            #(
+                                a~J = inout(reg32) self.0[J][0],
+                                b~J = inout(reg32) self.0[J][1],
+                                c~J = inout(reg32) self.0[J][2],
+                                d~J = inout(reg32) self.0[J][3],
+                            )*
+                            a = in(reg32) a,
                             lower = in(reg32) descriptor,
                             upper = const DESCRIPTOR_UPPER,
                             options(nostack)

@@ -1,0 +1,74 @@
+//! A main loop without overlap: a consumer loads a stage's codes, dequantizes them, multiplies, waits for the products,
+//! and only then turns to the next stage.
+
+use core::marker::PhantomData;
+
+use cuda_std::warp;
+use liquidgemm_format::brick::BRICK_BYTES;
+use liquidgemm_format::ring::RingCursor;
+use liquidgemm_format::schedule::Segment;
+use liquidgemm_format::tile::TileShape;
+
+use crate::dequant::{BrickShare, Dequantization, SharePlace};
+use crate::gemm::MainLoop;
+use crate::pipeline::{Cluster, Consumer, Shared};
+use crate::ptx::wgmma::{self, Accumulator, DESCRIPTOR_K32};
+
+/// The loop, for one consumer a strip.
+pub struct InTurn<D, const STAGES: u32> {
+    dequantization: PhantomData<D>,
+    ring: RingCursor<STAGES>,
+}
+
+impl<D: Dequantization, const STAGES: u32> MainLoop for InTurn<D, STAGES> {
+    type Position = RingCursor<STAGES>;
+
+    const START: Self::Position = RingCursor::start();
+
+    #[inline(always)]
+    unsafe fn accumulate<A: Accumulator>(
+        accumulator: &mut A,
+        position: Self::Position,
+        segment: Segment,
+        shared: Shared,
+        shape: TileShape,
+        cluster: Cluster,
+        consumer: Consumer,
+    ) -> Self {
+        let place = SharePlace::of_thread(consumer.thread).moved(shared.own_bricks(0, consumer));
+        let mut ring = position;
+        for _ in segment.k_begin..segment.k_end {
+            let stage = ring.stage();
+            let bricks = stage * shape.stage_bytes();
+            let tile = warp::broadcast(shared.activation_descriptor(stage));
+            // SAFETY: the stage is read between acquiring and releasing it, and its MMAs are done after the wait; the
+            // caller vouches for the warpgroup.
+            unsafe {
+                shared.acquire_full(stage, ring.full_parity());
+                let first = BrickShare::load(bricks, place);
+                let second = BrickShare::load(bricks + BRICK_BYTES as u32, place);
+                let operands = [
+                    first.operand::<D, 0>(),
+                    first.operand::<D, 1>(),
+                    second.operand::<D, 0>(),
+                    second.operand::<D, 1>(),
+                ];
+                wgmma::fence();
+                accumulator.multiply_accumulate(operands[0], tile);
+                accumulator.multiply_accumulate(operands[1], tile + DESCRIPTOR_K32);
+                accumulator.multiply_accumulate(operands[2], tile + 2 * DESCRIPTOR_K32);
+                accumulator.multiply_accumulate(operands[3], tile + 3 * DESCRIPTOR_K32);
+                wgmma::commit();
+                wgmma::wait::<0>();
+                shared.release(stage, cluster, consumer.thread % warp::WARP_SIZE);
+            }
+            ring = ring.next();
+        }
+        Self { dequantization: PhantomData, ring }
+    }
+
+    #[inline(always)]
+    unsafe fn leave(self) -> Self::Position {
+        self.ring
+    }
+}

@@ -51,7 +51,7 @@ impl Plan {
     /// If a dimension is 0 or too large.
     pub fn new(m: usize, n: usize, k: usize, multiprocessors: u32) -> Result<Self, Error> {
         let candidates = Self::candidates(m, n, k, multiprocessors)?;
-        let estimate = |plan: &Self| plan.estimate_us(multiprocessors);
+        let estimate = |plan: &Self| plan.estimate_us();
         match candidates.into_iter().min_by(|a, b| estimate(a).total_cmp(&estimate(b))) {
             Some(plan) => Ok(plan),
             None => Self::with_tile(m, n, k, TILE_SHAPES[0], multiprocessors),

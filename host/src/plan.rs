@@ -132,8 +132,8 @@ impl Plan {
         let mut plans: Vec<Self> = Vec::new();
         let mut too_many = None;
         for shape in TILE_SHAPES {
-            // A tile more than three quarters empty wastes what a smaller one doesn't.
-            if shape.tokens > 8 && m <= shape.tokens as usize / 4 {
+            // A tile more than three quarters empty wastes what a smaller one doesn't; only the smallest two are alike.
+            if shape.tokens > 16 && m <= shape.tokens as usize / 4 {
                 continue;
             }
             for cluster in [1, 2] {

@@ -28,7 +28,7 @@ pub(super) struct Pace {
 impl Pace {
     /// For results.
     pub(super) const THOROUGH: Self =
-        Self { turns: 2, rest: Duration::from_millis(100), warm_up_replays: 2, replays: 6 };
+        Self { turns: 2, rest: Duration::from_millis(60), warm_up_replays: 2, replays: 6 };
     /// For ranking many plans.
     pub(super) const BRIEF: Self =
         Self { turns: 1, rest: Duration::from_millis(20), warm_up_replays: 1, replays: 3 };

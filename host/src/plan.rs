@@ -51,7 +51,7 @@ impl Plan {
     /// If a dimension is 0 or too large.
     pub fn new(m: usize, n: usize, k: usize, multiprocessors: u32) -> Result<Self, Error> {
         let candidates = Self::candidates(m, n, k, multiprocessors)?;
-        let estimate = |plan: &Self| plan.estimate_us(multiprocessors);
+        let estimate = |plan: &Self| plan.estimate_us();
         match candidates.into_iter().min_by(|a, b| estimate(a).total_cmp(&estimate(b))) {
             Some(plan) => Ok(plan),
             None => Self::with_tile(m, n, k, TILE_SHAPES[0], multiprocessors),
@@ -132,8 +132,8 @@ impl Plan {
         let mut plans: Vec<Self> = Vec::new();
         let mut too_many = None;
         for shape in TILE_SHAPES {
-            // A tile more than three quarters empty wastes what a smaller one doesn't.
-            if shape.tokens > 8 && m <= shape.tokens as usize / 4 {
+            // A tile more than three quarters empty wastes what a smaller one doesn't; only the smallest two are alike.
+            if shape.tokens > 16 && m <= shape.tokens as usize / 4 {
                 continue;
             }
             for cluster in [1, 2] {

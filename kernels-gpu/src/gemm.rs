@@ -110,7 +110,7 @@ pub unsafe fn gemm<A: Accumulator, L: MainLoop, const STRIPS: u32, const HALVES:
     }
     if cluster.blocks > 1 {
         // The others may still send activations here, or arrive on the barriers.
-        cluster::sync_cluster();
+        cluster::sync_cluster_relaxed();
     }
 }
 
@@ -118,7 +118,7 @@ pub unsafe fn gemm<A: Accumulator, L: MainLoop, const STRIPS: u32, const HALVES:
 #[inline(always)]
 pub(crate) fn sync(cluster: Cluster) {
     if cluster.blocks > 1 {
-        cluster::sync_cluster();
+        cluster::sync_cluster_relaxed();
     } else {
         thread::sync_threads();
     }

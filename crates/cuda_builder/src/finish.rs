@@ -116,7 +116,7 @@ pub fn finish(text: &str, target: &str) -> Result<Vec<Kernel>, FinishError> {
         .into_iter()
         .map(|entry| {
             entry.refuse_local_memory()?;
-            let body = stable_labels(&without_comments(&entry.body));
+            let body = stable_labels(&compact(&entry.body));
             let text = format!("{preamble}\n\n{}\n{body}\n", entry.head.trim_end());
             Ok(Kernel { entry: entry.name, text })
         })
@@ -349,10 +349,12 @@ fn has_word(text: &str, word: &str) -> bool {
     text.split(|c: char| c.is_whitespace() || c == '(').any(|part| part == word)
 }
 
-/// Leaves out the lines that are comments: the compiler puts two around every inline assembly.
-fn without_comments(body: &str) -> String {
-    let lines = body.lines().filter(|line| !line.trim_start().starts_with("//"));
-    lines.collect::<Vec<_>>().join("\n")
+/// Leaves out what the assembler does not read and the library would carry: lines of comments, of which the compiler puts
+/// two around every inline assembly, and white space before and between words beyond one space.
+fn compact(body: &str) -> String {
+    let lines = body.lines().map(str::trim).filter(|line| !line.starts_with("//"));
+    let words = |line: &str| line.split_whitespace().collect::<Vec<_>>().join(" ");
+    lines.map(words).collect::<Vec<_>>().join("\n")
 }
 
 /// Takes the function's number, which depends on the other kernels, out of the labels `$L__BB7_12`.

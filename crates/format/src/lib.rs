@@ -10,6 +10,7 @@ pub mod ablation;
 pub mod arguments;
 pub mod brick;
 pub mod dequant;
+pub mod divisor;
 pub mod probe;
 pub mod ring;
 pub mod schedule;

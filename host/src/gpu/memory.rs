@@ -152,8 +152,7 @@ impl Workspace {
         let flags = blocks * most(TileShape::consumers);
         Ok(Self {
             // SAFETY: the kernels write a slot before they read it.
-            partials: unsafe { DeviceBuffer::uninitialized(partials) }
-                .during("allocating the workspace")?,
+            partials: unsafe { DeviceBuffer::uninitialized(partials) }.during("allocating the workspace")?,
             flags: copy_to_device(&vec![0; flags], "allocating the workspace's flags")?,
         })
     }

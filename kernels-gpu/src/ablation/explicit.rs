@@ -94,7 +94,7 @@ pub unsafe fn gemm<A: Accumulator, D: Dequantization, const STAGES: u32, const B
     }
     if cluster.blocks > 1 {
         // The others may still send activations here, or arrive on the barriers.
-        cluster::sync_cluster();
+        cluster::sync_cluster_relaxed();
     }
 }
 

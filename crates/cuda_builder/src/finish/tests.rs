@@ -49,8 +49,8 @@ fn a_minimum_of_zero_blocks_leaves_the_directive_out() {
 #[test]
 fn labels_do_not_depend_on_the_other_kernels() {
     let kernels = finish_with("").unwrap();
-    assert!(kernels[0].text.contains("$L__BB_1:\n\tbra.uni \t$L__BB_1;"));
-    assert!(kernels[1].text.contains("bra \t$L__BB_2;") && kernels[1].text.contains("\n$L__BB_2:"));
+    assert!(kernels[0].text.contains("$L__BB_1:\nbra.uni $L__BB_1;"));
+    assert!(kernels[1].text.contains("bra $L__BB_2;") && kernels[1].text.contains("\n$L__BB_2:"));
 }
 
 #[test]
@@ -102,9 +102,9 @@ fn functions_and_local_memory_are_refused() {
 }
 
 #[test]
-fn lines_of_comments_are_left_out() {
+fn comments_and_needless_white_space_are_left_out() {
     let text = finish_with("").unwrap().remove(0).text;
-    assert!(text.ends_with("{\n$L__BB_1:\n\tbra.uni \t$L__BB_1;\n}\n"), "{text}");
+    assert!(text.ends_with("{\n$L__BB_1:\nbra.uni $L__BB_1;\n}\n"), "{text}");
 }
 
 #[test]

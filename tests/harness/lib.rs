@@ -9,7 +9,9 @@ use cust::memory::{CopyDestination, DeviceBuffer, DeviceCopy};
 use cust::stream::{Stream, StreamFlags};
 use libtest_mimic::{Arguments, Conclusion, Failed, Trial};
 use liquidgemm::gpu::{DeviceSpan, Gpu, Operands, Workspace};
-use liquidgemm::{ActivationsView, Output, OutputType, PackedWeights, Plan, QuantizedActivations, cpu};
+use liquidgemm::{
+    ActivationsView, Error, Output, OutputType, PackedWeights, Plan, QuantizedActivations, cpu,
+};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
@@ -190,6 +192,22 @@ impl Problem {
         with_bias: bool,
         padding: usize,
     ) -> Result<(), Failed> {
+        self.check_launch::<T>(session, plan, with_bias, padding, |operands| {
+            let (workspace, stream) = (&session.workspace, &session.stream);
+            // SAFETY: everything lives until `check_launch` has waited for the stream, and the workspace is the session's.
+            unsafe { gpu.gemm(&self.device_weights, operands, plan, workspace, stream) }
+        })
+    }
+
+    /// As [`check`](Self::check), for whatever `launch` puts on the session's stream.
+    pub fn check_launch<T: Output>(
+        &self,
+        session: &Session,
+        plan: &Plan,
+        with_bias: bool,
+        padding: usize,
+        launch: impl FnOnce(&Operands) -> Result<(), Error>,
+    ) -> Result<(), Failed> {
         const POISON: u8 = 0xA5;
         const GUARD: usize = 4096;
         let [m, n, k] = self.shape();
@@ -201,8 +219,7 @@ impl Problem {
         // SAFETY: the span lies inside the buffer, between the guard zones.
         let inside = unsafe { DeviceSpan::from_raw(inside.address() + GUARD as u64, length) };
         let operands = self.operands(inside, stride, T::TYPE, with_bias);
-        // SAFETY: everything lives until the stream has been waited for, and the workspace is this session's.
-        unsafe { gpu.gemm(&self.device_weights, &operands, plan, &session.workspace, &session.stream) }?;
+        launch(&operands)?;
         session.stream.synchronize()?;
 
         let mut bytes = vec![0; length + 2 * GUARD];

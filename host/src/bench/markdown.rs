@@ -153,7 +153,7 @@ fn or_dash(value: Option<f64>, digits: usize) -> String {
 }
 
 /// The way from a directory to a file, with `/` between.
-fn link(base: &Path, target: &Path) -> String {
+pub(super) fn link(base: &Path, target: &Path) -> String {
     let clean = |path: &Path| -> PathBuf { path.components().filter(|c| *c != Component::CurDir).collect() };
     let (base, target) = (clean(base), clean(target));
     let common = base.components().zip(target.components()).take_while(|(a, b)| a == b).count();

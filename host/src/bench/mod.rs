@@ -8,6 +8,7 @@
 //! | [`cublaslt`] | the rival, loaded when the program runs |
 //! | [`run`] | one run over all problems; `check` compares results |
 //! | [`sweep`] | every plan of a problem, to choose the planner's |
+//! | [`ablation`] | the kernel without one of its ideas at a time: the paper's figure 13 |
 //! | [`record`], [`statistics`], [`targets`] | results, their means, and what they are held against |
 //! | [`table`], [`markdown`], [`plots`] | results for people |
 //!
@@ -15,6 +16,7 @@
 //! hardware, `stream`, which only reads as many bytes as the problem moves, and `mma`, which only does as many
 //! products; the slower of the two is the problem's floor.
 
+pub mod ablation;
 mod arena;
 mod check;
 mod circumstances;

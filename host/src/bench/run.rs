@@ -17,7 +17,7 @@ use super::replay::{Clock, Contender, Pace};
 use super::shapes::{Case, Matrix};
 use super::statistics::Timing;
 use crate::gpu::{self, DeviceSpan, DeviceWeights, Gpu, StreamHandle, Workspace};
-use crate::{OutputType, Plan};
+use crate::{OutputType, PackedWeights, Plan};
 
 /// What is measured, and against whom.
 #[derive(Clone, Debug)]
@@ -92,10 +92,10 @@ pub fn run(gpu: &Gpu, options: &Options, observer: &mut dyn Observer) -> anyhow:
 
 /// The GPU with everything that all problems share.
 pub(super) struct Stage<'g> {
-    gpu: &'g Gpu,
-    stream: Stream,
-    workspace: Workspace,
-    arena: Arena,
+    pub(super) gpu: &'g Gpu,
+    pub(super) stream: Stream,
+    pub(super) workspace: Workspace,
+    pub(super) arena: Arena,
     cublaslt: Option<CublasLt>,
 }
 
@@ -165,8 +165,13 @@ impl<'g> Stage<'g> {
         let copies = arena::copies(weights.bricks().len());
         Ok(Bed {
             weights: (0..copies).map(|_| self.gpu.upload(&weights)).collect::<Result<_, _>>()?,
-            reference: Reference::new(&weights, self.arena.int8(), &self.arena.token_scales, &case.tokens)?,
+            reference: self.reference(&weights, case)?,
         })
+    }
+
+    /// What the products with a matrix's weights should be.
+    pub(super) fn reference(&self, weights: &PackedWeights, case: &Case) -> anyhow::Result<Reference> {
+        Reference::new(weights, self.arena.int8(), &self.arena.token_scales, &case.tokens)
     }
 
     /// Measures one problem. The second result are remarks about rivals that could not be measured.
@@ -231,16 +236,7 @@ impl<'g> Stage<'g> {
 
     /// Our kernel.
     pub(super) fn ours<'a>(&'a self, bed: &'a Bed, m: usize, plan: &Plan) -> Contender<'a> {
-        let operands = gpu::Operands {
-            m,
-            activations: self.arena.int8().activations(),
-            activation_stride: bed.k(),
-            token_scales: (&self.arena.token_scales_device).into(),
-            bias: None,
-            output: (&self.arena.output).into(),
-            output_stride: bed.n(),
-            output_type: OutputType::Bf16,
-        };
+        let operands = self.operands([m, bed.n(), bed.k()]);
         let plan = *plan;
         Contender {
             copies: bed.weights.len(),
@@ -250,6 +246,20 @@ impl<'g> Stage<'g> {
                 unsafe { self.gpu.gemm(weights, &operands, &plan, workspace, stream) }?;
                 Ok(())
             }),
+        }
+    }
+
+    /// The operands of our product `[m, n, k]`: bf16 without bias.
+    pub(super) fn operands(&self, [m, n, k]: [usize; 3]) -> gpu::Operands {
+        gpu::Operands {
+            m,
+            activations: self.arena.int8().activations(),
+            activation_stride: k,
+            token_scales: (&self.arena.token_scales_device).into(),
+            bias: None,
+            output: (&self.arena.output).into(),
+            output_stride: n,
+            output_type: OutputType::Bf16,
         }
     }
 

@@ -112,6 +112,14 @@ pub fn quick_cases() -> Vec<Case> {
     custom_cases(&[Matrix { n: 22016, k: 4096 }, Matrix { n: 8192, k: 8192 }], &[1, 8, 32, 128, 1024, 4096])
 }
 
+/// The feed-forward matrices of LLaMA-2-7B and -70B at M = 1, 2, 4 … 1024.
+pub fn ablation_cases() -> Vec<Case> {
+    let models = MODELS.iter().filter(|model| ["LLaMA-2-7B", "LLaMA-2-70B"].contains(&model.name));
+    let layers = models.flat_map(Model::layers).filter(|(name, _)| ["gate-up", "down"].contains(name));
+    let matrices: Vec<Matrix> = layers.map(|(_, matrix)| matrix).collect();
+    custom_cases(&matrices, &powers_of_two(1024))
+}
+
 /// Exactly the points that the peers were measured at, and M = N = K = 8192.
 pub fn peer_cases() -> Vec<Case> {
     let mut cases: Vec<Case> = Vec::new();
@@ -193,6 +201,14 @@ mod tests {
         matrices.dedup();
         assert_eq!(matrices.len(), 19);
         assert_eq!(origin(Matrix { n: 28672, k: 4096 }), "LLaMA-3-8B gate-up, Mistral-7B gate-up");
+    }
+
+    #[test]
+    fn ablation_list_is_four_matrices_at_eleven_batch_sizes() {
+        let cases = ablation_cases();
+        let named: Vec<String> = cases.iter().map(|case| case.matrix.to_string()).collect();
+        assert_eq!(named, ["22016x4096", "4096x11008", "57344x8192", "8192x28672"]);
+        assert!(cases.iter().all(|case| case.tokens.len() == 11));
     }
 
     #[test]

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, bail};
 use indicatif::{ProgressBar, ProgressStyle};
+use liquidgemm::bench::ablation::Ablation;
 use liquidgemm::bench::record::Run;
 use liquidgemm::bench::run::{Observer, Options};
 use liquidgemm::bench::shapes::{self, Case, Matrix};
@@ -46,6 +47,10 @@ pub(super) struct Arguments {
     /// Instead measure every plan of each problem, without cuBLASLt
     #[arg(long, conflicts_with_all = ["tile", "from", "plots", "markdown"])]
     sweep: bool,
+    /// Instead measure what each idea of the kernel is worth: the arms of the paper's figure 13, by default on the
+    /// feed-forward matrices of LLaMA-2-7B and -70B at M = 1 … 1024
+    #[arg(long, conflicts_with_all = ["tile", "sweep", "quick", "peers", "algorithms", "no_cublas"])]
+    ablation: bool,
     /// Measure nothing; read the results of an earlier run
     #[arg(long, value_name = "JSON", conflicts_with_all = ["problems", "m", "tile", "json"])]
     from: Option<PathBuf>,
@@ -76,14 +81,17 @@ fn parse_tile(text: &str) -> anyhow::Result<TileShape> {
 
 impl Arguments {
     fn cases(&self) -> Vec<Case> {
-        let cases = if self.quick {
+        let cases = if self.ablation && self.shapes.is_empty() {
+            shapes::ablation_cases()
+        } else if self.quick {
             shapes::quick_cases()
         } else if self.peers {
             shapes::peer_cases()
         } else if self.shapes.is_empty() {
             shapes::default_cases()
         } else {
-            shapes::custom_cases(&self.shapes, &shapes::parse_tokens("1..8192").expect("it is valid"))
+            let tokens = if self.ablation { "1..1024" } else { "1..8192" };
+            shapes::custom_cases(&self.shapes, &shapes::parse_tokens(tokens).expect("it is valid"))
         };
         match &self.m {
             Some(Tokens(tokens)) => {
@@ -107,6 +115,9 @@ impl Arguments {
 pub(super) fn run(arguments: &Arguments) -> anyhow::Result<Report> {
     if arguments.sweep {
         return sweep(arguments);
+    }
+    if arguments.ablation {
+        return ablation(arguments);
     }
     let run = match &arguments.from {
         Some(path) => Run::load(path)?,
@@ -169,6 +180,50 @@ fn sweep(arguments: &Arguments) -> anyhow::Result<Report> {
         bail!("results differ from the CPU backend's");
     }
     Ok(Report { text: String::new(), success: true })
+}
+
+fn ablation(arguments: &Arguments) -> anyhow::Result<Report> {
+    let run = match &arguments.from {
+        Some(path) => Ablation::load(path)?,
+        None => measure_ablation(arguments)?,
+    };
+    let mut text = String::new();
+    if arguments.from.is_some() {
+        text += &format!("{}\n{}\n", run.device, bench::ablation::heading());
+        run.points.iter().for_each(|point| text += &format!("{}\n", point.row()));
+    }
+    let pictures = match &arguments.plots {
+        Some(directory) => plots::write_ablation(&run, directory)?,
+        None => Vec::new(),
+    };
+    if let Some(path) = &arguments.markdown {
+        bench::ablation::write_page(&run, &pictures, path)?;
+    }
+    let wrong = run.mismatches();
+    if wrong > 0 {
+        text += &format!("\n{wrong} results differ from the CPU backend's\n");
+    }
+    Ok(Report { text, success: wrong == 0 })
+}
+
+fn measure_ablation(arguments: &Arguments) -> anyhow::Result<Ablation> {
+    let gpu = Gpu::new()?;
+    let cases = arguments.cases();
+    let mut screen = Screen::new(&cases, None);
+    let bar = screen.bar.clone();
+    screen.print(&format!("{}\n{}", gpu.description(), bench::ablation::heading()));
+    let save = |run: &Ablation| arguments.json.as_deref().map_or(Ok(()), |path| run.save(path));
+    let run = bench::ablation::run(&gpu, &cases, &mut screen, |run| {
+        if let Some(point) = run.points.last() {
+            print(&bar, &point.row());
+        }
+        bar.inc(1);
+        save(run)
+    })?;
+    // Once more, now complete.
+    save(&run)?;
+    bar.finish_and_clear();
+    Ok(run)
 }
 
 /// Shows rows on stdout as they come, progress on stderr, and keeps the file up to date.
@@ -244,13 +299,22 @@ mod tests {
         assert_eq!(cases[1], Case { matrix: Matrix { n: 4096, k: 4096 }, tokens: vec![1, 8, 16, 32] });
         assert_eq!(parse("--shapes 64x128").unwrap().cases()[0].tokens.len(), 14);
         assert_eq!(parse("--peers --m 64").unwrap().cases().len(), 10);
+        assert_eq!(parse("--ablation --m 1,16").unwrap().cases()[3].tokens, [1, 16]);
+        assert_eq!(parse("--ablation --shapes 64x128").unwrap().cases()[0].tokens.len(), 11);
     }
 
     #[test]
     fn arguments_that_contradict_one_another_are_refused() {
-        for wrong in
-            ["--quick --peers", "--shapes 1", "--tile 7", "--m 0", "--sweep --tile 8", "--from a --quick"]
-        {
+        for wrong in [
+            "--quick --peers",
+            "--shapes 1",
+            "--tile 7",
+            "--m 0",
+            "--sweep --tile 8",
+            "--from a --quick",
+            "--ablation --sweep",
+            "--ablation --quick",
+        ] {
             assert!(parse(wrong).is_err(), "{wrong}");
         }
         assert_eq!(parse("--tile 64").unwrap().options().tile.unwrap().tokens, 64);

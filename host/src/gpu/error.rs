@@ -141,6 +141,14 @@ pub enum GpuError {
         shape: liquidgemm_format::tile::TileShape,
     },
 
+    /// What the ablation's kernels can't do.
+    #[cfg(feature = "bench")]
+    #[error("the ablation has no kernel for {what}")]
+    NotInAblation {
+        /// What was asked for.
+        what: &'static str,
+    },
+
     /// A plan that was made for another problem or another GPU.
     #[error("the plan is for {plan}, but the call is {call}")]
     PlanMismatch {

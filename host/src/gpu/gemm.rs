@@ -3,7 +3,7 @@
 use std::ffi::c_void;
 
 use cust::stream::Stream;
-use cust::sys::CUstream;
+use cust::sys::{CUfunction, CUstream};
 use liquidgemm_format::arguments::{GemmArguments, output_type};
 use liquidgemm_format::brick::BRICK_CHANNELS;
 use liquidgemm_format::tile::STAGE_K;
@@ -122,6 +122,15 @@ impl Operands {
     }
 }
 
+/// A compiled kernel and what each of its thread blocks needs.
+#[derive(Clone, Copy)]
+pub(super) struct Block {
+    pub(super) function: CUfunction,
+    pub(super) threads: u32,
+    /// Dynamic shared memory.
+    pub(super) shared_bytes: u32,
+}
+
 impl Gpu {
     /// Launches `output = epilogue(activations · weightsᵀ)` on `stream` and returns at once.
     ///
@@ -150,6 +159,25 @@ impl Gpu {
         workspace: &Workspace,
         stream: impl Into<StreamHandle>,
     ) -> Result<(), Error> {
+        self.check_gemm(weights, operands, plan, workspace)?;
+        let shape = plan.shape();
+        let block = Block {
+            function: self.kernels.gemm(shape)?.function(),
+            threads: shape.threads(),
+            shared_bytes: shape.shared_bytes(),
+        };
+        // SAFETY: the kernel is the plan's; the caller vouches for the rest.
+        unsafe { self.launch_gemm(block, weights, operands, plan, workspace, stream.into()) }
+    }
+
+    /// Fails unless everything fits together; makes the context current.
+    pub(super) fn check_gemm(
+        &self,
+        weights: &DeviceWeights,
+        operands: &Operands,
+        plan: &Plan,
+        workspace: &Workspace,
+    ) -> Result<(), Error> {
         operands.check(weights)?;
         let problem = [operands.m, weights.n(), weights.k()];
         if plan.problem() != problem {
@@ -160,9 +188,23 @@ impl Gpu {
             .into());
         }
         workspace.check(plan)?;
-        self.make_current()?;
+        self.make_current()
+    }
+
+    /// Launches a kernel that takes a GEMM's parameters.
+    ///
+    /// # Safety
+    /// As for [`Gpu::gemm`]; [`check_gemm`](Self::check_gemm) has passed, and the kernel computes the plan's tile.
+    pub(super) unsafe fn launch_gemm(
+        &self,
+        block: Block,
+        weights: &DeviceWeights,
+        operands: &Operands,
+        plan: &Plan,
+        workspace: &Workspace,
+        stream: StreamHandle,
+    ) -> Result<(), Error> {
         let shape = plan.shape();
-        let kernel = self.kernels.gemm(shape)?;
         let mut activations = TensorMap::of_bytes(
             self.encode_tensor_map,
             Boxes {
@@ -215,12 +257,12 @@ impl Gpu {
         let mut parameters: [*mut c_void; 3] =
             [activations.as_argument(), output.as_argument(), (&raw mut arguments).cast()];
         let launch = Launch {
-            function: kernel.function(),
+            function: block.function,
             blocks: plan.blocks(),
             cluster: plan.cluster(),
-            threads: shape.threads(),
-            shared_bytes: shape.shared_bytes(),
-            stream: stream.into().as_raw(),
+            threads: block.threads,
+            shared_bytes: block.shared_bytes,
+            stream: stream.as_raw(),
         };
         // SAFETY: the parameters are the kernel's three; the caller vouches for the memory behind them. The kernel reads
         // nothing but the weights, which nobody writes, before the launch ahead of it has ended.

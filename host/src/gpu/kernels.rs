@@ -15,14 +15,19 @@ use crate::gpu::error::{During, GpuError};
 #[derive(Debug)]
 pub(crate) struct KernelSource {
     pub(crate) entry: &'static str,
-    ptx: &'static str,
+    pub(super) ptx: &'static str,
 }
 
 macro_rules! source {
     ($entry:literal) => {
-        KernelSource { entry: $entry, ptx: include_str!(concat!("../../ptx/", $entry, ".ptx")) }
+        $crate::gpu::kernels::KernelSource {
+            entry: $entry,
+            ptx: include_str!(concat!("../../ptx/", $entry, ".ptx")),
+        }
     };
 }
+#[cfg(feature = "bench")]
+pub(super) use source;
 
 /// The GEMM kernels, in the order of [`TILE_SHAPES`].
 const GEMM: [KernelSource; TILE_SHAPES.len()] = [
@@ -98,10 +103,12 @@ pub(crate) struct KernelCache {
     gemm: [OnceLock<Kernel>; GEMM.len()],
     probe_stream: OnceLock<Kernel>,
     probe_mma: OnceLock<Kernel>,
+    #[cfg(feature = "bench")]
+    pub(super) ablation: super::ablation::Kernels,
 }
 
 /// The kernel in `cell`, loaded if this is the first time that it is asked for.
-fn get_or_load<'a>(
+pub(super) fn get_or_load<'a>(
     cell: &'a OnceLock<Kernel>,
     source: &KernelSource,
     shared_bytes: u32,

@@ -82,11 +82,16 @@ pub(crate) fn copy_to_device<T: DeviceCopy>(
 
 impl DeviceWeights {
     pub(crate) fn upload(weights: &PackedWeights) -> Result<Self, GpuError> {
+        Self::upload_as(weights, weights.bricks())
+    }
+
+    /// Uploads `bricks` in the place of the weights' own.
+    pub(super) fn upload_as(weights: &PackedWeights, bricks: &[u8]) -> Result<Self, GpuError> {
         Ok(Self {
             n: weights.n(),
             k: weights.k(),
             group: weights.group(),
-            bricks: copy_to_device(weights.bricks(), "copying the weights to the GPU")?,
+            bricks: copy_to_device(bricks, "copying the weights to the GPU")?,
             channel_scales: copy_to_device(
                 weights.channel_scales(),
                 "copying the channel scales to the GPU",

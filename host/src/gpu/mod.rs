@@ -5,9 +5,12 @@
 //! | [`Gpu::multiply`] | host memory in, host memory out, waits | here |
 //! | [`Gpu::gemm`] | device memory, a caller's stream, returns at once | [`gemm`] |
 //! | [`DeviceWeights`], [`DeviceSpan`], [`Workspace`] | what lies on the device | [`memory`] |
+//! | `Gpu::ablation` | the GEMM without one of its ideas, for the bench | `ablation` |
 //!
 //! Only the driver is needed, no CUDA toolkit; without a driver [`Gpu::new`] says so.
 
+#[cfg(feature = "bench")]
+pub mod ablation;
 mod error;
 pub mod gemm;
 mod kernels;

@@ -1,11 +1,13 @@
 //! The results as pictures: SVG text, drawn without a font system, so the same run gives the same file everywhere.
 
+mod ablation;
 mod latency;
 mod peers;
 mod style;
 
 use std::path::{Path, PathBuf};
 
+use super::ablation::Ablation;
 use super::record::{Run, write_atomically};
 use super::shapes::{Matrix, origin};
 
@@ -25,21 +27,37 @@ pub struct Picture {
 /// If a file can't be written.
 pub fn write(run: &Run, directory: &Path) -> anyhow::Result<Vec<Picture>> {
     let mut pictures = Vec::new();
-    let mut save = |name: String, title: String, svg: String| {
-        let path = directory.join(name);
-        write_atomically(&path, svg.as_bytes())?;
-        pictures.push(Picture { path, title });
-        anyhow::Ok(())
-    };
     if let Some(svg) = peers::draw(run)? {
-        save("peers.svg".into(), "Speed relative to cuBLASLt fp8, against other kernels".into(), svg)?;
+        let title = "Speed relative to cuBLASLt fp8, against other kernels";
+        pictures.push(save(directory, "peers.svg".into(), title.into(), &svg)?);
     }
     for matrix in run.matrices() {
         if let Some(svg) = latency::draw(run, matrix)? {
-            save(format!("latency-{matrix}.svg"), title(matrix), svg)?;
+            pictures.push(save(directory, format!("latency-{matrix}.svg"), title(matrix), &svg)?);
         }
     }
     Ok(pictures)
+}
+
+/// Writes an ablation's pictures into a directory: the arms' speeds for each matrix with more than one batch size.
+///
+/// # Errors
+/// If a file can't be written.
+pub fn write_ablation(run: &Ablation, directory: &Path) -> anyhow::Result<Vec<Picture>> {
+    let mut pictures = Vec::new();
+    for matrix in run.matrices() {
+        if let Some(svg) = ablation::draw(run, matrix)? {
+            let title = format!("Speed relative to the baseline, {}", title(matrix));
+            pictures.push(save(directory, format!("ablation-{matrix}.svg"), title, &svg)?);
+        }
+    }
+    Ok(pictures)
+}
+
+fn save(directory: &Path, name: String, title: String, svg: &str) -> anyhow::Result<Picture> {
+    let path = directory.join(name);
+    write_atomically(&path, svg.as_bytes())?;
+    Ok(Picture { path, title })
 }
 
 /// A matrix and whose layers it is.
@@ -98,6 +116,31 @@ mod tests {
         // To look at them: LIQUIDGEMM_KEEP_PLOTS=directory.
         if let Some(keep) = std::env::var_os("LIQUIDGEMM_KEEP_PLOTS") {
             write(&synthetic(), Path::new(&keep)).unwrap();
+        }
+    }
+
+    #[test]
+    fn every_matrix_of_an_ablation_gets_a_picture_with_every_arm() {
+        use crate::bench::ablation::tests::point;
+        use crate::gpu::ablation::Arm;
+        let mut run = Ablation::default();
+        for case in crate::bench::shapes::ablation_cases() {
+            run.points.extend(case.tokens.iter().map(|&m| {
+                let gain = (m as f64).log2() / 20.0;
+                let speeds = [1.0, 1.1 + gain, 1.2 + gain, 1.5 + 2.0 * gain, 1.05];
+                point(m, case.matrix.n, case.matrix.k, speeds)
+            }));
+        }
+        let directory = tempfile::tempdir().unwrap();
+        let pictures = write_ablation(&run, directory.path()).unwrap();
+        assert_eq!(pictures.len(), 4);
+        for picture in &pictures {
+            let svg = std::fs::read_to_string(&picture.path).unwrap();
+            assert!(Arm::ALL.iter().all(|arm| svg.contains(arm.name())), "{}", picture.path.display());
+            assert!(!svg.contains("NaN") && !svg.contains("inf"));
+        }
+        if let Some(keep) = std::env::var_os("LIQUIDGEMM_KEEP_PLOTS") {
+            write_ablation(&run, Path::new(&keep)).unwrap();
         }
     }
 

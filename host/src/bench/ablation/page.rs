@@ -1,0 +1,162 @@
+//! The ablation as a page: circumstances, how the arms differ, means, pictures, and every point.
+
+use std::fmt::Write;
+use std::path::Path;
+
+use anyhow::Context;
+
+use super::{Ablation, Point};
+use crate::bench::markdown::link;
+use crate::bench::plots::{self, Picture};
+use crate::bench::record::write_atomically;
+use crate::bench::statistics::geometric_mean;
+use crate::gpu::ablation::Arm;
+
+/// Writes the page to `path`, with links to the pictures.
+///
+/// # Errors
+/// If the file can't be written.
+pub fn write(run: &Ablation, pictures: &[Picture], path: &Path) -> anyhow::Result<()> {
+    let base = path.parent().context("a page needs a file name")?;
+    let text = page(run, pictures, base).context("a String takes all")?;
+    write_atomically(path, text.as_bytes())
+}
+
+/// How to read the figures.
+const METHOD: &str = "
+| arm | dequantization of four weights | overlap |
+|---|---|---|
+| baseline | as QServe: multiply, then subtract byte by byte (`vsub4`, five instructions in all) | none: a consumer loads \
+ a stage's codes, dequantizes them in registers, multiplies, waits, and goes on to the next |
+| +LiquidQuant | multiply-add and XOR, two instructions | none |
+| +ExCP | LiquidQuant | explicit: for each strip of 64 channels one warpgroup dequantizes into int8 buffers in shared memory, \
+ another multiplies from there |
+| ImFP | LiquidQuant | implicit: the library's own kernel, which dequantizes in registers while the products before run |
+| QServe in ImFP | as QServe | implicit |
+
+Every arm of a point has the same tile (128 channels × the tokens given), the same schedule, the same producers, partial sums
+and epilogue, and gives the same bits. The schedule is the one that the planner takes for the fastest with the library's kernel at that
+tile; the library itself chooses among more tiles than these. In all arms copies run ahead of the consumers, and the two consumers of a
+block, one a strip, overlap each other; without overlap means that a consumer's own dequantization and products take turns. QServe's arms
+get pairs that hold what is subtracted, so that finding it costs them nothing. ExCP has fewer stages, as its buffers take their room.
+
+Launches replay from a CUDA graph, weights rotate through more than 200 MB, data are random, times are medians. All arms of a point
+are measured one after the other, twice, each after an idle rest of 60 ms. × is the speed relative to the baseline.
+";
+
+fn page(run: &Ablation, pictures: &[Picture], base: &Path) -> Result<String, std::fmt::Error> {
+    let mut text = String::new();
+    circumstances(run, &mut text)?;
+    text.push_str(METHOD);
+    means(run, &mut text)?;
+    if !pictures.is_empty() {
+        text.push_str("\n## Pictures\n");
+    }
+    for Picture { path, title } in pictures {
+        writeln!(text, "\n![{title}]({})", link(base, path))?;
+    }
+    text.push_str("\n## Every point\n");
+    for matrix in run.matrices() {
+        writeln!(text, "\n### {}\n", plots::title(matrix))?;
+        text.push_str("| M | tile |");
+        Arm::ALL.iter().try_for_each(|arm| write!(text, " {arm} µs | × |"))?;
+        text.push_str("\n|---|---|---|---|---|---|---|---|---|---|---|---|\n");
+        for point in run.points.iter().filter(|point| point.matrix() == matrix) {
+            row(point, &mut text)?;
+        }
+    }
+    Ok(text)
+}
+
+fn circumstances(run: &Ablation, text: &mut String) -> std::fmt::Result {
+    let name = run.device.split(',').next().unwrap_or_default();
+    writeln!(text, "# What each idea is worth, on {name}\n")?;
+    writeln!(text, "Written by `liquidgemm bench --ablation`; don't edit.\n")?;
+    writeln!(text, "| | |\n|---|---|")?;
+    let results = run.points.iter().map(|point| point.arms.len()).sum::<usize>();
+    let exact = match run.mismatches() {
+        0 => format!(
+            "all {results} results bit for bit those of the CPU backend, each on {} tokens at the most with every channel of them",
+            run.points.iter().map(|point| point.tokens_checked).max().unwrap_or(0)
+        ),
+        wrong => format!("**{wrong} of {results} results are wrong**"),
+    };
+    for (what, value) in [
+        ("device", run.device.as_str()),
+        ("driver", &run.driver),
+        ("date", &run.date),
+        ("command", &format!("`{}`", run.command)),
+        ("version", &format!("{}, kernels from sources `{}`", run.version, run.kernels)),
+        ("checked", &exact),
+    ] {
+        writeln!(text, "| {what} | {} |", value.replace('|', "\\|"))?;
+    }
+    if !run.complete {
+        writeln!(text, "\n**The run was interrupted; points are missing.**")?;
+    }
+    Ok(())
+}
+
+fn means(run: &Ablation, text: &mut String) -> std::fmt::Result {
+    text.push_str(
+        "\n## Means\n\nSpeed relative to the baseline, geometric means over the matrices.\n\n| M | tile |",
+    );
+    Arm::ALL.iter().try_for_each(|arm| write!(text, " {arm} |"))?;
+    text.push_str("\n|---|---|---|---|---|---|---|\n");
+    let mut tokens: Vec<(usize, u32)> = run.points.iter().map(|point| (point.m, point.tile)).collect();
+    tokens.sort_unstable();
+    tokens.dedup();
+    for (m, tile) in tokens {
+        write!(text, "| {m} | {tile} |")?;
+        for arm in Arm::ALL {
+            let points = run.points.iter().filter(|point| point.m == m);
+            let mean = geometric_mean(points.filter_map(|point| point.speedup(arm)));
+            write!(text, " {:.2} |", mean.unwrap_or(f64::NAN))?;
+        }
+        text.push('\n');
+    }
+    Ok(())
+}
+
+fn row(point: &Point, text: &mut String) -> std::fmt::Result {
+    write!(text, "| {} | {} |", point.m, point.tile)?;
+    for time in &point.arms {
+        let speedup = point.speedup(time.arm).unwrap_or(f64::NAN);
+        let wrong = if time.mismatch.is_some() { " **wrong**" } else { "" };
+        write!(text, " {:.2}{wrong} | {speedup:.2} |", time.timing.us)?;
+    }
+    text.push('\n');
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bench::ablation::tests::point;
+
+    #[test]
+    fn page_has_every_arm_of_every_point_and_whole_tables() {
+        let speeds = [1.0, 1.2, 1.5, 2.0, 1.1];
+        let run = Ablation {
+            device: "NVIDIA H100 80GB HBM3, 132 multiprocessors".into(),
+            points: vec![point(1, 22016, 4096, speeds), point(64, 22016, 4096, speeds)],
+            ..Ablation::default()
+        };
+        let pictures = [Picture { path: "docs/a.svg".into(), title: "A".into() }];
+        let text = page(&run, &pictures, Path::new("docs")).unwrap();
+        for part in [
+            "on NVIDIA H100 80GB HBM3\n",
+            "![A](a.svg)",
+            "interrupted",
+            "all 10 results",
+            "| 64 | 16 | 1.00 | 1.20 | 1.50 | 2.00 | 1.10 |",
+            "| 1 | 16 | 100.00 | 1.00 | 83.33 | 1.20 |",
+        ] {
+            assert!(text.contains(part), "{part:?} is missing in\n{text}");
+        }
+        let tables = text.lines().filter(|line| line.starts_with('|')).collect::<Vec<_>>();
+        for pair in tables.windows(2).filter(|pair| pair[1].starts_with("|---")) {
+            assert_eq!(pair[0].matches('|').count(), pair[1].matches('|').count(), "{}", pair[0]);
+        }
+    }
+}

@@ -1,0 +1,111 @@
+//! The speed of every arm of the ablation relative to the baseline, against the number of tokens, for one matrix.
+
+use anyhow::anyhow;
+use plotters::prelude::*;
+
+use super::style::{self, Anchor, text};
+use super::title;
+use crate::bench::ablation::{Ablation, Point};
+use crate::bench::shapes::Matrix;
+use crate::gpu::ablation::Arm;
+
+const SIZE: (u32, u32) = (860, 460);
+/// Where the legend's line is.
+const LEGEND_Y: i32 = 54;
+
+fn colour(arm: Arm) -> RGBColor {
+    match arm {
+        Arm::Baseline => style::LIMIT,
+        Arm::LiquidQuant => style::INT8,
+        Arm::Explicit => style::FP8,
+        Arm::Implicit => style::OURS,
+        Arm::QServeImplicit => style::BF16,
+    }
+}
+
+/// The library's own is the strongest.
+fn width(arm: Arm) -> u32 {
+    if arm == Arm::Implicit { 4 } else { 2 }
+}
+
+/// The picture as SVG; `None` where there is no line to draw.
+pub(super) fn draw(run: &Ablation, matrix: Matrix) -> anyhow::Result<Option<String>> {
+    let mut points: Vec<&Point> = run.points.iter().filter(|point| point.matrix() == matrix).collect();
+    points.sort_by_key(|point| point.m);
+    points.dedup_by_key(|point| point.m);
+    let (Some(first), Some(last)) = (points.first(), points.last()) else {
+        return Ok(None);
+    };
+    if first.m == last.m {
+        return Ok(None);
+    }
+    let across = first.m as f64 / 1.15..last.m as f64 * 1.15;
+    let mut svg = String::new();
+    render(&mut svg, &title(matrix), &points, across)
+        .map_err(|error| anyhow!("cannot draw the ablation of {matrix}: {error}"))?;
+    Ok(Some(svg))
+}
+
+fn render(
+    svg: &mut String,
+    title: &str,
+    points: &[&Point],
+    across: std::ops::Range<f64>,
+) -> Result<(), Box<dyn std::error::Error>> {
+    let line = |arm: Arm| {
+        points.iter().filter_map(move |point| Some((point.m as f64, point.speedup(arm)?))).collect::<Vec<_>>()
+    };
+    let all = || Arm::ALL.into_iter().flat_map(line).map(|(_, speed)| speed);
+    let low = (all().fold(1.0, f64::min) * 10.0 - 1.0).floor() / 10.0;
+    let high = (all().fold(1.0, f64::max) * 10.0 + 1.0).ceil() / 10.0;
+
+    let area = SVGBackend::with_string(svg, SIZE).into_drawing_area();
+    area.fill(&WHITE)?;
+    area.draw(&Text::new(title.to_owned(), (22, 26), text(18, true, style::TEXT, Anchor::Left)))?;
+    let mut chart = ChartBuilder::on(&area)
+        .margin_top(LEGEND_Y + 20)
+        .margin_right(24)
+        .margin_bottom(12)
+        .margin_left(10)
+        .x_label_area_size(46)
+        .y_label_area_size(66)
+        .build_cartesian_2d(across.clone().log_scale().base(2.0), low..high)?;
+    chart
+        .configure_mesh()
+        .light_line_style(TRANSPARENT)
+        .bold_line_style(style::GRID)
+        .axis_style(style::GRID)
+        .x_desc("M (tokens)")
+        .y_desc("speed relative to the baseline")
+        .x_labels(16)
+        .y_labels(10)
+        .x_label_formatter(&|m| format!("{m}"))
+        .y_label_formatter(&|speed| format!("{speed:.1}"))
+        .label_style(text(13, false, style::FAINT_TEXT, Anchor::Middle))
+        .axis_desc_style(text(14, false, style::TEXT, Anchor::Middle))
+        .draw()?;
+    for arm in Arm::ALL {
+        let (line, colour, width) = (line(arm), colour(arm), width(arm));
+        if arm == Arm::Baseline {
+            chart.draw_series(DashedLineSeries::new(line, 5, 4, colour.stroke_width(width)))?;
+            continue;
+        }
+        chart.draw_series(LineSeries::new(line.iter().copied(), colour.stroke_width(width)))?;
+        chart.draw_series(line.iter().map(|&point| Circle::new(point, width + 1, colour.filled())))?;
+    }
+
+    let mut x = 76;
+    for arm in Arm::ALL {
+        let dashes = if arm == Arm::Baseline { [(0, 5), (9, 14), (18, 23)] } else { [(0, 22); 3] };
+        let half = width(arm).div_ceil(2) as i32;
+        for (from, to) in dashes {
+            let corners = [(x + from, LEGEND_Y - half), (x + to, LEGEND_Y + half)];
+            area.draw(&Rectangle::new(corners, colour(arm).filled()))?;
+        }
+        let bold = arm == Arm::Implicit;
+        area.draw(&Text::new(arm.name(), (x + 28, LEGEND_Y), text(14, bold, style::TEXT, Anchor::Left)))?;
+        x += 44 + 8 * arm.name().chars().count() as i32;
+    }
+    area.present()?;
+    Ok(())
+}

@@ -10,16 +10,27 @@ use anyhow::{Context, bail, ensure};
 use cuda_builder::{CudaBuilder, NvvmArch, SOURCES_KEY};
 
 use crate::cuda_tools::CudaTools;
-use crate::sass::Kernel;
+use crate::sass::{Form, Kernel};
 
 /// Where the host crate embeds the PTX from.
 const COMMITTED: &str = "host/ptx";
 /// The most that all PTX may add to the library.
 const MOST_BYTES: u64 = 3_000_000;
 /// How the names of the kernels that dequantize start.
-const GEMM: &str = "gemm";
-/// Instructions that dequantize four weights: IMAD and XOR.
-const INSTRUCTIONS_PER_WORD: usize = 2;
+const DEQUANTIZING: [&str; 2] = ["gemm", "ablation"];
+/// How the names of those start that do it as QServe does.
+const SUBTRACTING: [&str; 2] = ["ablation_baseline", "ablation_qserve"];
+
+/// How a kernel dequantizes, and how many instructions four weights take it: IMAD and XOR, or IMAD and the four that
+/// `vsub4` becomes.
+fn dequantization(entry: &str) -> Option<(Form, usize)> {
+    let starts = |names: &[&str]| names.iter().any(|name| entry.starts_with(name));
+    match (starts(&DEQUANTIZING), starts(&SUBTRACTING)) {
+        (_, true) => Some((Form::MultiplySubtract, 5)),
+        (true, false) => Some((Form::MultiplyAddFlip, 2)),
+        (false, false) => None,
+    }
+}
 
 /// Build the kernels to PTX, or check the PTX that is committed
 #[derive(clap::Args)]
@@ -37,7 +48,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
 /// Builds into the host crate and lists the kernels.
 fn build() -> anyhow::Result<()> {
     for kernel in builder().copy_to(COMMITTED).build()? {
-        println!("{:<16} {:>9} bytes", kernel.entry, kernel.text.len());
+        println!("{:<28} {:>9} bytes", kernel.entry, kernel.text.len());
     }
     Ok(())
 }
@@ -151,14 +162,14 @@ fn describe_kernel(tools: &CudaTools, ptx: &Path, entry: &str, cubin: &Path) -> 
         bail!("the machine code uses local memory: `{instruction}`");
     }
     let mut line = format!("{entry}: {} registers, 0 spills", resources.registers);
-    if entry.starts_with(GEMM) {
-        let cost = kernel.dequantization()?;
+    if let Some((form, instructions_per_word)) = dequantization(entry) {
+        let cost = kernel.dequantization(form)?;
         ensure!(cost.multiplies > 0, "no IGMMA in a loop: where are the tensor cores?");
-        ensure!(cost.words > 0, "no IGMMA takes its weights from registers");
+        ensure!(cost.words > 0, "no weights are dequantized in a loop");
         let per_word = |count: usize| count as f64 / cost.words as f64;
         ensure!(
-            cost.arithmetic == INSTRUCTIONS_PER_WORD * cost.words,
-            "{:.2} arithmetic instructions per 4 weights instead of {INSTRUCTIONS_PER_WORD}",
+            cost.arithmetic == instructions_per_word * cost.words,
+            "{:.2} arithmetic instructions per 4 weights instead of {instructions_per_word}",
             per_word(cost.arithmetic)
         );
         line += &format!(

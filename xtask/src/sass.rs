@@ -2,7 +2,8 @@
 //!
 //! Dequantization is worth what it claims only if the machine code keeps to it: two instructions, IMAD and XOR, for four
 //! weights. Counting opcodes in a listing can't show that, so this follows the data: from every register operand of an
-//! IGMMA in a loop, backwards along the control flow and around the loop's back edge, to the masked nibbles.
+//! IGMMA in a loop, backwards along the control flow and around the loop's back edge, to the masked nibbles. Weights that
+//! go through shared memory are followed from the STSM that puts them there.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -36,6 +37,15 @@ struct Register {
     number: u32,
 }
 
+/// A way from an operand back to masked nibbles.
+#[derive(Default)]
+struct Way {
+    /// Instructions that have been looked at.
+    seen: BTreeSet<usize>,
+    /// Those of them that compute from masked nibbles, the masks with them.
+    arithmetic: BTreeSet<usize>,
+}
+
 /// A kernel's instructions with their control flow.
 pub struct Kernel {
     instructions: Vec<Instruction>,
@@ -44,12 +54,21 @@ pub struct Kernel {
     loops: BTreeMap<usize, BTreeSet<usize>>,
 }
 
+/// How a kernel dequantizes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Form {
+    /// A multiply-add and an XOR, and nothing else is accepted.
+    MultiplyAddFlip,
+    /// A multiplication and a byte-wise subtraction, of however many instructions the assembler makes it.
+    MultiplySubtract,
+}
+
 /// What dequantization costs in a kernel's loops.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Dequantization {
     /// IGMMAs inside loops.
     pub multiplies: usize,
-    /// Registers that they take as operands, four weights each.
+    /// Registers that they take as operands, or that go to shared memory to become theirs, four weights each.
     pub words: usize,
     /// Instructions between masked nibbles and operands, over all words.
     pub arithmetic: usize,
@@ -102,31 +121,87 @@ impl Kernel {
         self.instructions.iter().find(matches).map(Instruction::to_string)
     }
 
-    /// Follows every register operand of every IGMMA in a loop back to its nibbles.
-    pub fn dequantization(&self) -> anyhow::Result<Dequantization> {
+    /// Follows every word of weights in a loop back to its nibbles.
+    pub fn dequantization(&self, form: Form) -> anyhow::Result<Dequantization> {
         let mut result = Dequantization::default();
         for (index, instruction) in self.instructions.iter().enumerate() {
-            if instruction.stem() != "IGMMA" {
+            let multiplies = instruction.stem() == "IGMMA";
+            // The epilogue's matrices are stored transposed (MT88).
+            if !multiplies && !instruction.opcode.starts_with("STSM.16.M88") {
                 continue;
             }
             // The innermost of the loops around it.
             let around = self.loops.values().filter(|body| body.contains(&index));
             let Some(body) = around.min_by_key(|body| body.len()) else { continue };
-            result.multiplies += 1;
+            result.multiplies += usize::from(multiplies);
             let Some(first) = instruction.operands.get(1).and_then(|operand| register(operand)) else {
                 continue;
             };
             for number in first.number..first.number + 4 {
                 let operand = Register { number, ..first };
-                let (arithmetic, unpacking) = self
-                    .flipped(body, index, operand, 0)
-                    .with_context(|| format!("operand R{number} of `{instruction}`"))?;
+                let (arithmetic, unpacking) = match form {
+                    Form::MultiplyAddFlip => self.flipped(body, index, operand, 0),
+                    Form::MultiplySubtract => self.subtracted(body, index, operand),
+                }
+                .with_context(|| format!("operand R{number} of `{instruction}`"))?;
                 result.words += 1;
                 result.arithmetic += arithmetic;
                 result.unpacking += unpacking;
             }
         }
         Ok(result)
+    }
+
+    /// The cost of `register`, an operand, as the number of instructions between masked nibbles and it; what depends on
+    /// the pair alone serves many words and is left out.
+    fn subtracted(
+        &self,
+        body: &BTreeSet<usize>,
+        index: usize,
+        register: Register,
+    ) -> anyhow::Result<(usize, usize)> {
+        let mut way = Way::default();
+        ensure!(
+            self.depends_on_nibbles(body, index, register, &mut way),
+            "expected masked nibbles behind it"
+        );
+        let masks = way.arithmetic.iter().filter(|&&at| self.combined(at, AND, NIBBLES).is_some());
+        let (masks, mut unpacking) = (masks.copied().collect::<Vec<_>>(), 0);
+        for mask in &masks {
+            unpacking += self.masked_at(body, *mask)?;
+        }
+        Ok((way.arithmetic.len() - masks.len(), unpacking))
+    }
+
+    /// Whether `register` holds what was computed from masked nibbles; the instructions of the way there join `way`.
+    fn depends_on_nibbles(
+        &self,
+        body: &BTreeSet<usize>,
+        index: usize,
+        register: Register,
+        way: &mut Way,
+    ) -> bool {
+        let mut depends = false;
+        for writer in self.writers(Some(body), index, register) {
+            if !way.seen.insert(writer) {
+                depends |= way.arithmetic.contains(&writer);
+                continue;
+            }
+            let instruction = &self.instructions[writer];
+            let mut found = self.combined(writer, AND, NIBBLES).is_some();
+            if !found && instruction.computes() {
+                for source in
+                    instruction.operands.iter().skip(1).filter_map(|operand| self::register(operand))
+                {
+                    found |= self.depends_on_nibbles(body, writer, source, way);
+                }
+            }
+            if found {
+                way.arithmetic.insert(writer);
+                depends = true;
+            }
+        }
+        depends
     }
 
     /// Adds the natural loop of a jump from `tail` back to `head`; jumps that enter no loop's head are left out.
@@ -235,11 +310,16 @@ impl Kernel {
         steps: usize,
     ) -> anyhow::Result<(usize, usize)> {
         self.each_writer(body, index, register, steps, Self::masked, |writer| {
-            let packed = self.combined(writer, AND, NIBBLES).context("expected a mask 0x0f0f0f0f")?;
-            let writers = self.writers(Some(body), writer, packed);
-            let shifts = writers.iter().filter(|&&writer| self.instructions[writer].stem() == "SHF").count();
-            Ok((0, 1 + shifts))
+            Ok((0, self.masked_at(body, writer)?))
         })
+    }
+
+    /// What unpacking took up to and with the mask at `index`.
+    fn masked_at(&self, body: &BTreeSet<usize>, index: usize) -> anyhow::Result<usize> {
+        let packed = self.combined(index, AND, NIBBLES).context("expected a mask 0x0f0f0f0f")?;
+        let writers = self.writers(Some(body), index, packed);
+        let shifts = writers.iter().filter(|&&writer| self.instructions[writer].stem() == "SHF").count();
+        Ok(1 + shifts)
     }
 
     /// The largest cost over all writers of a register. A move costs one and is looked through by `again`.
@@ -292,6 +372,11 @@ impl Instruction {
     /// The opcode without its modifiers.
     fn stem(&self) -> &str {
         self.opcode.split('.').next().unwrap_or_default()
+    }
+
+    /// Whether the instruction computes its result from its register operands alone.
+    fn computes(&self) -> bool {
+        ["LOP3", "IMAD", "IADD3", "VIADD", "PRMT", "SHF", "LEA", "MOV"].contains(&self.stem())
     }
 
     /// Where the instruction may jump to.

@@ -94,6 +94,22 @@ impl ExplicitShape {
     }
 }
 
+/// Where in a strip's buffer a thread of the warpgroup that dequantizes lets `stmatrix` put its row: the 16 bytes of one
+/// channel that belong to the stage's first k32 MMA. Those of MMA `i` lie at this place XOR `i` ×
+/// [`EXPLICIT_MMA_BYTES`].
+///
+/// The four matrices of an MMA's operand are channels g and g + 8 of the lower 16 of its k, then of the upper 16. A row's
+/// eight pieces of 16 bytes are permuted by the channel's low bits, the 128-byte swizzle.
+#[inline(always)]
+#[must_use]
+pub const fn explicit_row(thread: u32) -> u32 {
+    let (warp, matrix, row) = (thread / 32, thread / 8 % 4, thread % 8);
+    (warp * 16 + matrix % 2 * 8 + row) * STAGE_K + ((matrix / 2) ^ row) * 16
+}
+
+/// Bytes of a channel's weights for one k32 MMA.
+pub const EXPLICIT_MMA_BYTES: u32 = 32;
+
 /// Registers of a thread where the explicit pipeline moves them: of the producer, of the warpgroups that dequantize, of
 /// those that multiply.
 pub const EXPLICIT_REGISTERS: [u32; 3] = [24, 56, 168];
@@ -101,6 +117,7 @@ pub const EXPLICIT_REGISTERS: [u32; 3] = [24, 56, 168];
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::brick::{BRICK_K, code_at};
     use crate::dequant::{dequantize, is_valid_pair};
 
     #[test]
@@ -121,6 +138,30 @@ mod tests {
             let in_brick = at % BRICK_BYTES;
             let is_second = in_brick >= CODE_BYTES && in_brick % 2 == 1;
             assert_eq!(now, if is_second { subtrahend(then) } else { then }, "byte {at}");
+        }
+    }
+
+    #[test]
+    fn dequantized_weights_lie_swizzled_by_channel_and_k() {
+        // As `stmatrix` writes: lane 4·r + c holds bytes 4·c.. of each matrix's row r, whose place lane 8·i + r gives.
+        let mut buffer = [None; 64 * STAGE_K as usize];
+        for (mma, thread) in
+            (0..4usize).flat_map(|mma| (0..WARPGROUP as usize).map(move |thread| (mma, thread)))
+        {
+            for (matrix, byte) in (0..4usize).flat_map(|matrix| (0..4usize).map(move |byte| (matrix, byte))) {
+                // The operand is [word 0 low, word 1 low, word 0 high, word 1 high] of the thread's codes for the MMA.
+                let word = mma % 2 * 2 + matrix % 2;
+                let (channel, k) = code_at(thread * 16 + word * 4 + byte, matrix / 2 == 1);
+                let lane = 8 * matrix + thread % 32 / 4;
+                let row = explicit_row((thread / 32 * 32 + lane) as u32) ^ (mma as u32 * EXPLICIT_MMA_BYTES);
+                let place = row as usize + thread % 4 * 4 + byte;
+                assert!(buffer[place].replace((channel, mma / 2 * BRICK_K + k)).is_none());
+            }
+        }
+        for (place, weight) in buffer.into_iter().enumerate() {
+            let (channel, within) = (place / STAGE_K as usize, place % STAGE_K as usize);
+            let piece = (within / 16) ^ (channel % 8);
+            assert_eq!(weight, Some((channel, piece * 16 + within % 16)));
         }
     }
 

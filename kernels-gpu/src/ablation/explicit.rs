@@ -6,12 +6,12 @@
 
 use cuda_std::warp::WARP_SIZE;
 use cuda_std::{TensorMap, cluster, shared, thread, warp};
-use liquidgemm_format::ablation::{EXPLICIT_REGISTERS, ExplicitShape};
+use liquidgemm_format::ablation::{EXPLICIT_MMA_BYTES, EXPLICIT_REGISTERS, ExplicitShape, explicit_row};
 use liquidgemm_format::arguments::GemmArguments;
 use liquidgemm_format::brick::BRICK_BYTES;
 use liquidgemm_format::ring::RingCursor;
 use liquidgemm_format::schedule::Segment;
-use liquidgemm_format::tile::{STAGE_K, TileShape, WARPGROUP};
+use liquidgemm_format::tile::{TileShape, WARPGROUP};
 
 use crate::dequant::{BrickShare, Dequantization, SharePlace};
 use crate::gemm::{MainLoop, consume, produce_activations, produce_bricks, sync};
@@ -160,10 +160,7 @@ unsafe fn dequantize<D: Dequantization, const STAGES: u32, const BUFFERS: u32>(
     consumer: Consumer,
 ) {
     let place = SharePlace::of_thread(consumer.thread).moved(shared.own_bricks(0, consumer));
-    // The four matrices of an operand: channels g and g + 8 of the lower 16 of k, then of the upper.
-    let (warp, lane) = (consumer.thread / WARP_SIZE, consumer.thread % WARP_SIZE);
-    let (matrix, row) = (lane / 8, lane % 8);
-    let row_offset = (warp * 16 + matrix % 2 * 8 + row) * STAGE_K + ((matrix / 2) ^ row) * 16;
+    let row = explicit_row(consumer.thread);
     let mut ring = RingCursor::<STAGES>::start();
     let mut filled = RingCursor::<BUFFERS>::start();
     for segment in arguments.schedule.segments(cluster::cluster_idx_x()) {
@@ -176,12 +173,11 @@ unsafe fn dequantize<D: Dequantization, const STAGES: u32, const BUFFERS: u32>(
                 let first = BrickShare::load(bricks, place);
                 let second = BrickShare::load(bricks + BRICK_BYTES as u32, place);
                 mbarrier::wait(buffers.empty(buffer, strip), filled.empty_parity());
-                // An MMA's k32 are two of the row's eight pieces of 16 bytes, which the swizzle permutes.
-                let address = buffers.weights(buffer, strip) + row_offset;
+                let address = buffers.weights(buffer, strip) + row;
                 store_x4(address, first.operand::<D, 0>());
-                store_x4(address ^ 32, first.operand::<D, 1>());
-                store_x4(address ^ 64, second.operand::<D, 0>());
-                store_x4(address ^ 96, second.operand::<D, 1>());
+                store_x4(address ^ EXPLICIT_MMA_BYTES, first.operand::<D, 1>());
+                store_x4(address ^ (2 * EXPLICIT_MMA_BYTES), second.operand::<D, 0>());
+                store_x4(address ^ (3 * EXPLICIT_MMA_BYTES), second.operand::<D, 1>());
                 mbarrier::fence_async();
                 mbarrier::arrive(buffers.full(buffer, strip));
             }

@@ -16,7 +16,7 @@ fn listing(lines: &[&str]) -> String {
 }
 
 fn traced(lines: &[&str]) -> anyhow::Result<Dequantization> {
-    Kernel::parse(&listing(lines))?.dequantization()
+    Kernel::parse(&listing(lines))?.dequantization(Form::MultiplyAddFlip)
 }
 
 /// Nibbles in R4 to R7, times R2 plus R3, flipped, in R8 to R11.
@@ -178,4 +178,54 @@ fn destinations_are_told_from_sources() {
     ] {
         assert!(!writes(line, 5), "{line}");
     }
+}
+
+/// Products of R4 to R7 with R2, less R3 byte by byte, in R8 to R11.
+const SUBTRACT: [&str; 21] = [
+    "LOP3.LUT R16, R3, 0x7f7f7f7f, RZ, 0xc0, !PT",
+    "IMAD R4, R2.reuse, R4, RZ",
+    "IMAD R5, R5, R2, RZ",
+    "IMAD R6, R2, R6, RZ",
+    "IMAD R7, R2, R7, RZ",
+    "LOP3.LUT R8, R4, 0x80808080, RZ, 0xfc, !PT",
+    "LOP3.LUT R9, R5, 0x80808080, RZ, 0xfc, !PT",
+    "LOP3.LUT R10, R6, 0x80808080, RZ, 0xfc, !PT",
+    "LOP3.LUT R11, R7, 0x80808080, RZ, 0xfc, !PT",
+    "LOP3.LUT R4, R3, 0x80808080, R4, 0x84, !PT",
+    "LOP3.LUT R5, R3, 0x80808080, R5, 0x84, !PT",
+    "LOP3.LUT R6, R3, 0x80808080, R6, 0x84, !PT",
+    "LOP3.LUT R7, R3, 0x80808080, R7, 0x84, !PT",
+    "IMAD.IADD R8, R8, 0x1, -R16",
+    "IADD3 R9, -R16, R9, RZ",
+    "IMAD.IADD R10, R10, 0x1, -R16.reuse",
+    "IMAD.IADD R11, R11, 0x1, -R16",
+    "LOP3.LUT R8, R8, R4, RZ, 0x3c, !PT",
+    "LOP3.LUT R9, R9, R5, RZ, 0x3c, !PT",
+    "LOP3.LUT R10, R10, R6, RZ, 0x3c, !PT",
+    "LOP3.LUT R11, R11, R7, RZ, 0x3c, !PT",
+];
+
+#[test]
+fn byte_wise_subtraction_counts_what_depends_on_the_codes() {
+    let lines = [&[".L_x_1:"][..], &UNPACK, &SUBTRACT, &[MMA, "@P0 BRA `(.L_x_1)", "EXIT"]].concat();
+    let kernel = Kernel::parse(&listing(&lines)).unwrap();
+    let cost = kernel.dequantization(Form::MultiplySubtract).unwrap();
+    assert_eq!(cost, Dequantization { arithmetic: 20, ..TWO_PER_WORD });
+    assert!(kernel.dequantization(Form::MultiplyAddFlip).is_err());
+}
+
+#[test]
+fn weights_that_go_to_shared_memory_are_followed_from_there() {
+    let store = "STSM.16.M88.4 [R30], R8";
+    let multiply = "IGMMA.64x8x32.S8.S8 R24, gdesc[UR4], R24, gsb0";
+    let epilogue = "STSM.16.MT88.4 [R31], R24";
+    let lines = [
+        &[".L_x_1:"][..],
+        &UNPACK,
+        &MULTIPLY,
+        &FLIPS,
+        &[store, "@P0 BRA `(.L_x_1)", ".L_x_2:", multiply, epilogue, "@P1 BRA `(.L_x_2)", "EXIT"],
+    ]
+    .concat();
+    assert_eq!(traced(&lines).unwrap(), TWO_PER_WORD);
 }

@@ -14,9 +14,11 @@ pub mod partials;
 pub mod pipeline;
 pub mod probes;
 pub mod ptx;
+pub mod skinny;
 
 use cuda_std::kernel;
-use liquidgemm_format::arguments::GemmArguments;
+use liquidgemm_format::arguments::{GemmArguments, SkinnyArguments};
+use liquidgemm_format::skinny::{GROUP_TOKENS, SkinnyShape};
 use liquidgemm_format::tile::TileShape;
 
 use ptx::wgmma;
@@ -70,6 +72,49 @@ gemm_kernel!(gemm_64x128, 1, Accumulator128, 2, 384);
 gemm_kernel!(gemm_128x128, 2, Accumulator128, 1, 384);
 gemm_kernel!(gemm_192x128, 3, Accumulator128, 1, 512);
 gemm_kernel!(gemm_128x256, 2, Accumulator256, 1, 384);
+
+/// The shape for few tokens of so many units, groups of 8 tokens and warps.
+const fn skinny_shape(units: u32, groups: u32, warps: u32) -> SkinnyShape {
+    match SkinnyShape::find(units, groups * GROUP_TOKENS, warps) {
+        Some(shape) => shape,
+        None => panic!("no such shape"),
+    }
+}
+
+macro_rules! skinny_kernel {
+    ($name:ident, $units:literal, $groups:literal, $warps:literal, $threads:literal) => {
+        #[doc = concat!("[`skinny::skinny`] for ", $units, " units, ", $groups, " x 8 tokens and ", $warps, " warps.")]
+        ///
+        /// # Safety
+        /// See [`skinny::skinny`].
+        #[kernel(max_threads = $threads, min_blocks = 2)]
+        pub unsafe fn $name(#[grid_constant] activations: cuda_std::TensorMap, arguments: SkinnyArguments) {
+            const SHAPE: SkinnyShape = skinny_shape($units, $groups, $warps);
+            const _: () = assert!(SHAPE.threads() == $threads);
+            // SAFETY: the launcher vouches for the arguments.
+            unsafe {
+                skinny::skinny::<
+                    $units,
+                    $groups,
+                    $warps,
+                    { SHAPE.activation_stages },
+                    { SHAPE.weight_stages() - 2 },
+                >(activations, &arguments)
+            }
+        }
+    };
+}
+
+skinny_kernel!(skinny_32x8_w8, 2, 1, 8, 256);
+skinny_kernel!(skinny_32x8_w16, 2, 1, 16, 512);
+skinny_kernel!(skinny_64x8_w8, 4, 1, 8, 256);
+skinny_kernel!(skinny_64x8_w16, 4, 1, 16, 512);
+skinny_kernel!(skinny_96x8_w8, 6, 1, 8, 256);
+skinny_kernel!(skinny_32x16_w8, 2, 2, 8, 256);
+skinny_kernel!(skinny_32x16_w16, 2, 2, 16, 512);
+skinny_kernel!(skinny_64x16_w8, 4, 2, 8, 256);
+skinny_kernel!(skinny_64x16_w16, 4, 2, 16, 512);
+skinny_kernel!(skinny_96x16_w8, 6, 2, 8, 256);
 
 /// [`probes::stream`].
 ///

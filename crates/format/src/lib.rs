@@ -12,4 +12,5 @@ pub mod dequant;
 pub mod probe;
 pub mod ring;
 pub mod schedule;
+pub mod skinny;
 pub mod tile;

@@ -113,7 +113,6 @@ skinny_kernel!(skinny_96x8_w8, 6, 1, 8, 256);
 skinny_kernel!(skinny_32x16_w8, 2, 2, 8, 256);
 skinny_kernel!(skinny_32x16_w16, 2, 2, 16, 512);
 skinny_kernel!(skinny_64x16_w8, 4, 2, 8, 256);
-skinny_kernel!(skinny_64x16_w16, 4, 2, 16, 512);
 skinny_kernel!(skinny_96x16_w8, 6, 2, 8, 256);
 
 /// [`probes::stream`].

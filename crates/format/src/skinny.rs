@@ -50,7 +50,7 @@ const fn shape(units: u32, tokens: u32, warps: u32, bricks: u32, activation_stag
 }
 
 /// Every shape that has a kernel, by tokens and then by units.
-pub const SKINNY_SHAPES: [SkinnyShape; 10] = [
+pub const SKINNY_SHAPES: [SkinnyShape; 9] = [
     shape(2, 8, 8, 2, 3),
     shape(2, 8, 16, 1, 4),
     shape(4, 8, 8, 1, 5),
@@ -59,7 +59,6 @@ pub const SKINNY_SHAPES: [SkinnyShape; 10] = [
     shape(2, 16, 8, 1, 4),
     shape(2, 16, 16, 1, 2),
     shape(4, 16, 8, 1, 3),
-    shape(4, 16, 16, 1, 2),
     shape(6, 16, 8, 1, 3),
 ];
 

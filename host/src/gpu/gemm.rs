@@ -13,7 +13,7 @@ use crate::gpu::error::{During, GpuError};
 use crate::gpu::launch::Launch;
 use crate::gpu::memory::{DeviceSpan, DeviceWeights, Workspace};
 use crate::gpu::tensor_map::{Boxes, TensorMap};
-use crate::{Error, OutputType, Plan};
+use crate::{Error, Method, OutputType, Plan, Tiled};
 
 /// What a GEMM reads and writes in device memory, besides the weights.
 #[derive(Clone, Copy, Debug)]
@@ -161,6 +161,29 @@ impl Gpu {
         }
         workspace.check(plan)?;
         self.make_current()?;
+        let stream = stream.into();
+        // SAFETY: the operands and the plan are checked; the caller vouches for the rest.
+        unsafe {
+            match plan.method() {
+                Method::Tiled(tiled) => self.launch_tiled(weights, operands, tiled, workspace, stream)?,
+                Method::Skinny(skinny) => self.launch_skinny(weights, operands, skinny, stream)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Launches a plan of tiles.
+    ///
+    /// # Safety
+    /// As for [`Gpu::gemm`], which has checked the operands and the plan.
+    unsafe fn launch_tiled(
+        &self,
+        weights: &DeviceWeights,
+        operands: &Operands,
+        plan: &Tiled,
+        workspace: &Workspace,
+        stream: StreamHandle,
+    ) -> Result<(), GpuError> {
         let shape = plan.shape();
         let kernel = self.kernels.gemm(shape)?;
         let mut activations = TensorMap::of_bytes(
@@ -203,12 +226,7 @@ impl Gpu {
             k_blocks: liquidgemm_format::brick::k_blocks(weights.k()) as u32,
             strips: liquidgemm_format::brick::strips(weights.n()) as u32,
             output_stride: operands.output_stride as u32,
-            output_type: match operands.output_type {
-                OutputType::Bf16 => output_type::BF16,
-                OutputType::F16 => output_type::F16,
-                OutputType::F32 => output_type::F32,
-                OutputType::I32 => output_type::I32,
-            },
+            output_type: output_code(operands.output_type),
             output_is_mapped: is_mapped.into(),
             schedule: *plan.schedule(),
         };
@@ -216,16 +234,25 @@ impl Gpu {
             [activations.as_argument(), output.as_argument(), (&raw mut arguments).cast()];
         let launch = Launch {
             function: kernel.function(),
-            blocks: plan.blocks(),
+            blocks: plan.cut().workers * plan.cluster(),
             cluster: plan.cluster(),
             threads: shape.threads(),
             shared_bytes: shape.shared_bytes(),
-            stream: stream.into().as_raw(),
+            stream: stream.as_raw(),
         };
         // SAFETY: the parameters are the kernel's three; the caller vouches for the memory behind them. The kernel reads
         // nothing but the weights, which nobody writes, before the launch ahead of it has ended.
         unsafe { launch.overlapping_previous(self.launch_kernel, &mut parameters) }
-            .during("launching the GEMM")?;
-        Ok(())
+            .during("launching the GEMM")
+    }
+}
+
+/// The type as the kernels' arguments say it.
+pub(super) const fn output_code(output_type: OutputType) -> u32 {
+    match output_type {
+        OutputType::Bf16 => output_type::BF16,
+        OutputType::F16 => output_type::F16,
+        OutputType::F32 => output_type::F32,
+        OutputType::I32 => output_type::I32,
     }
 }

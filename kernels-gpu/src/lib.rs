@@ -108,10 +108,9 @@ macro_rules! skinny_kernel {
 skinny_kernel!(skinny_32x8_w8, 2, 1, 8, 256);
 skinny_kernel!(skinny_32x8_w16, 2, 1, 16, 512);
 skinny_kernel!(skinny_64x8_w8, 4, 1, 8, 256);
-skinny_kernel!(skinny_64x8_w16, 4, 1, 16, 512);
 skinny_kernel!(skinny_96x8_w8, 6, 1, 8, 256);
 skinny_kernel!(skinny_32x16_w8, 2, 2, 8, 256);
-skinny_kernel!(skinny_32x16_w16, 2, 2, 16, 512);
+skinny_kernel!(skinny_32x16_w12, 2, 2, 12, 384);
 skinny_kernel!(skinny_64x16_w8, 4, 2, 8, 256);
 skinny_kernel!(skinny_96x16_w8, 6, 2, 8, 256);
 

@@ -13,7 +13,7 @@ use liquidgemm_format::brick::{BRICK_BYTES, CODE_BYTES};
 use liquidgemm_format::dequant::multiply_add_flip;
 use liquidgemm_format::ring::RingCursor;
 use liquidgemm_format::skinny::{
-    GROUP_TOKENS, STRIP_UNITS, SUMS_BYTES, SUMS_TOKEN_BYTES, SkinnyShape, UNIT_CHANNELS, UNIT_CODE_BYTES,
+    GROUP_TOKENS, STEP_BRICKS, STEP_K, STRIP_UNITS, SUMS_BYTES, SUMS_TOKEN_BYTES, SkinnyShape, UNIT_CHANNELS, UNIT_CODE_BYTES,
     UNIT_SCALE_BYTES,
 };
 use seq_macro::seq;
@@ -58,13 +58,15 @@ pub unsafe fn skinny<
 ) {
     // As early as can be: a launch takes longer to begin than its first weights delay this one's.
     grid::admit_next();
+    // SAFETY: the map is a parameter.
+    unsafe { tma::prefetch_map(activations) };
     let shape = const { shape(UNITS, GROUPS, WARPS) };
     let place = Place::of_thread();
     let (first_unit, end_unit) = arguments.shares.of_block(thread::block_idx_x());
-    let steps = arguments.k_blocks.div_ceil(shape.bricks);
+    let steps = arguments.k_blocks.div_ceil(STEP_BRICKS);
     // SAFETY: the caller vouches for the arguments; the warp is whole.
     unsafe {
-        let mut weights = WeightRing::<UNITS, GROUPS, WARPS>::new(arguments, place, steps, [first_unit, end_unit]);
+        let mut weights = WeightRing::<UNITS, GROUPS, WARPS>::new(arguments, place, [first_unit, end_unit]);
         for _ in 0..shape.weight_stages() {
             weights.fill();
         }
@@ -157,8 +159,6 @@ impl Place {
 struct WeightRing<'a, const UNITS: usize, const GROUPS: usize, const WARPS: u32> {
     arguments: &'a SkinnyArguments,
     place: Place,
-    /// Steps of a pass, all warps'.
-    steps: u32,
     end_unit: u32,
     /// Whether a step was multiplied already.
     is_running: bool,
@@ -166,12 +166,12 @@ struct WeightRing<'a, const UNITS: usize, const GROUPS: usize, const WARPS: u32>
     fill: u32,
     /// Where the stage to multiply next lies.
     full: u32,
-    /// The pass of the step to ask for next: its first unit, and how many there are; 0 after the last.
+    /// The pass of the stage to ask for next: its first unit, and how many there are; 0 after the last.
     first_unit: u32,
     units: u32,
-    /// That step.
-    step: u32,
-    /// The address of that step's first brick in the pass's first strip.
+    /// That stage's first brick along K.
+    brick: u32,
+    /// The address of that brick in the pass's first strip.
     source: u64,
     /// Offsets from there: of what this lane copies of each unit's codes in the first brick, and of what it copies of
     /// the pairs.
@@ -186,21 +186,19 @@ impl<'a, const UNITS: usize, const GROUPS: usize, const WARPS: u32> WeightRing<'
     fn new(
         arguments: &'a SkinnyArguments,
         place: Place,
-        steps: u32,
         [first_unit, end_unit]: [u32; 2],
     ) -> Self {
         let start = place.weights(Self::SHAPE);
         let mut ring = Self {
             arguments,
             place,
-            steps,
             end_unit,
             is_running: false,
             fill: start,
             full: start,
             first_unit,
             units: 0,
-            step: 0,
+            brick: 0,
             source: 0,
             codes: [0; UNITS],
             pairs: 0,
@@ -232,16 +230,16 @@ impl<'a, const UNITS: usize, const GROUPS: usize, const WARPS: u32> WeightRing<'
             + brick * BRICK_BYTES as u32
             + CODE_BYTES as u32
             + lane % 2 * 16;
-        self.step = self.place.warp;
+        self.brick = self.place.warp * STEP_BRICKS;
         // A warp may be left without a step.
-        self.units = if self.step < self.steps {
+        self.units = if self.brick < arguments.k_blocks {
             arguments.shares.pass.min(self.end_unit - self.first_unit)
         } else {
             0
         };
         self.source = arguments.bricks
             + strip as u64 * strip_bytes as u64
-            + (self.step * Self::SHAPE.bricks) as u64 * BRICK_BYTES as u64;
+            + self.brick as u64 * BRICK_BYTES as u64;
     }
 
     /// At the beginning of a step: asks for the step that takes the place of the one before, as one group of copies. The
@@ -269,21 +267,22 @@ impl<'a, const UNITS: usize, const GROUPS: usize, const WARPS: u32> WeightRing<'
         let shape = Self::SHAPE;
         let lane = self.place.lane;
         // Past the last brick the activations are zeros, so what happens to lie there adds nothing.
-        let has_second = self.step * shape.bricks + 1 < self.arguments.k_blocks;
-        let second_units = if shape.bricks == 2 && has_second { self.units } else { 0 };
+        let left = self.arguments.k_blocks - self.brick;
+        let first_units = if left > 0 { self.units } else { 0 };
+        let second_units = if shape.stage_bricks == 2 && left > 1 { self.units } else { 0 };
         // SAFETY: the stage has room for all of it; the units and the bricks exist.
         unsafe {
             let to = self.fill + lane * 16;
             seq!(UNIT in 0..8 {
                 if UNIT < UNITS {
                     copy::copy_16_if(
-                        UNIT < self.units,
+                        UNIT < first_units,
                         to + UNIT * UNIT_CODE_BYTES,
                         self.source + self.codes[UNIT] as u64,
                     );
                 }
             });
-            if shape.bricks == 2 {
+            if shape.stage_bricks == 2 {
                 seq!(UNIT in 0..8 {
                     if UNIT < UNITS {
                         copy::copy_16_if(
@@ -296,7 +295,7 @@ impl<'a, const UNITS: usize, const GROUPS: usize, const WARPS: u32> WeightRing<'
             }
             let (unit, brick) = (lane / 2 % UNITS as u32, lane / 2 / UNITS as u32);
             let has_pairs = match brick {
-                0 => unit < self.units,
+                0 => unit < first_units,
                 1 => unit < second_units,
                 _ => false,
             };
@@ -304,9 +303,16 @@ impl<'a, const UNITS: usize, const GROUPS: usize, const WARPS: u32> WeightRing<'
         }
         copy::end_group();
         self.fill = self.next(self.fill);
-        self.step += WARPS;
-        self.source += (WARPS * shape.bricks) as u64 * BRICK_BYTES as u64;
-        if self.step >= self.steps && self.units > 0 {
+        // The rest of the step, or the warp's next step.
+        let bricks = if (self.brick + shape.stage_bricks).is_multiple_of(STEP_BRICKS) {
+            (WARPS - 1) * STEP_BRICKS + shape.stage_bricks
+        } else {
+            shape.stage_bricks
+        };
+        self.brick += bricks;
+        self.source += bricks as u64 * BRICK_BYTES as u64;
+        let is_over = self.brick >= self.arguments.k_blocks.next_multiple_of(STEP_BRICKS);
+        if is_over && self.units > 0 {
             self.first_unit += self.units;
             self.begin_pass();
         }
@@ -367,7 +373,7 @@ impl<const GROUPS: usize, const WARPS: u32, const STAGES: u32> ActivationRing<GR
             // SAFETY: the stage holds the box; the warp is whole.
             unsafe {
                 mbarrier::arrive_expect(barrier, self.shape.activation_stage_bytes());
-                tma::load_2d(to, self.map, self.step * self.shape.step_k(), 0, barrier);
+                tma::load_2d(to, self.map, self.step * STEP_K, 0, barrier);
             }
             self.fill = self.fill.next();
             self.step += WARPS;
@@ -375,7 +381,7 @@ impl<const GROUPS: usize, const WARPS: u32, const STAGES: u32> ActivationRing<GR
     }
 }
 
-/// Multiplies the next step of both rings, after asking for the steps that take the place of the last one.
+/// Multiplies the next step of both rings, after asking for what takes the place of the last one.
 ///
 /// # Safety
 /// The whole warp calls it; both rings have the step or will have.
@@ -393,61 +399,56 @@ unsafe fn multiply_step<
 ) {
     let (shape, place) = (activations.shape, weights.place);
     let lane = place.lane;
-    // SAFETY: after the warp's barrier all lanes are done with the stages before, and see one another's copies.
-    unsafe {
-        copy::await_groups::<PENDING>();
-        warp::sync_warp();
-        weights.refill();
-        activations.fill();
-
-        let stage = activations.full.stage();
-        mbarrier::wait(place.barrier(shape, stage), activations.full.full_parity());
-        activations.full = activations.full.next();
-        // Lane 8·i + t gives the address of 16 bytes of token t: piece i of a brick's four.
-        let row = place.activations(shape)
-            + stage * shape.activation_stage_bytes()
-            + lane % 8 * shape.step_k()
-            + lane / 8 * 16;
-        let codes = weights.full + lane * 16;
-        let pairs = weights.full + shape.pairs_offset() + lane / 4 * 4;
-        seq!(BRICK in 0..2 {
-            if BRICK < shape.bricks {
-                let mut tokens = [[0; 4]; GROUPS];
-                seq!(GROUP in 0..4 {
-                    if GROUP < GROUPS {
-                        let piece = row + GROUP * GROUP_TOKENS * shape.step_k() + BRICK * 64;
-                        tokens[GROUP] = matrix::load_x4(swizzled(piece));
-                    }
-                });
-                seq!(UNIT in 0..8 {
-                    if UNIT < UNITS {
-                        let index = BRICK * UNITS as u32 + UNIT;
-                        let share = BrickShare::load_from(
-                            codes + index * UNIT_CODE_BYTES,
-                            pairs + index * UNIT_SCALE_BYTES,
-                        );
-                        let first = share.operand_by::<0>(multiply_add_flip);
-                        let second = share.operand_by::<1>(multiply_add_flip);
-                        seq!(GROUP in 0..4 {
-                            if GROUP < GROUPS {
-                                let [b0, b1, b2, b3] = tokens[GROUP];
-                                mma::multiply_accumulate(&mut sums[UNIT][GROUP], first, [b0, b1]);
-                                mma::multiply_accumulate(&mut sums[UNIT][GROUP], second, [b2, b3]);
-                            }
-                        });
-                    }
-                });
+    let stage = activations.full.stage();
+    // Lane 8·i + t gives the address of 16 bytes of token t: piece i of a brick's four, which swizzle has exchanged.
+    let row = place.activations(shape)
+        + stage * shape.activation_stage_bytes()
+        + lane % 8 * STEP_K
+        + (lane / 8 ^ lane % 8) * 16;
+    seq!(BRICK in 0..2 {
+        // SAFETY: after the warp's barrier all lanes are done with the stages before, and see one another's copies.
+        unsafe {
+            if BRICK % shape.stage_bricks == 0 {
+                copy::await_groups::<PENDING>();
+                warp::sync_warp();
+                weights.refill();
             }
-        });
-        weights.full = weights.next(weights.full);
-    }
-}
-
-/// Where the piece of activations at an address really lies: 128-byte swizzle exchanges 16-byte pieces by the number of
-/// the 128 bytes around them.
-#[inline(always)]
-fn swizzled(address: u32) -> u32 {
-    address ^ (address >> 3 & 0x70)
+            if BRICK == 0 {
+                activations.fill();
+                mbarrier::wait(place.barrier(shape, stage), activations.full.full_parity());
+                activations.full = activations.full.next();
+            }
+            let mut tokens = [[0; 4]; GROUPS];
+            seq!(GROUP in 0..4 {
+                if GROUP < GROUPS {
+                    tokens[GROUP] = matrix::load_x4((row + GROUP * GROUP_TOKENS * STEP_K) ^ BRICK * 64);
+                }
+            });
+            let codes = weights.full + lane * 16;
+            let pairs = weights.full + shape.pairs_offset() + lane / 4 * 4;
+            seq!(UNIT in 0..8 {
+                if UNIT < UNITS {
+                    let index = BRICK % shape.stage_bricks * UNITS as u32 + UNIT;
+                    let share = BrickShare::load_from(
+                        codes + index * UNIT_CODE_BYTES,
+                        pairs + index * UNIT_SCALE_BYTES,
+                    );
+                    let first = share.operand_by::<0>(multiply_add_flip);
+                    let second = share.operand_by::<1>(multiply_add_flip);
+                    seq!(GROUP in 0..4 {
+                        if GROUP < GROUPS {
+                            let [b0, b1, b2, b3] = tokens[GROUP];
+                            mma::multiply_accumulate(&mut sums[UNIT][GROUP], first, [b0, b1]);
+                            mma::multiply_accumulate(&mut sums[UNIT][GROUP], second, [b2, b3]);
+                        }
+                    });
+                }
+            });
+            if (BRICK + 1) % shape.stage_bricks == 0 {
+                weights.full = weights.next(weights.full);
+            }
+        }
+    });
 }
 
 /// One thread's part of a pass's scales and bias, on its way from global to shared memory: asked for before the steps, so

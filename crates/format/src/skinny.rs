@@ -2,7 +2,7 @@
 //!
 //! Channels come in **units** of 16, a warp's share of a brick. A block owns a run of units and computes them over the
 //! whole K, so that no sums are ever handed to another block; it takes as many **passes** over K as its units need. Within
-//! a pass the steps along K, of one or two bricks, go round robin to the block's warps. Each warp has rings of its own, one for weights
+//! a pass the steps of two bricks along K go round robin to the block's warps. Each warp has rings of its own, one for weights
 //! and one for activations, and in the end the warps' sums meet in the memory of the activations' rings.
 
 use crate::brick::{BRICK_CHANNELS, BRICK_K, CODE_BYTES, SCALE_BYTES};
@@ -15,6 +15,10 @@ pub const STRIP_UNITS: u32 = BRICK_CHANNELS as u32 / UNIT_CHANNELS;
 pub const UNIT_CODE_BYTES: u32 = CODE_BYTES as u32 / STRIP_UNITS;
 /// Bytes of a unit's pairs in a brick.
 pub const UNIT_SCALE_BYTES: u32 = SCALE_BYTES as u32 / STRIP_UNITS;
+/// Bricks along K in a step.
+pub const STEP_BRICKS: u32 = 2;
+/// Elements along K in a step: the 128 bytes that the activations' swizzle spans.
+pub const STEP_K: u32 = STEP_BRICKS * BRICK_K as u32;
 /// Tokens of one MMA.
 pub const GROUP_TOKENS: u32 = 8;
 /// Bytes from one token to the next in a block of 16 channels × 8 tokens of sums: with four words between the rows,
@@ -39,27 +43,32 @@ pub struct SkinnyShape {
     pub tokens: u32,
     /// Warps of a block, which share K.
     pub warps: u32,
-    /// Bricks along K in a step, 1 or 2.
-    pub bricks: u32,
+    /// Bricks along K in a stage of weights: all of a step's, or one.
+    pub stage_bricks: u32,
     /// Stages of a warp's ring of activations.
     pub activation_stages: u32,
 }
 
-const fn shape(units: u32, tokens: u32, warps: u32, bricks: u32, activation_stages: u32) -> SkinnyShape {
-    SkinnyShape { units, tokens, warps, bricks, activation_stages }
+const fn shape(
+    units: u32,
+    tokens: u32,
+    warps: u32,
+    stage_bricks: u32,
+    activation_stages: u32,
+) -> SkinnyShape {
+    SkinnyShape { units, tokens, warps, stage_bricks, activation_stages }
 }
 
 /// Every shape that has a kernel, by tokens and then by units.
-pub const SKINNY_SHAPES: [SkinnyShape; 9] = [
+pub const SKINNY_SHAPES: [SkinnyShape; 8] = [
     shape(2, 8, 8, 2, 3),
-    shape(2, 8, 16, 1, 4),
-    shape(4, 8, 8, 1, 5),
-    shape(4, 8, 16, 1, 4),
-    shape(6, 8, 8, 1, 4),
-    shape(2, 16, 8, 1, 4),
-    shape(2, 16, 16, 1, 2),
-    shape(4, 16, 8, 1, 3),
-    shape(6, 16, 8, 1, 3),
+    shape(2, 8, 16, 2, 2),
+    shape(4, 8, 8, 1, 3),
+    shape(6, 8, 8, 1, 2),
+    shape(2, 16, 8, 2, 2),
+    shape(2, 16, 12, 2, 2),
+    shape(4, 16, 8, 1, 2),
+    shape(6, 16, 8, 1, 2),
 ];
 
 impl SkinnyShape {
@@ -89,16 +98,10 @@ impl SkinnyShape {
         self.warps * 32
     }
 
-    /// Elements along K of a step.
-    #[must_use]
-    pub const fn step_k(self) -> u32 {
-        self.bricks * BRICK_K as u32
-    }
-
-    /// Bytes of a stage of activations: a row for each token, swizzled in spans of 1,024 bytes.
+    /// Bytes of a stage of activations: a row for each token, swizzled.
     #[must_use]
     pub const fn activation_stage_bytes(self) -> u32 {
-        self.tokens * self.step_k()
+        self.tokens * STEP_K
     }
 
     /// Bytes of a warp's ring of activations.
@@ -117,13 +120,13 @@ impl SkinnyShape {
     /// Offset of the pairs in a stage of weights, behind the codes; unit by unit, a second brick's behind the first's.
     #[must_use]
     pub const fn pairs_offset(self) -> u32 {
-        self.bricks * self.units * UNIT_CODE_BYTES
+        self.stage_bricks * self.units * UNIT_CODE_BYTES
     }
 
     /// Bytes of a stage of weights.
     #[must_use]
     pub const fn weight_stage_bytes(self) -> u32 {
-        self.pairs_offset() + self.bricks * self.units * UNIT_SCALE_BYTES
+        self.pairs_offset() + self.stage_bricks * self.units * UNIT_SCALE_BYTES
     }
 
     /// Stages of a warp's ring of weights: as many as fit.
@@ -226,13 +229,17 @@ mod tests {
     fn rings_are_aligned_deep_enough_and_hold_the_sums() {
         for shape in SKINNY_SHAPES {
             assert!(shape.weight_stages() >= 2 && shape.activation_stages >= 2, "{shape:?}");
-            assert_eq!(shape.weights_offset() % 1024, 0, "128-byte swizzle repeats every 1,024 bytes");
-            assert_eq!(shape.activation_stage_bytes() % 128, 0, "copies of tensors land on 128 bytes");
+            assert_eq!(
+                shape.activation_stage_bytes() % 1024,
+                0,
+                "128-byte swizzle repeats every 1,024 bytes"
+            );
+            assert_eq!(STEP_BRICKS % shape.stage_bricks, 0, "{shape:?}");
             assert_eq!((shape.weight_stage_bytes() % 16, shape.channels_offset() % 16), (0, 0));
             assert_eq!(shape.barriers_offset() % 8, 0);
             assert!(shape.sum_units() >= 1, "{shape:?}");
             assert!(shape.channels() <= shape.threads() && shape.tokens <= shape.threads(), "{shape:?}");
-            assert!(2 * shape.bricks * shape.units <= 32, "a warp copies a step's pairs at once");
+            assert!(2 * shape.stage_bricks * shape.units <= 32, "a warp copies a stage's pairs at once");
         }
     }
 

@@ -48,10 +48,9 @@ const SKINNY: [KernelSource; SKINNY_SHAPES.len()] = [
     source!("skinny_32x8_w8"),
     source!("skinny_32x8_w16"),
     source!("skinny_64x8_w8"),
-    source!("skinny_64x8_w16"),
     source!("skinny_96x8_w8"),
     source!("skinny_32x16_w8"),
-    source!("skinny_32x16_w16"),
+    source!("skinny_32x16_w12"),
     source!("skinny_64x16_w8"),
     source!("skinny_96x16_w8"),
 ];

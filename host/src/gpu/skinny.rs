@@ -4,6 +4,7 @@ use std::ffi::c_void;
 
 use liquidgemm_format::arguments::SkinnyArguments;
 use liquidgemm_format::brick::k_blocks;
+use liquidgemm_format::skinny::STEP_K;
 
 use crate::gpu::Gpu;
 use crate::gpu::error::{During, GpuError};
@@ -35,7 +36,7 @@ impl Gpu {
                 columns: weights.k(),
                 stride_bytes: operands.activation_stride,
                 box_rows: shape.tokens,
-                box_columns: shape.step_k(),
+                box_columns: STEP_K,
             },
         )?;
         let mut arguments = SkinnyArguments {

@@ -14,7 +14,7 @@ use liquidgemm_format::dequant::multiply_add_flip;
 use liquidgemm_format::ring::RingCursor;
 use liquidgemm_format::skinny::{
     GROUP_TOKENS, STEP_BRICKS, STEP_K, STRIP_UNITS, SUMS_BYTES, SUMS_TOKEN_BYTES, SkinnyShape, UNIT_CHANNELS, UNIT_CODE_BYTES,
-    UNIT_SCALE_BYTES,
+    UNIT_SCALE_BYTES, WARPS,
 };
 use seq_macro::seq;
 
@@ -30,15 +30,15 @@ use crate::ptx::{copy, grid, matrix, mbarrier, mma, tma};
 /// A warp's sums of a pass, for each unit and each group of 8 tokens in `mma`'s order.
 type Sums<const UNITS: usize, const GROUPS: usize> = [[[i32; 4]; GROUPS]; UNITS];
 
-/// The shape of so many units, groups of 8 tokens, and warps.
-const fn shape(units: usize, groups: usize, warps: u32) -> SkinnyShape {
-    match SkinnyShape::find(units as u32, groups as u32 * GROUP_TOKENS, warps) {
+/// The shape of so many units and groups of 8 tokens.
+const fn shape(units: usize, groups: usize) -> SkinnyShape {
+    match SkinnyShape::find(units as u32, groups as u32 * GROUP_TOKENS) {
         Some(shape) => shape,
         None => panic!("no such shape"),
     }
 }
 
-/// The kernel's body, for passes of `UNITS` units, `GROUPS` groups of 8 tokens and blocks of `WARPS` warps. The ring of
+/// The kernel's body, for passes of `UNITS` units and `GROUPS` groups of 8 tokens. The ring of
 /// activations has `STAGES` stages; `PENDING` groups of copies may be pending where a step begins, two fewer than the ring
 /// of weights has stages.
 ///
@@ -49,7 +49,6 @@ const fn shape(units: usize, groups: usize, warps: u32) -> SkinnyShape {
 pub unsafe fn skinny<
     const UNITS: usize,
     const GROUPS: usize,
-    const WARPS: u32,
     const STAGES: u32,
     const PENDING: u32,
 >(
@@ -60,20 +59,20 @@ pub unsafe fn skinny<
     grid::admit_next();
     // SAFETY: the map is a parameter.
     unsafe { tma::prefetch_map(activations) };
-    let shape = const { shape(UNITS, GROUPS, WARPS) };
+    let shape = const { shape(UNITS, GROUPS) };
     let place = Place::of_thread();
     let (first_unit, end_unit) = arguments.shares.of_block(thread::block_idx_x());
     let steps = arguments.k_blocks.div_ceil(STEP_BRICKS);
     // SAFETY: the caller vouches for the arguments; the warp is whole.
     unsafe {
-        let mut weights = WeightRing::<UNITS, GROUPS, WARPS>::new(arguments, place, [first_unit, end_unit]);
+        let mut weights = WeightRing::<UNITS, GROUPS>::new(arguments, place, [first_unit, end_unit]);
         for _ in 0..shape.weight_stages() {
             weights.fill();
         }
         place.init_barriers(shape);
         // Activations, scales and output belong to the launch before this one until it has ended.
         grid::await_previous();
-        let mut activations = ActivationRing::<GROUPS, WARPS, STAGES>::new(activations, shape, place, steps);
+        let mut activations = ActivationRing::<GROUPS, STAGES>::new(activations, shape, place, steps);
         let mut pass = first_unit;
         while pass < end_unit {
             let units = arguments.shares.pass.min(end_unit - pass);
@@ -82,7 +81,7 @@ pub unsafe fn skinny<
             let mut sums: Sums<UNITS, GROUPS> = [[[0; 4]; GROUPS]; UNITS];
             let mut step = place.warp;
             while step < steps {
-                multiply_step::<UNITS, GROUPS, WARPS, STAGES, PENDING>(
+                multiply_step::<UNITS, GROUPS, STAGES, PENDING>(
                     &mut sums,
                     &mut weights,
                     &mut activations,
@@ -90,7 +89,7 @@ pub unsafe fn skinny<
                 step += WARPS;
             }
             scales.park(shape, place);
-            finish::<UNITS, GROUPS, WARPS>(&sums, arguments, place, pass, units);
+            finish::<UNITS, GROUPS>(&sums, arguments, place, pass, units);
             pass += units;
         }
     }
@@ -156,7 +155,7 @@ impl Place {
 }
 
 /// A warp's ring of weights, and what it will ask for next. The sequence of steps runs on from pass to pass.
-struct WeightRing<'a, const UNITS: usize, const GROUPS: usize, const WARPS: u32> {
+struct WeightRing<'a, const UNITS: usize, const GROUPS: usize> {
     arguments: &'a SkinnyArguments,
     place: Place,
     end_unit: u32,
@@ -179,8 +178,8 @@ struct WeightRing<'a, const UNITS: usize, const GROUPS: usize, const WARPS: u32>
     pairs: u32,
 }
 
-impl<'a, const UNITS: usize, const GROUPS: usize, const WARPS: u32> WeightRing<'a, UNITS, GROUPS, WARPS> {
-    const SHAPE: SkinnyShape = shape(UNITS, GROUPS, WARPS);
+impl<'a, const UNITS: usize, const GROUPS: usize> WeightRing<'a, UNITS, GROUPS> {
+    const SHAPE: SkinnyShape = shape(UNITS, GROUPS);
 
     #[inline(always)]
     fn new(
@@ -328,7 +327,7 @@ impl<'a, const UNITS: usize, const GROUPS: usize, const WARPS: u32> WeightRing<'
 }
 
 /// A warp's ring of activations.
-struct ActivationRing<const GROUPS: usize, const WARPS: u32, const STAGES: u32> {
+struct ActivationRing<const GROUPS: usize, const STAGES: u32> {
     map: *const TensorMap,
     shape: SkinnyShape,
     place: Place,
@@ -340,7 +339,7 @@ struct ActivationRing<const GROUPS: usize, const WARPS: u32, const STAGES: u32> 
     full: RingCursor<STAGES>,
 }
 
-impl<const GROUPS: usize, const WARPS: u32, const STAGES: u32> ActivationRing<GROUPS, WARPS, STAGES> {
+impl<const GROUPS: usize, const STAGES: u32> ActivationRing<GROUPS, STAGES> {
     #[inline(always)]
     fn new(map: *const TensorMap, shape: SkinnyShape, place: Place, steps: u32) -> Self {
         let start = RingCursor::start();
@@ -389,13 +388,12 @@ impl<const GROUPS: usize, const WARPS: u32, const STAGES: u32> ActivationRing<GR
 unsafe fn multiply_step<
     const UNITS: usize,
     const GROUPS: usize,
-    const WARPS: u32,
     const STAGES: u32,
     const PENDING: u32,
 >(
     sums: &mut Sums<UNITS, GROUPS>,
-    weights: &mut WeightRing<'_, UNITS, GROUPS, WARPS>,
-    activations: &mut ActivationRing<GROUPS, WARPS, STAGES>,
+    weights: &mut WeightRing<'_, UNITS, GROUPS>,
+    activations: &mut ActivationRing<GROUPS, STAGES>,
 ) {
     let (shape, place) = (activations.shape, weights.place);
     let lane = place.lane;
@@ -507,14 +505,14 @@ impl Scales {
 /// # Safety
 /// The whole block calls it; the rings of activations are empty, and the scales are parked.
 #[inline(always)]
-unsafe fn finish<const UNITS: usize, const GROUPS: usize, const WARPS: u32>(
+unsafe fn finish<const UNITS: usize, const GROUPS: usize>(
     sums: &Sums<UNITS, GROUPS>,
     arguments: &SkinnyArguments,
     place: Place,
     first_unit: u32,
     units: u32,
 ) {
-    let shape = const { shape(UNITS, GROUPS, WARPS) };
+    let shape = const { shape(UNITS, GROUPS) };
     // In `mma`'s order a lane has row g, then g + 8, at tokens 2·c and 2·c + 1.
     let own = place.activations(shape) + place.lane % 4 * 2 * SUMS_TOKEN_BYTES + place.lane / 4 * 4;
     // All lanes are done with the ring.
@@ -544,7 +542,7 @@ unsafe fn finish<const UNITS: usize, const GROUPS: usize, const WARPS: u32>(
                 let units = units.saturating_sub(done).min(shape.sum_units());
                 let mut block = place.warp;
                 while block < units * GROUPS as u32 {
-                    finish_block::<GROUPS, WARPS>(arguments, shape, place, [first_unit, done], block);
+                    finish_block::<GROUPS>(arguments, shape, place, [first_unit, done], block);
                     block += WARPS;
                 }
                 // The copy engine may write here next.
@@ -560,7 +558,7 @@ unsafe fn finish<const UNITS: usize, const GROUPS: usize, const WARPS: u32>(
 /// # Safety
 /// The whole warp calls it; the sums of all warps are there.
 #[inline(always)]
-unsafe fn finish_block<const GROUPS: usize, const WARPS: u32>(
+unsafe fn finish_block<const GROUPS: usize>(
     arguments: &SkinnyArguments,
     shape: SkinnyShape,
     place: Place,
@@ -573,13 +571,12 @@ unsafe fn finish_block<const GROUPS: usize, const WARPS: u32>(
     let quad = place.lane % 4;
     let token = group * GROUP_TOKENS + row;
     let from = place.shared + block * SUMS_BYTES + row * SUMS_TOKEN_BYTES + quad * 16;
+    const { assert!(WARPS == 8) };
     let mut sums = [0u32; 4];
-    seq!(WARP in 0..16 {
-        if WARP < WARPS {
-            // SAFETY: each warp's sums lie in its ring.
-            let more = unsafe { load_shared_x4(from + WARP * shape.activation_ring_bytes()) };
-            seq!(I in 0..4 { sums[I] = sums[I].wrapping_add(more[I]); });
-        }
+    seq!(WARP in 0..8 {
+        // SAFETY: each warp's sums lie in its ring.
+        let more = unsafe { load_shared_x4(from + WARP * shape.activation_ring_bytes()) };
+        seq!(I in 0..4 { sums[I] = sums[I].wrapping_add(more[I]); });
     });
     if token >= arguments.m {
         return;

@@ -16,8 +16,8 @@ use crate::sass::Kernel;
 const COMMITTED: &str = "host/ptx";
 /// The most that all PTX may add to the library.
 const MOST_BYTES: u64 = 3_000_000;
-/// How the names of the kernels that dequantize start.
-const GEMM: &str = "gemm";
+/// How the names of the kernels that dequantize start, and the instruction with which each multiplies.
+const MULTIPLY: [(&str, &str); 2] = [("gemm", "IGMMA"), ("skinny", "IMMA")];
 /// Instructions that dequantize four weights: IMAD and XOR.
 const INSTRUCTIONS_PER_WORD: usize = 2;
 
@@ -151,10 +151,10 @@ fn describe_kernel(tools: &CudaTools, ptx: &Path, entry: &str, cubin: &Path) -> 
         bail!("the machine code uses local memory: `{instruction}`");
     }
     let mut line = format!("{entry}: {} registers, 0 spills", resources.registers);
-    if entry.starts_with(GEMM) {
-        let cost = kernel.dequantization()?;
-        ensure!(cost.multiplies > 0, "no IGMMA in a loop: where are the tensor cores?");
-        ensure!(cost.words > 0, "no IGMMA takes its weights from registers");
+    if let Some((_, multiply)) = MULTIPLY.iter().find(|(prefix, _)| entry.starts_with(prefix)) {
+        let cost = kernel.dequantization(multiply)?;
+        ensure!(cost.multiplies > 0, "no {multiply} in a loop: where are the tensor cores?");
+        ensure!(cost.words > 0, "no {multiply} takes its weights from registers");
         let per_word = |count: usize| count as f64 / cost.words as f64;
         ensure!(
             cost.arithmetic == INSTRUCTIONS_PER_WORD * cost.words,
@@ -162,7 +162,7 @@ fn describe_kernel(tools: &CudaTools, ptx: &Path, entry: &str, cubin: &Path) -> 
             per_word(cost.arithmetic)
         );
         line += &format!(
-            ", {} IGMMA in the loop, {:.2} arithmetic instructions per 4 weights ({} words traced; {:.2} to unpack)",
+            ", {} {multiply} in the loop, {:.2} arithmetic instructions per 4 weights ({} words traced; {:.2} to unpack)",
             cost.multiplies,
             per_word(cost.arithmetic),
             cost.words,

@@ -2,7 +2,7 @@
 //!
 //! Dequantization is worth what it claims only if the machine code keeps to it: two instructions, IMAD and XOR, for four
 //! weights. Counting opcodes in a listing can't show that, so this follows the data: from every register operand of an
-//! IGMMA in a loop, backwards along the control flow and around the loop's back edge, to the masked nibbles.
+//! IGMMA or IMMA in a loop, backwards along the control flow and around the loop's back edge, to the masked nibbles.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -47,7 +47,7 @@ pub struct Kernel {
 /// What dequantization costs in a kernel's loops.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Dequantization {
-    /// IGMMAs inside loops.
+    /// Tensor-core multiplications inside loops.
     pub multiplies: usize,
     /// Registers that they take as operands, four weights each.
     pub words: usize,
@@ -102,11 +102,11 @@ impl Kernel {
         self.instructions.iter().find(matches).map(Instruction::to_string)
     }
 
-    /// Follows every register operand of every IGMMA in a loop back to its nibbles.
-    pub fn dequantization(&self) -> anyhow::Result<Dequantization> {
+    /// Follows the weights of every `multiply`, IGMMA or IMMA, in a loop back to their nibbles.
+    pub fn dequantization(&self, multiply: &str) -> anyhow::Result<Dequantization> {
         let mut result = Dequantization::default();
         for (index, instruction) in self.instructions.iter().enumerate() {
-            if instruction.stem() != "IGMMA" {
+            if instruction.stem() != multiply {
                 continue;
             }
             // The innermost of the loops around it.
@@ -340,6 +340,7 @@ impl Instruction {
                 let n = shape.and_then(|rest| rest.split('x').next()).and_then(|n| n.parse::<u32>().ok());
                 n.map_or(1, |n| n / 2)
             }
+            "IMMA" => 4,
             "CS2R" if !has("32") => 2,
             "LDSM" if has("4") => 4,
             "LDSM" if has("2") => 2,

@@ -19,6 +19,10 @@ pub const UNIT_SCALE_BYTES: u32 = SCALE_BYTES as u32 / STRIP_UNITS;
 pub const STEP_BRICKS: u32 = 2;
 /// Elements along K in a step: the 128 bytes that the activations' swizzle spans.
 pub const STEP_K: u32 = STEP_BRICKS * BRICK_K as u32;
+/// Warps of a block, which share K.
+pub const WARPS: u32 = 8;
+/// Threads of a block.
+pub const THREADS: u32 = WARPS * 32;
 /// Tokens of one MMA.
 pub const GROUP_TOKENS: u32 = 8;
 /// Bytes from one token to the next in a block of 16 channels × 8 tokens of sums: with four words between the rows,
@@ -41,44 +45,37 @@ pub struct SkinnyShape {
     pub units: u32,
     /// Tokens, a multiple of 8: the whole batch.
     pub tokens: u32,
-    /// Warps of a block, which share K.
-    pub warps: u32,
     /// Bricks along K in a stage of weights: all of a step's, or one.
     pub stage_bricks: u32,
     /// Stages of a warp's ring of activations.
     pub activation_stages: u32,
 }
 
-const fn shape(
-    units: u32,
-    tokens: u32,
-    warps: u32,
-    stage_bricks: u32,
-    activation_stages: u32,
-) -> SkinnyShape {
-    SkinnyShape { units, tokens, warps, stage_bricks, activation_stages }
+const fn shape(units: u32, tokens: u32, stage_bricks: u32, activation_stages: u32) -> SkinnyShape {
+    SkinnyShape { units, tokens, stage_bricks, activation_stages }
 }
 
 /// Every shape that has a kernel, by tokens and then by units.
-pub const SKINNY_SHAPES: [SkinnyShape; 8] = [
-    shape(2, 8, 8, 2, 3),
-    shape(2, 8, 16, 2, 2),
-    shape(4, 8, 8, 1, 3),
-    shape(6, 8, 8, 1, 2),
-    shape(2, 16, 8, 2, 2),
-    shape(2, 16, 12, 2, 2),
-    shape(4, 16, 8, 1, 2),
-    shape(6, 16, 8, 1, 2),
+///
+/// With a whole step to a stage there are fewer barriers and more to do between them; where a step's weights are many, that
+/// would leave too few stages.
+pub const SKINNY_SHAPES: [SkinnyShape; 6] = [
+    shape(2, 8, 2, 3),
+    shape(4, 8, 1, 3),
+    shape(6, 8, 1, 2),
+    shape(2, 16, 2, 2),
+    shape(4, 16, 1, 2),
+    shape(6, 16, 1, 2),
 ];
 
 impl SkinnyShape {
-    /// The shape with so many units, tokens and warps, if it has a kernel.
+    /// The shape with so many units and tokens, if it has a kernel.
     #[must_use]
-    pub const fn find(units: u32, tokens: u32, warps: u32) -> Option<Self> {
+    pub const fn find(units: u32, tokens: u32) -> Option<Self> {
         let mut index = 0;
         while index < SKINNY_SHAPES.len() {
             let shape = SKINNY_SHAPES[index];
-            if shape.units == units && shape.tokens == tokens && shape.warps == warps {
+            if shape.units == units && shape.tokens == tokens {
                 return Some(shape);
             }
             index += 1;
@@ -90,12 +87,6 @@ impl SkinnyShape {
     #[must_use]
     pub const fn channels(self) -> u32 {
         self.units * UNIT_CHANNELS
-    }
-
-    /// Threads of a block.
-    #[must_use]
-    pub const fn threads(self) -> u32 {
-        self.warps * 32
     }
 
     /// Bytes of a stage of activations: a row for each token, swizzled.
@@ -133,13 +124,13 @@ impl SkinnyShape {
     #[must_use]
     pub const fn weight_stages(self) -> u32 {
         let others = self.weights_offset() + self.barriers_bytes() + self.channels() * 8 + self.tokens * 4;
-        (MAX_BLOCK_SHARED_BYTES - others) / self.warps / self.weight_stage_bytes()
+        (MAX_BLOCK_SHARED_BYTES - others) / WARPS / self.weight_stage_bytes()
     }
 
     /// Offset of the warps' rings of weights. Those of activations lie at 0.
     #[must_use]
     pub const fn weights_offset(self) -> u32 {
-        self.warps * self.activation_ring_bytes()
+        WARPS * self.activation_ring_bytes()
     }
 
     /// Bytes of a warp's ring of weights.
@@ -151,7 +142,7 @@ impl SkinnyShape {
     /// Offset of scale and bias of the pass's channels, two f32 each.
     #[must_use]
     pub const fn channels_offset(self) -> u32 {
-        self.weights_offset() + self.warps * self.weight_ring_bytes()
+        self.weights_offset() + WARPS * self.weight_ring_bytes()
     }
 
     /// Offset of the tokens' scales, f32 each.
@@ -167,7 +158,7 @@ impl SkinnyShape {
     }
 
     const fn barriers_bytes(self) -> u32 {
-        self.warps * self.activation_stages * 8
+        WARPS * self.activation_stages * 8
     }
 
     /// Dynamic shared memory of a block.
@@ -221,7 +212,6 @@ mod tests {
                 "{shape:?} takes {}",
                 shape.shared_bytes()
             );
-            assert!(shape.threads() <= 1024);
         }
     }
 
@@ -238,7 +228,7 @@ mod tests {
             assert_eq!((shape.weight_stage_bytes() % 16, shape.channels_offset() % 16), (0, 0));
             assert_eq!(shape.barriers_offset() % 8, 0);
             assert!(shape.sum_units() >= 1, "{shape:?}");
-            assert!(shape.channels() <= shape.threads() && shape.tokens <= shape.threads(), "{shape:?}");
+            assert!(shape.channels() <= THREADS && shape.tokens <= THREADS, "{shape:?}");
             assert!(2 * shape.stage_bricks * shape.units <= 32, "a warp copies a stage's pairs at once");
         }
     }

@@ -132,9 +132,9 @@ pub enum GpuError {
 
     /// A shape for few tokens that has no kernel.
     #[error(
-        "there is no kernel for {} channels x {} tokens with {} warps; \
+        "there is no kernel for passes of {} channels x {} tokens; \
          liquidgemm_format::skinny::SKINNY_SHAPES lists those that there are",
-        shape.channels(), shape.tokens, shape.warps
+        shape.channels(), shape.tokens
     )]
     UnknownSkinnyShape {
         /// What was asked for.

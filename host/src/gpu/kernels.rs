@@ -45,14 +45,12 @@ const GEMM: [KernelSource; TILE_SHAPES.len()] = [
 
 /// The kernels for few tokens, in the order of [`SKINNY_SHAPES`].
 const SKINNY: [KernelSource; SKINNY_SHAPES.len()] = [
-    source!("skinny_32x8_w8"),
-    source!("skinny_32x8_w16"),
-    source!("skinny_64x8_w8"),
-    source!("skinny_96x8_w8"),
-    source!("skinny_32x16_w8"),
-    source!("skinny_32x16_w12"),
-    source!("skinny_64x16_w8"),
-    source!("skinny_96x16_w8"),
+    source!("skinny_32x8"),
+    source!("skinny_64x8"),
+    source!("skinny_96x8"),
+    source!("skinny_32x16"),
+    source!("skinny_64x16"),
+    source!("skinny_96x16"),
 ];
 
 /// Pulls memory and does nothing else.

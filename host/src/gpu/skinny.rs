@@ -4,7 +4,7 @@ use std::ffi::c_void;
 
 use liquidgemm_format::arguments::SkinnyArguments;
 use liquidgemm_format::brick::k_blocks;
-use liquidgemm_format::skinny::STEP_K;
+use liquidgemm_format::skinny::{STEP_K, THREADS};
 
 use crate::gpu::Gpu;
 use crate::gpu::error::{During, GpuError};
@@ -57,7 +57,7 @@ impl Gpu {
             function: kernel.function(),
             blocks: plan.blocks(),
             cluster: 1,
-            threads: shape.threads(),
+            threads: THREADS,
             shared_bytes: shape.shared_bytes(),
             stream: stream.as_raw(),
         };

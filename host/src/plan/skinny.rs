@@ -88,12 +88,11 @@ impl Plan {
 
 impl fmt::Display for Skinny {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let SkinnyShape { tokens, warps, .. } = self.shape;
         write!(
             f,
-            "skinny {} channels x {tokens} tokens; {} blocks of {warps} warps, up to {} channels each in {} \
-             passes of {}",
+            "skinny {} channels x {} tokens; {} blocks, up to {} channels each in {} passes of {}",
             self.shape.channels(),
+            self.shape.tokens,
             self.blocks,
             self.most_units() * UNIT_CHANNELS,
             self.passes(),

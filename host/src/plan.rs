@@ -70,7 +70,7 @@ impl Plan {
     /// If a dimension is 0 or too large.
     pub fn new(m: usize, n: usize, k: usize, multiprocessors: u32) -> Result<Self, Error> {
         let candidates = Self::candidates(m, n, k, multiprocessors)?;
-        let estimate = |plan: &Self| plan.estimate_us(multiprocessors);
+        let estimate = |plan: &Self| plan.estimate_us();
         match candidates.into_iter().min_by(|a, b| estimate(a).total_cmp(&estimate(b))) {
             Some(plan) => Ok(plan),
             None => Self::with_tile(m, n, k, TILE_SHAPES[0], multiprocessors),
@@ -109,8 +109,8 @@ impl Plan {
         let mut plans = Self::skinny_candidates(m, n, k, multiprocessors)?;
         let mut too_many = None;
         for shape in TILE_SHAPES {
-            // A tile more than three quarters empty wastes what a smaller one doesn't.
-            if shape.tokens > 8 && m <= shape.tokens as usize / 4 {
+            // A tile more than three quarters empty wastes what a smaller one doesn't; only the smallest two are alike.
+            if shape.tokens > 16 && m <= shape.tokens as usize / 4 {
                 continue;
             }
             for cluster in [1, 2] {
@@ -162,13 +162,13 @@ impl Plan {
         }
     }
 
-    /// An estimate of the launch's time on an H100 of so many multiprocessors, in microseconds. It ranks the plans of one
-    /// problem; the bench measures.
+    /// An estimate of the launch's time on an H100, in microseconds. It ranks the plans of one problem; the bench
+    /// measures.
     #[must_use]
-    pub fn estimate_us(&self, multiprocessors: u32) -> f64 {
+    pub fn estimate_us(&self) -> f64 {
         match self.method {
             Method::Tiled(tiled) => tiled.estimate_us(self.problem()),
-            Method::Skinny(skinny) => skinny.estimate_us(self.problem(), multiprocessors),
+            Method::Skinny(skinny) => skinny.estimate_us(self.problem()),
         }
     }
 

@@ -114,8 +114,8 @@ proptest! {
         for candidate in candidates {
             check_cover(&candidate)?;
             check_fit(&candidate, multiprocessors)?;
-            let us = candidate.estimate_us(multiprocessors);
-            prop_assert!(us.is_finite() && us >= chosen.estimate_us(multiprocessors), "{us} µs: {candidate}");
+            let us = candidate.estimate_us();
+            prop_assert!(us.is_finite() && us >= chosen.estimate_us(), "{us} µs: {candidate}");
         }
     }
 

@@ -77,7 +77,7 @@ pub unsafe fn gemm<A: Accumulator, const STRIPS: u32, const HALVES: u32, const S
     }
     if cluster.blocks > 1 {
         // The others may still send activations here, or arrive on the barriers.
-        cluster::sync_cluster();
+        cluster::sync_cluster_relaxed();
     }
 }
 
@@ -85,7 +85,7 @@ pub unsafe fn gemm<A: Accumulator, const STRIPS: u32, const HALVES: u32, const S
 #[inline(always)]
 fn sync(cluster: Cluster) {
     if cluster.blocks > 1 {
-        cluster::sync_cluster();
+        cluster::sync_cluster_relaxed();
     } else {
         thread::sync_threads();
     }

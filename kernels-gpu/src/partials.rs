@@ -12,7 +12,7 @@ use liquidgemm_format::tile::{TileShape, WARPGROUP};
 
 use crate::halves::finishes;
 use crate::pipeline::{Cluster, Consumer};
-use crate::ptx::memory::{await_flag, load_global_x4, raise_flag, store_global_x4};
+use crate::ptx::memory::{await_flag, load_global_x4_if, raise_flag, store_global_x4};
 use crate::ptx::wgmma::{Accumulator, BlockVisitor};
 
 /// The named barrier of one consumer.
@@ -98,20 +98,24 @@ impl Slots {
         }
         sync_consumer(self.consumer.index);
         let worker_stride = self.slot(arguments, 1) - self.slot(arguments, 0);
-        // A small tile has too few loads of its own to hide their latency: there, contributors go together.
-        let together = match A::TOKENS {
-            0..=16 => 4,
-            17..=32 => 2,
-            _ => 1,
-        };
-        let address = self.slot(arguments, contributors.start);
-        let mut add = Add { slots: self, address, worker_stride, count: 0 };
+        let mut address = self.slot(arguments, contributors.start);
         let mut left = contributors.end - contributors.start;
         while left > 0 {
-            add.count = left.min(together);
-            accumulator.visit(&mut add);
-            add.address += worker_stride * together as u64;
-            left -= add.count;
+            // Loads take long to answer: eight are under way, of as many contributors as the tile has too few blocks for.
+            let together = match A::TOKENS {
+                0..=16 => 4,
+                17..=32 => 2,
+                _ => 1,
+            };
+            let count = left.min(together);
+            let source = Source { slots: self, address, worker_stride, count };
+            match A::TOKENS {
+                0..=16 => accumulator.visit(&mut Add::<4, 2>::start(source)),
+                17..=32 => accumulator.visit(&mut Add::<2, 4>::start(source)),
+                _ => accumulator.visit(&mut Add::<1, 8>::start(source)),
+            }
+            address += worker_stride * count as u64;
+            left -= count;
         }
     }
 }
@@ -132,33 +136,70 @@ impl BlockVisitor for Write {
     }
 }
 
-/// Adds the sums of `count` contributors, at most four, all of whose loads are under way at once.
-struct Add {
+/// The slots of `count` contributors, one after the other.
+#[derive(Clone, Copy)]
+struct Source {
     slots: Slots,
     address: u64,
     worker_stride: u64,
     count: u32,
 }
 
-impl BlockVisitor for Add {
+impl Source {
+    /// Asks for block `j` of `TOGETHER` contributors; zeros for those that there are not.
     #[inline(always)]
-    fn block(&mut self, j: u32, block: &mut [i32; 4]) {
-        if !finishes(self.slots.shape, self.slots.consumer, j) {
-            return;
-        }
-        let mut others = [[0; 4]; 4];
+    fn load<const TOGETHER: usize>(self, j: u32) -> [[i32; 4]; TOGETHER] {
+        let mut blocks = [[0; 4]; TOGETHER];
         seq_macro::seq!(I in 0..4 {
-            if I < self.count {
-                let address = self.address + I * self.worker_stride + j as u64 * BLOCK_STRIDE;
+            if I < TOGETHER {
+                let address = self.address + I as u64 * self.worker_stride + j as u64 * BLOCK_STRIDE;
+                let valid = (I as u32) < self.count && self.is_finished_here(j);
                 // SAFETY: the block lies in a contributor's slot, whose flag was seen.
-                others[I] = unsafe { load_global_x4(address) };
+                blocks[I] = unsafe { load_global_x4_if(valid, address) };
             }
         });
-        seq_macro::seq!(I in 0..4 {
-            block[0] = block[0].wrapping_add(others[I][0]);
-            block[1] = block[1].wrapping_add(others[I][1]);
-            block[2] = block[2].wrapping_add(others[I][2]);
-            block[3] = block[3].wrapping_add(others[I][3]);
+        blocks
+    }
+
+    #[inline(always)]
+    fn is_finished_here(self, j: u32) -> bool {
+        j * 8 < self.slots.shape.tokens && finishes(self.slots.shape, self.slots.consumer, j)
+    }
+}
+
+/// Adds the sums of up to `TOGETHER` contributors, at most four, with `AHEAD` blocks asked for ahead, at most eight.
+struct Add<const TOGETHER: usize, const AHEAD: usize> {
+    source: Source,
+    /// Block `j` is at `j % AHEAD`.
+    asked_for: [[[i32; 4]; TOGETHER]; AHEAD],
+}
+
+impl<const TOGETHER: usize, const AHEAD: usize> Add<TOGETHER, AHEAD> {
+    #[inline(always)]
+    fn start(source: Source) -> Self {
+        let mut asked_for = [[[0; 4]; TOGETHER]; AHEAD];
+        seq_macro::seq!(J in 0..8 {
+            if J < AHEAD {
+                asked_for[J] = source.load(J as u32);
+            }
         });
+        Self { source, asked_for }
+    }
+}
+
+impl<const TOGETHER: usize, const AHEAD: usize> BlockVisitor for Add<TOGETHER, AHEAD> {
+    #[inline(always)]
+    fn block(&mut self, j: u32, block: &mut [i32; 4]) {
+        let place = j as usize % AHEAD;
+        seq_macro::seq!(I in 0..4 {
+            if I < TOGETHER {
+                let other = self.asked_for[place][I];
+                block[0] = block[0].wrapping_add(other[0]);
+                block[1] = block[1].wrapping_add(other[1]);
+                block[2] = block[2].wrapping_add(other[2]);
+                block[3] = block[3].wrapping_add(other[3]);
+            }
+        });
+        self.asked_for[place] = self.source.load(j + AHEAD as u32);
     }
 }

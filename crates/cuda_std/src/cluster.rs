@@ -29,16 +29,12 @@ pub fn blocks() -> u32 {
     count
 }
 
-/// Waits for every thread of every block of the cluster; their earlier memory accesses are visible
-/// afterwards.
+/// Waits for every thread of every block of the cluster. It orders no memory accesses: what others must see needs a fence
+/// of its own.
 #[inline(always)]
-pub fn sync_cluster() {
+pub fn sync_cluster_relaxed() {
     // SAFETY: the barrier touches no memory of its own.
     unsafe {
-        asm!(
-            "barrier.cluster.arrive.release.aligned;",
-            "barrier.cluster.wait.acquire.aligned;",
-            options(nostack)
-        )
+        asm!("barrier.cluster.arrive.relaxed.aligned;", "barrier.cluster.wait.aligned;", options(nostack))
     }
 }

@@ -9,6 +9,7 @@
 pub mod arguments;
 pub mod brick;
 pub mod dequant;
+pub mod divisor;
 pub mod probe;
 pub mod ring;
 pub mod schedule;

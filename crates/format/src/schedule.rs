@@ -11,6 +11,8 @@
 //! comes first and what it waits for comes last, and it only ever waits for workers of lower index, which the
 //! hardware has started before it: there is no cycle, whatever number of workers runs at once.
 
+use crate::divisor::Divisor;
+
 /// The cut of one GEMM, the same on host and device.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,6 +34,14 @@ pub struct Schedule {
     /// Channel tiles that are walked together before the next such group: within one group all token tiles
     /// are visited, so that its weights and the activations stay in the L2 cache. At least 1.
     pub channel_group: u32,
+    /// Divides by `k_steps`.
+    by_k_steps: Divisor,
+    /// Divides by the tiles of a group.
+    by_group_tiles: Divisor,
+    /// Divides by `channel_group`.
+    by_group_width: Divisor,
+    /// Divides by the channel tiles of the last group, if it has fewer.
+    by_last_width: Divisor,
 }
 
 /// A run of K steps of one tile, done by one worker.
@@ -54,15 +64,6 @@ pub struct TilePosition {
     pub token_tile: u32,
 }
 
-/// Division that yields 0 for a zero divisor: device code must have no panicking path.
-#[inline(always)]
-const fn quotient(dividend: u32, divisor: u32) -> u32 {
-    match dividend.checked_div(divisor) {
-        Some(quotient) => quotient,
-        None => 0,
-    }
-}
-
 impl Schedule {
     /// A schedule of `channel_tiles` × `token_tiles` tiles of `k_steps` steps each, the last `streamed_tiles` of
     /// them shared out step by step. Zeros are taken for ones, and too many streamed tiles for all.
@@ -81,6 +82,7 @@ impl Schedule {
         let tiles = channel_tiles.saturating_mul(token_tiles);
         let streamed_tiles = if streamed_tiles > tiles { tiles } else { streamed_tiles };
         let stream = streamed_tiles.saturating_mul(k_steps);
+        let channel_group = positive(channel_group);
         Self {
             channel_tiles,
             token_tiles,
@@ -89,7 +91,11 @@ impl Schedule {
             streamed_tiles,
             stream_share: stream / workers,
             stream_longer: stream % workers,
-            channel_group: positive(channel_group),
+            channel_group,
+            by_k_steps: Divisor::new(k_steps),
+            by_group_tiles: Divisor::new(channel_group.saturating_mul(token_tiles)),
+            by_group_width: Divisor::new(channel_group),
+            by_last_width: Divisor::new(channel_tiles % channel_group),
         }
     }
 
@@ -154,13 +160,13 @@ impl Schedule {
     #[inline(always)]
     #[must_use]
     pub const fn position(&self, tile: u32) -> TilePosition {
-        let tiles_in_group = self.channel_group.wrapping_mul(self.token_tiles);
-        let group = quotient(tile, tiles_in_group);
+        let group = self.by_group_tiles.quotient(tile);
         let first_channel_tile = group.wrapping_mul(self.channel_group);
-        let within = tile.wrapping_sub(group.wrapping_mul(tiles_in_group));
+        let within = tile.wrapping_sub(group.wrapping_mul(self.by_group_tiles.divisor()));
         let remaining = self.channel_tiles.wrapping_sub(first_channel_tile);
-        let width = if remaining < self.channel_group { remaining } else { self.channel_group };
-        let token_tile = quotient(within, width);
+        let by_width = if remaining < self.channel_group { self.by_last_width } else { self.by_group_width };
+        let width = by_width.divisor();
+        let token_tile = by_width.quotient(within);
         let channel_tile =
             first_channel_tile.wrapping_add(within.wrapping_sub(token_tile.wrapping_mul(width)));
         TilePosition { channel_tile, token_tile }
@@ -183,7 +189,7 @@ impl Iterator for Segments {
     fn next(&mut self) -> Option<Segment> {
         let schedule = &self.schedule;
         if self.stream_cursor > self.stream_begin {
-            let streamed_tile = quotient(self.stream_cursor - 1, schedule.k_steps);
+            let streamed_tile = schedule.by_k_steps.quotient(self.stream_cursor - 1);
             let tile_begin = streamed_tile.wrapping_mul(schedule.k_steps);
             let first = if self.stream_begin > tile_begin { self.stream_begin } else { tile_begin };
             let segment = Segment {

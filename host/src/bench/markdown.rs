@@ -77,7 +77,8 @@ fn circumstances(run: &Run, text: &mut String) -> std::fmt::Result {
 /// How to read the figures.
 const METHOD: &str = "
 Launches replay from a CUDA graph, weights rotate through more than 200 MB, data are random, times are medians;
-± is half the distance between the quartiles. All contenders of a point are measured one after the other, twice.
+± is half the distance between the quartiles. All contenders of a point are measured one after the other, twice,
+each after an idle rest of 60 ms, so that none finds a GPU which the one before it has heated or throttled.
 `stream` only reads the bytes of packed weights, activations and output, `mma` only does as many products: the slower
 of the two is the **floor**, and the **score** is floor / time. The **ideal** floor is
 max(bytes / 3.10 TB/s, operations / 1979 TOPS), without launch cost. Ratios are the rival's time over ours.

@@ -3,6 +3,7 @@
 //! they do in a server.
 
 use std::ptr;
+use std::time::Duration;
 
 use cust::event::{Event, EventFlags};
 use cust::stream::Stream;
@@ -11,13 +12,27 @@ use cust::sys::{self, CUgraph, CUgraphExec, CUstreamCaptureMode_enum};
 use super::statistics::Timing;
 use crate::gpu::{During, GpuError};
 
-/// Each kernel is replayed in so many turns, so that a slow drift of the clocks meets all kernels alike …
-const TURNS: usize = 2;
-/// … and so many replays of each turn count. They follow one another, because a kernel that draws much power
-/// lowers the clocks, and it is its own clocks that it should be measured at.
-const REPLAYS_A_TURN: usize = 6;
-/// Replays of each turn that don't count.
-const WARM_UP_REPLAYS: usize = 2;
+/// How much is measured.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Pace {
+    /// Each kernel is replayed in so many turns, so that a slow drift of the clocks meets all kernels alike …
+    turns: usize,
+    /// … each after an idle rest, so that every kernel finds a GPU that the one before it has not heated or throttled …
+    rest: Duration,
+    /// … with so many replays that don't count …
+    warm_up_replays: usize,
+    /// … and so many that do. They follow one another: what power a kernel draws itself, it is measured with.
+    replays: usize,
+}
+
+impl Pace {
+    /// For results.
+    pub(super) const THOROUGH: Self =
+        Self { turns: 2, rest: Duration::from_millis(60), warm_up_replays: 2, replays: 6 };
+    /// For ranking many plans.
+    pub(super) const BRIEF: Self =
+        Self { turns: 1, rest: Duration::from_millis(20), warm_up_replays: 1, replays: 3 };
+}
 
 /// A replay should last so long that its own start does not matter …
 const SHORT_REPLAY_US: f64 = 1_000.0;
@@ -43,23 +58,28 @@ impl Contender<'_> {
 /// Times launches on one stream.
 pub(super) struct Clock<'s> {
     stream: &'s Stream,
+    pace: Pace,
     start: Event,
     end: Event,
 }
 
 impl<'s> Clock<'s> {
-    pub(super) fn new(stream: &'s Stream) -> anyhow::Result<Self> {
-        Ok(Self { stream, start: Event::new(EventFlags::DEFAULT)?, end: Event::new(EventFlags::DEFAULT)? })
+    pub(super) fn new(stream: &'s Stream, pace: Pace) -> anyhow::Result<Self> {
+        Ok(Self {
+            stream,
+            pace,
+            start: Event::new(EventFlags::DEFAULT)?,
+            end: Event::new(EventFlags::DEFAULT)?,
+        })
     }
 
     /// Times every contender. One that fails has its error in its place, and the others go on.
     pub(super) fn measure(&self, contenders: &[Contender<'_>]) -> Vec<anyhow::Result<Timing>> {
         let mut races: Vec<anyhow::Result<Race>> =
             contenders.iter().map(|contender| self.prepare(contender)).collect();
-        let rest: u64 = std::env::var("LQ_REST_MS").ok().and_then(|v| v.parse().ok()).unwrap_or(0);
-        for _ in 0..TURNS {
+        for _ in 0..self.pace.turns {
             for race in &mut races {
-                std::thread::sleep(std::time::Duration::from_millis(rest));
+                std::thread::sleep(self.pace.rest);
                 if let Ok(ready) = race
                     && let Err(error) = self.turn(ready)
                 {
@@ -92,11 +112,11 @@ impl<'s> Clock<'s> {
     }
 
     fn turn(&self, race: &mut Race) -> anyhow::Result<()> {
-        for replay in 0..WARM_UP_REPLAYS + REPLAYS_A_TURN {
+        for replay in 0..self.pace.warm_up_replays + self.pace.replays {
             self.start.record(self.stream)?;
             race.graph.launch(self.stream)?;
             let us = self.elapsed_us()? / race.graph.launches as f64;
-            if replay >= WARM_UP_REPLAYS {
+            if replay >= self.pace.warm_up_replays {
                 race.replays.push(us);
             }
         }

@@ -13,7 +13,7 @@ use super::circumstances;
 use super::cublaslt::{CublasLt, Gemm};
 use super::data;
 use super::record::{Point, Rival, Run, moved_bytes};
-use super::replay::{Clock, Contender};
+use super::replay::{Clock, Contender, Pace};
 use super::shapes::{Case, Matrix};
 use super::statistics::Timing;
 use crate::gpu::{self, DeviceSpan, DeviceWeights, Gpu, StreamHandle, Workspace};
@@ -155,8 +155,8 @@ impl<'g> Stage<'g> {
         })
     }
 
-    pub(super) fn clock(&self) -> anyhow::Result<Clock<'_>> {
-        Clock::new(&self.stream)
+    pub(super) fn clock(&self, pace: Pace) -> anyhow::Result<Clock<'_>> {
+        Clock::new(&self.stream, pace)
     }
 
     /// Makes a matrix's weights, uploads copies of them, and computes the reference.
@@ -178,7 +178,7 @@ impl<'g> Stage<'g> {
         algorithms: usize,
     ) -> anyhow::Result<(Point, BTreeSet<String>)> {
         let (n, k) = (bed.n(), bed.k());
-        let clock = self.clock()?;
+        let clock = self.clock(Pace::THOROUGH)?;
         let mut remarks = BTreeSet::new();
         let mut remark = |rival: Rival, error: &anyhow::Error| {
             remarks.insert(format!("cuBLASLt {}: {error:#}", rival.name()).replace('\n', " "));

@@ -5,12 +5,13 @@ use std::cmp::Ordering;
 use serde::{Deserialize, Serialize};
 
 use super::record::Run;
+use super::replay::Pace;
 use super::run::{Observer, Options, Stage};
 use crate::gpu::Gpu;
 use crate::{Cut, Method, Plan};
 
 /// A plan whose estimate is this much slower than the fastest one's is not timed in detail.
-const HOPELESS: f64 = 1.5;
+const HOPELESS: f64 = 1.3;
 /// Plans that a report names, besides the planner's choice.
 const REPORTED: usize = 10;
 
@@ -76,7 +77,7 @@ pub fn sweep(
 
 fn one(stage: &Stage<'_>, bed: &super::run::Bed, m: usize, multiprocessors: u32) -> anyhow::Result<Sweep> {
     let (n, k) = (bed.n(), bed.k());
-    let clock = stage.clock()?;
+    let clock = stage.clock(Pace::BRIEF)?;
     let mut floor: f64 = 0.0;
     for probe in clock.measure(&[stage.stream_probe(m, n, k), stage.mma_probe(m, n, k)]) {
         floor = floor.max(probe?.us);

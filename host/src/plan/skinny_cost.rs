@@ -8,6 +8,8 @@ use liquidgemm_format::brick;
 
 use super::Skinny;
 
+/// Multiprocessors of an H100.
+const MULTIPROCESSORS: f64 = 132.0;
 /// Microseconds of every launch.
 const LAUNCH: f64 = 1.5;
 /// Megabytes that memory delivers in a microsecond.
@@ -22,14 +24,14 @@ const PASS: f64 = 0.7;
 const SHARPNESS: i32 = 6;
 
 impl Skinny {
-    /// An estimate of the launch's time in microseconds, for a problem of `[m, n, k]` on so many multiprocessors.
-    pub(super) fn estimate_us(&self, problem: [usize; 3], multiprocessors: u32) -> f64 {
+    /// An estimate of the launch's time in microseconds, for a problem of `[m, n, k]`.
+    pub(super) fn estimate_us(&self, problem: [usize; 3]) -> f64 {
         let bricks = brick::k_blocks(problem[2]) as f64;
         let [m, n, k] = problem.map(|extent| extent as f64);
         let (blocks, passes) = (self.blocks() as f64, self.passes() as f64);
         let megabytes = |bytes: f64| bytes / 1e6;
 
-        let busy_share = (blocks / multiprocessors as f64).min(1.0);
+        let busy_share = (blocks / MULTIPROCESSORS).min(1.0);
         let from_memory = megabytes(n * k * 17.0 / 32.0 + m * k + 2.0 * m * n) / MEMORY / busy_share;
         let compute = passes * self.shape().units as f64 * bricks * UNIT;
         let busy = compute.powi(SHARPNESS) + from_memory.powi(SHARPNESS);

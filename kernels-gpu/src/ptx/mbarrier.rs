@@ -25,7 +25,7 @@ pub unsafe fn init(address: u32, arrivals: u32) {
 #[inline(always)]
 pub unsafe fn fence_init() {
     // SAFETY: a fence.
-    unsafe { asm!("fence.mbarrier_init.release.cluster;", "fence.proxy.async;", options(nostack)) }
+    unsafe { asm!("fence.mbarrier_init.release.cluster;", options(nostack)) }
 }
 
 /// Makes this thread's earlier stores to shared memory visible to the tensor cores and the copy engine.

@@ -150,18 +150,28 @@ pub unsafe fn load_global_f32_if(valid: bool, address: u64, otherwise: f32) -> f
     value
 }
 
-/// 16 bytes of global memory, from L2: for what other blocks wrote during this kernel.
+/// 16 bytes of global memory if `valid`, else zeros; from L2, for what other blocks wrote during this kernel. No branch,
+/// so that several are under way at once.
 ///
 /// # Safety
-/// `address` is valid and 16-byte aligned.
+/// If `valid`, `address` is, and it is 16-byte aligned.
 #[inline(always)]
-pub unsafe fn load_global_x4(address: u64) -> [i32; 4] {
+pub unsafe fn load_global_x4_if(valid: bool, address: u64) -> [i32; 4] {
     let (a, b, c, d);
     // SAFETY: the caller vouches for the address.
     unsafe {
         asm!(
-            "ld.global.cg.v4.u32 {{{}, {}, {}, {}}}, [{}];",
-            out(reg32) a, out(reg32) b, out(reg32) c, out(reg32) d, in(reg64) address,
+            "{{",
+            ".reg .pred valid;",
+            "setp.ne.u32 valid, {5}, 0;",
+            "mov.b32 {0}, 0;",
+            "mov.b32 {1}, 0;",
+            "mov.b32 {2}, 0;",
+            "mov.b32 {3}, 0;",
+            "@valid ld.global.cg.v4.u32 {{{0}, {1}, {2}, {3}}}, [{4}];",
+            "}}",
+            out(reg32) a, out(reg32) b, out(reg32) c, out(reg32) d,
+            in(reg64) address, in(reg32) valid as u32,
             options(nostack)
         );
     }

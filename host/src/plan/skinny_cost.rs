@@ -1,8 +1,8 @@
 //! How long a skinny plan will take, in the same microseconds as the estimates of tiled plans.
 //!
 //! A launch is as slow as the slower of memory and arithmetic; on top come a constant, every block's reading of all
-//! activations, and each further pass over K. The constants describe 60 plans of seven matrices at 1, 8 and 16 tokens on an H100
-//! SXM (`docs/performance-log.md`). They need not be exact: a wrong choice costs time, never a bit of the result.
+//! activations, and each further pass over K. The constants were fitted by eye to
+//! 50 plans of seven matrices at 1, 8 and 16 tokens on an H100 SXM (`docs/performance-log.md`). They need not be exact: a wrong choice costs time, never a bit of the result.
 
 use liquidgemm_format::brick;
 
@@ -19,7 +19,7 @@ const ACTIVATIONS: f64 = 25.0;
 /// Microseconds for a brick's share of one unit in a block, of all units that the kernel computes in a pass.
 const UNIT: f64 = 0.011;
 /// Microseconds for every pass after the first: the warps' sums meet, and the activations are asked for anew.
-const PASS: f64 = 0.7;
+const PASS: f64 = 0.9;
 /// How sharply the slower of memory and arithmetic hides the other.
 const SHARPNESS: i32 = 6;
 

@@ -3,18 +3,28 @@
 use libtest_mimic::Failed;
 use liquidgemm::gpu::Gpu;
 use liquidgemm::{Cut, OutputType, Plan};
+use liquidgemm_format::skinny::SKINNY_SHAPES;
 use liquidgemm_format::tile::TILE_SHAPES;
 use liquidgemm_gpu_tests::{Problem, Session, Test, rng, run};
 use rand::Rng;
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
 
-const TESTS: [Test; 6] = [
+const TESTS: [Test; 9] = [
     ("small_problems_equal_the_cpu_for_every_tile", small_problems_equal_the_cpu_for_every_tile),
     ("every_output_type_equals_the_cpu_for_every_tile", every_output_type_equals_the_cpu_for_every_tile),
     ("random_problems_equal_the_cpu", random_problems_equal_the_cpu),
     ("the_longest_k_equals_the_cpu", the_longest_k_equals_the_cpu),
     ("any_cut_gives_the_same_bits", any_cut_gives_the_same_bits),
+    ("skinny_problems_equal_the_cpu_for_every_kernel", skinny_problems_equal_the_cpu_for_every_kernel),
+    (
+        "every_output_type_equals_the_cpu_for_every_skinny_kernel",
+        every_output_type_equals_the_cpu_for_every_skinny_kernel,
+    ),
+    (
+        "the_longest_k_equals_the_cpu_for_every_skinny_kernel",
+        the_longest_k_equals_the_cpu_for_every_skinny_kernel,
+    ),
     ("repeated_launches_give_the_same_bits", repeated_launches_give_the_same_bits),
 ];
 
@@ -114,6 +124,74 @@ fn any_cut_gives_the_same_bits(gpu: &'static Gpu) -> Result<(), Failed> {
                 }
             }
         }
+    }
+    Ok(())
+}
+
+fn skinny_problems_equal_the_cpu_for_every_kernel(gpu: &'static Gpu) -> Result<(), Failed> {
+    let mut rng = rng(7);
+    let session = Session::new(gpu)?;
+    let most = gpu.multiprocessors();
+    let shapes = [
+        [1, 1, 1],
+        [3, 5, 63],
+        [8, 64, 64],
+        [5, 17, 65],
+        [2, 31, 100],
+        [7, 200, 1000],
+        [1, 509, 4097],
+        [8, 1021, 4160],
+        [9, 100, 4095],
+        [16, 333, 2049],
+        [13, 2200, 640],
+        [16, 4096, 4096],
+    ];
+    for [m, n, k] in shapes {
+        let problem = Problem::random(gpu, &mut rng, [m, n, k])?;
+        for shape in SKINNY_SHAPES.into_iter().filter(|shape| m <= shape.tokens as usize) {
+            // Few blocks take many passes.
+            for blocks in [most, 3, 1] {
+                if blocks < most && n > 2200 {
+                    continue;
+                }
+                let plan = Plan::skinny(m, n, k, shape, blocks)?;
+                problem.check_type(gpu, &session, &plan, OutputType::I32, false, 0)?;
+                problem.check_type(gpu, &session, &plan, OutputType::Bf16, true, 0)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn every_output_type_equals_the_cpu_for_every_skinny_kernel(gpu: &'static Gpu) -> Result<(), Failed> {
+    let mut rng = rng(8);
+    let session = Session::new(gpu)?;
+    for shape in SKINNY_SHAPES {
+        for (m, n, k) in [(shape.tokens as usize, 264, 448), (shape.tokens as usize - 1, 1001, 1030)] {
+            let problem = Problem::random(gpu, &mut rng, [m, n, k])?;
+            let plan = Plan::skinny(m, n, k, shape, 7)?;
+            for output_type in OutputType::ALL {
+                for bias in [false, true] {
+                    // Rows on 16 bytes, on 8, and on none.
+                    for padding in [0, 4, 8, 3] {
+                        problem.check_type(gpu, &session, &plan, output_type, bias, padding)?;
+                    }
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+fn the_longest_k_equals_the_cpu_for_every_skinny_kernel(gpu: &'static Gpu) -> Result<(), Failed> {
+    let mut rng = rng(9);
+    let session = Session::new(gpu)?;
+    for shape in SKINNY_SHAPES {
+        let [m, n, k] = [shape.tokens as usize, 65, 131_072];
+        let problem = Problem::random(gpu, &mut rng, [m, n, k])?;
+        let plan = Plan::skinny(m, n, k, shape, gpu.multiprocessors())?;
+        problem.check_type(gpu, &session, &plan, OutputType::I32, false, 0)?;
+        problem.check_type(gpu, &session, &plan, OutputType::F32, true, 0)?;
     }
     Ok(())
 }

@@ -6,6 +6,7 @@ use cust::sys;
 use libtest_mimic::Failed;
 use liquidgemm::gpu::{DeviceSpan, DeviceWeights, Gpu, Operands};
 use liquidgemm::{Group, OutputType, PackedWeights, Plan, QuantizedActivations, cpu};
+use liquidgemm_format::skinny::SKINNY_SHAPES;
 use liquidgemm_format::tile::TILE_SHAPES;
 use liquidgemm_gpu_tests::graph::{Graph, driver};
 use liquidgemm_gpu_tests::{
@@ -14,10 +15,12 @@ use liquidgemm_gpu_tests::{
 use rand::Rng;
 use rand::rngs::StdRng;
 
-const TESTS: [Test; 5] = [
+const TESTS: [Test; 7] = [
     ("a_captured_gemm_replays_with_inputs_that_changed", a_captured_gemm_replays_with_inputs_that_changed),
     ("a_gemm_sees_the_copy_before_it", a_gemm_sees_the_copy_before_it),
     ("a_gemm_sees_what_the_gemm_before_it_wrote", a_gemm_sees_what_the_gemm_before_it_wrote),
+    ("a_skinny_gemm_sees_what_the_one_before_it_wrote", a_skinny_gemm_sees_what_the_one_before_it_wrote),
+    ("skinny_gemms_and_tiled_ones_in_a_row", skinny_gemms_and_tiled_ones_in_a_row),
     ("different_gemms_in_a_row_share_a_workspace", different_gemms_in_a_row_share_a_workspace),
     (
         "the_same_gemm_in_a_row_gives_the_same_bits_each_time",
@@ -147,6 +150,12 @@ struct ChainStep {
 impl Chain {
     fn new(gpu: &Gpu, rng: &mut StdRng, shape: [usize; 4]) -> Result<Self, Failed> {
         let [m, middle, k, n] = shape;
+        let plans = [gpu.plan(m, middle, k)?, gpu.plan(m, n, 4 * middle)?];
+        Self::with_plans(gpu, rng, shape, plans)
+    }
+
+    fn with_plans(gpu: &Gpu, rng: &mut StdRng, shape: [usize; 4], plans: [Plan; 2]) -> Result<Self, Failed> {
+        let [m, middle, k, n] = shape;
         // Weights 0 to 15, which meet at most eight activations of 1: sums from 0 to 120 are bytes that are valid codes.
         let codes: Vec<u8> = (0..middle * k).map(|_| rng.random_range(0..16)).collect();
         let pairs = vec![(1, 128); middle];
@@ -157,7 +166,7 @@ impl Chain {
             shape,
             device_first: gpu.upload(&first)?,
             device_second: gpu.upload(&second)?,
-            plans: [gpu.plan(m, middle, k)?, gpu.plan(m, n, 4 * middle)?],
+            plans,
             device_scales: to_device(&scales)?,
             between: poisoned::<i32>(m * middle)?,
             first,
@@ -232,25 +241,87 @@ fn a_gemm_sees_what_the_gemm_before_it_wrote(gpu: &'static Gpu) -> Result<(), Fa
     let session = Session::new(gpu)?;
     for shape in [[1, 1024, 2048, 512], [16, 512, 4096, 4096], [48, 1024, 2048, 512], [200, 512, 1024, 640]] {
         let chain = Chain::new(gpu, &mut rng, shape)?;
-        let mut steps = (0..6).map(|_| chain.step(&mut rng)).collect::<Result<Vec<_>, _>>()?;
-        let all = |steps: &[ChainStep]| steps.iter().try_for_each(|step| chain.enqueue(gpu, &session, step));
-        let check = |steps: &[ChainStep], what: &str| {
-            steps.iter().enumerate().try_for_each(|(index, step)| {
-                chain.check(step, || format!("{what}, step {index} of {shape:?}"))
-            })
-        };
-        all(&steps)?;
-        session.stream.synchronize()?;
-        check(&steps, "on a stream")?;
-        let graph = Graph::capture(&session.stream, || all(&steps))?;
-        for _ in 0..3 {
-            for step in &mut steps {
-                step.x = chain.random_x(&mut rng)?;
-                refill(&mut step.codes, step.x.data())?;
+        check_chain(gpu, &session, &mut rng, &chain)?;
+    }
+    Ok(())
+}
+
+/// Goes through a chain six times in a row, on a stream and in a graph.
+fn check_chain(gpu: &Gpu, session: &Session, rng: &mut StdRng, chain: &Chain) -> Result<(), Failed> {
+    let shape = chain.shape;
+    let mut steps = (0..6).map(|_| chain.step(rng)).collect::<Result<Vec<_>, _>>()?;
+    let all = |steps: &[ChainStep]| steps.iter().try_for_each(|step| chain.enqueue(gpu, session, step));
+    let check = |steps: &[ChainStep], what: &str| {
+        steps
+            .iter()
+            .enumerate()
+            .try_for_each(|(index, step)| chain.check(step, || format!("{what}, step {index} of {shape:?}")))
+    };
+    all(&steps)?;
+    session.stream.synchronize()?;
+    check(&steps, "on a stream")?;
+    let graph = Graph::capture(&session.stream, || all(&steps))?;
+    for _ in 0..3 {
+        for step in &mut steps {
+            step.x = chain.random_x(rng)?;
+            refill(&mut step.codes, step.x.data())?;
+        }
+        // SAFETY: all that was captured is alive.
+        unsafe { graph.replay(&session.stream) }?;
+        check(&steps, "in a graph")?;
+    }
+    Ok(())
+}
+
+fn a_skinny_gemm_sees_what_the_one_before_it_wrote(gpu: &'static Gpu) -> Result<(), Failed> {
+    let mut rng = rng(26);
+    let session = Session::new(gpu)?;
+    for kernel in SKINNY_SHAPES {
+        let m = kernel.tokens as usize;
+        for [middle, k, n] in [[1024, 2048, 4096], [512, 4096, 600]] {
+            let plan = |n, k| Plan::skinny(m, n, k, kernel, gpu.multiprocessors());
+            let plans = [plan(middle, k)?, plan(n, 4 * middle)?];
+            let chain = Chain::with_plans(gpu, &mut rng, [m, middle, k, n], plans)?;
+            check_chain(gpu, &session, &mut rng, &chain)?;
+        }
+    }
+    Ok(())
+}
+
+/// Many launches in a graph, of every skinny kernel with a tiled one behind it.
+fn skinny_gemms_and_tiled_ones_in_a_row(gpu: &'static Gpu) -> Result<(), Failed> {
+    let mut rng = rng(27);
+    let session = Session::new(gpu)?;
+    let mut launches = Vec::new();
+    for kernel in SKINNY_SHAPES {
+        for [n, k] in [[4096, 4096], [700, 3000]] {
+            let m = kernel.tokens as usize;
+            let problem = Problem::random(gpu, &mut rng, [m, n, k])?;
+            let skinny = Plan::skinny(m, n, k, kernel, gpu.multiprocessors())?;
+            let tiled = Plan::with_tile(m, n, k, TILE_SHAPES[1], gpu.multiprocessors())?;
+            let outputs = [poisoned::<f32>(m * n)?, poisoned::<f32>(m * n)?];
+            launches.push((problem, [skinny, tiled], outputs));
+        }
+    }
+    let all = || {
+        for (problem, plans, outputs) in launches.iter().chain(&launches) {
+            for (plan, output) in plans.iter().zip(outputs) {
+                enqueue(gpu, &session, problem, plan, output)?;
             }
-            // SAFETY: all that was captured is alive.
-            unsafe { graph.replay(&session.stream) }?;
-            check(&steps, "in a graph")?;
+        }
+        Ok(())
+    };
+    all()?;
+    session.stream.synchronize()?;
+    let graph = Graph::capture(&session.stream, all)?;
+    for _ in 0..5 {
+        // SAFETY: all that was captured is alive.
+        unsafe { graph.replay(&session.stream) }?;
+    }
+    for (problem, plans, outputs) in &launches {
+        let expected = problem.expected::<f32>(true)?;
+        for (plan, output) in plans.iter().zip(outputs) {
+            expect_values(output, &expected, || plan.to_string())?;
         }
     }
     Ok(())

@@ -1,8 +1,10 @@
-//! How a problem is cut for the GPU: which token tile, how many thread blocks, which tiles share their K.
+//! How a problem is computed on the GPU: by which kernel, in which tiles, on how many thread blocks.
 //!
 //! A plan only decides speed: whatever it says, the result has the same bits.
 
 mod cost;
+mod skinny;
+mod skinny_cost;
 
 use std::fmt;
 
@@ -13,17 +15,34 @@ use liquidgemm_format::tile::{STAGE_BRICKS, TILE_SHAPES, TileShape};
 use crate::Error;
 use crate::gpu::GpuError;
 
-/// The cut of one problem.
+pub use skinny::Skinny;
+
+/// How one problem is computed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Plan {
     m: usize,
     n: usize,
     k: usize,
+    method: Method,
+}
+
+/// The two ways to compute a problem.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Method {
+    /// In tiles of channels × tokens, whose K may be shared.
+    Tiled(Tiled),
+    /// All tokens at once, each thread block with channels of its own.
+    Skinny(Skinny),
+}
+
+/// A problem cut into tiles.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tiled {
     cut: Cut,
     schedule: Schedule,
 }
 
-/// What there is to choose about a plan.
+/// What there is to choose about tiles.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Cut {
     /// The token tile and the depth of its ring.
@@ -77,21 +96,113 @@ impl Plan {
     ///
     /// # Errors
     /// As [`Plan::new`].
-    pub fn with_cut(m: usize, n: usize, k: usize, mut cut: Cut) -> Result<Self, Error> {
-        for (dimension, value) in [("m", m), ("n", n), ("k", k)] {
-            if value == 0 {
-                return Err(Error::EmptyDimension { dimension });
+    pub fn with_cut(m: usize, n: usize, k: usize, cut: Cut) -> Result<Self, Error> {
+        Ok(Self { m, n, k, method: Method::Tiled(Tiled::new(m, n, k, cut)?) })
+    }
+
+    /// Every plan that is worth considering for a problem.
+    ///
+    /// # Errors
+    /// As [`Plan::new`].
+    pub fn candidates(m: usize, n: usize, k: usize, multiprocessors: u32) -> Result<Vec<Self>, Error> {
+        check_problem(m, n, k)?;
+        let mut plans = Self::skinny_candidates(m, n, k, multiprocessors)?;
+        let mut too_many = None;
+        for shape in TILE_SHAPES {
+            // A tile more than three quarters empty wastes what a smaller one doesn't; only the smallest two are alike.
+            if shape.tokens > 16 && m <= shape.tokens as usize / 4 {
+                continue;
+            }
+            for cluster in [1, 2] {
+                if cluster > shape.max_cluster().min(multiprocessors) {
+                    continue;
+                }
+                let most = (multiprocessors / cluster).max(1);
+                let mut consider = |workers: u32, streamed_waves: u32| -> Result<u32, Error> {
+                    let tiled = Tiled::new(m, n, k, Cut { shape, cluster, workers, streamed_waves })?;
+                    let tiles = tiled.schedule.tiles();
+                    let plan = Self { m, n, k, method: Method::Tiled(tiled) };
+                    if !plans.iter().any(|other| other.launches_like(&plan)) {
+                        plans.push(plan);
+                    }
+                    Ok(tiles)
+                };
+                let tiles = match consider(most, 1) {
+                    Ok(tiles) => tiles,
+                    // Too many tiles of this shape; a larger one may do.
+                    Err(error @ Error::Gpu(GpuError::OutOfRange { .. })) => {
+                        too_many.get_or_insert(error);
+                        continue;
+                    }
+                    Err(error) => return Err(error),
+                };
+                // Whole tiles, as even as can be.
+                consider(tiles.div_ceil(tiles.div_ceil(most)), 0)?;
+                if tiles < most {
+                    // Every tile in the same number of equal parts.
+                    consider(tiles * (most / tiles), 1)?;
+                } else {
+                    consider(most, 2)?;
+                }
             }
         }
-        if k > brick::MAX_K {
-            return Err(Error::KTooLarge { k });
+        match too_many {
+            Some(error) if plans.is_empty() => Err(error),
+            _ => Ok(plans),
         }
-        for (what, value) in [("m", m), ("n", n)] {
-            let limit = i32::MAX as usize;
-            if value > limit {
-                return Err(GpuError::OutOfRange { what, value, limit }.into());
+    }
+
+    /// Whether both come to the same launch.
+    pub(crate) fn launches_like(&self, other: &Self) -> bool {
+        match (self.method, other.method) {
+            (Method::Tiled(a), Method::Tiled(b)) => {
+                (a.shape(), a.cluster(), a.schedule) == (b.shape(), b.cluster(), b.schedule)
             }
+            (a, b) => a == b,
         }
+    }
+
+    /// An estimate of the launch's time on an H100, in microseconds. It ranks the plans of one problem; the bench
+    /// measures.
+    #[must_use]
+    pub fn estimate_us(&self) -> f64 {
+        match self.method {
+            Method::Tiled(tiled) => tiled.estimate_us(self.problem()),
+            Method::Skinny(skinny) => skinny.estimate_us(self.problem()),
+        }
+    }
+
+    /// `[m, n, k]` of the problem.
+    pub fn problem(&self) -> [usize; 3] {
+        [self.m, self.n, self.k]
+    }
+
+    /// How the problem is computed.
+    pub fn method(&self) -> &Method {
+        &self.method
+    }
+
+    /// The cut into tiles, if that is how the problem is solved.
+    pub fn tiled(&self) -> Option<&Tiled> {
+        match &self.method {
+            Method::Tiled(tiled) => Some(tiled),
+            Method::Skinny(_) => None,
+        }
+    }
+
+    /// Thread blocks of the launch.
+    pub fn blocks(&self) -> u32 {
+        match self.method {
+            Method::Tiled(Tiled { cut, .. }) => cut.workers * cut.cluster,
+            Method::Skinny(skinny) => skinny.blocks(),
+        }
+    }
+}
+
+impl Tiled {
+    /// Cuts a problem, and brings the cut's values down to what it can use.
+    fn new(m: usize, n: usize, k: usize, mut cut: Cut) -> Result<Self, Error> {
+        check_problem(m, n, k)?;
         let Some(shape) = TileShape::find(cut.shape.strips, cut.shape.tokens, cut.shape.halves) else {
             return Err(GpuError::UnknownTile { shape: cut.shape }.into());
         };
@@ -121,95 +232,63 @@ impl Plan {
         let channel_group = (GROUP_CHANNELS / cluster_channels).clamp(1, channel_tiles);
         let schedule =
             Schedule::new([channel_tiles, token_tiles, k_steps], cut.workers, streamed_tiles, channel_group);
-        Ok(Self { m, n, k, cut, schedule })
-    }
-
-    /// Every plan that is worth considering for a problem.
-    ///
-    /// # Errors
-    /// As [`Plan::new`].
-    pub fn candidates(m: usize, n: usize, k: usize, multiprocessors: u32) -> Result<Vec<Self>, Error> {
-        let mut plans: Vec<Self> = Vec::new();
-        let mut too_many = None;
-        for shape in TILE_SHAPES {
-            // A tile more than three quarters empty wastes what a smaller one doesn't; only the smallest two are alike.
-            if shape.tokens > 16 && m <= shape.tokens as usize / 4 {
-                continue;
-            }
-            for cluster in [1, 2] {
-                if cluster > shape.max_cluster().min(multiprocessors) {
-                    continue;
-                }
-                let most = (multiprocessors / cluster).max(1);
-                let mut consider = |workers: u32, streamed_waves: u32| -> Result<u32, Error> {
-                    let plan = Self::with_cut(m, n, k, Cut { shape, cluster, workers, streamed_waves })?;
-                    if !plans.iter().any(|other| other.launches_like(&plan)) {
-                        plans.push(plan);
-                    }
-                    Ok(plan.schedule.tiles())
-                };
-                let tiles = match consider(most, 1) {
-                    Ok(tiles) => tiles,
-                    // Too many tiles of this shape; a larger one may do.
-                    Err(error @ Error::Gpu(GpuError::OutOfRange { .. })) => {
-                        too_many.get_or_insert(error);
-                        continue;
-                    }
-                    Err(error) => return Err(error),
-                };
-                // Whole tiles, as even as can be.
-                consider(tiles.div_ceil(tiles.div_ceil(most)), 0)?;
-                if tiles < most {
-                    // Every tile in the same number of equal parts.
-                    consider(tiles * (most / tiles), 1)?;
-                } else {
-                    consider(most, 2)?;
-                }
-            }
-        }
-        match too_many {
-            Some(error) if plans.is_empty() => Err(error),
-            _ => Ok(plans),
-        }
-    }
-
-    /// Whether both come to the same launch.
-    fn launches_like(&self, other: &Self) -> bool {
-        (self.shape(), self.cluster(), self.schedule) == (other.shape(), other.cluster(), other.schedule)
-    }
-
-    /// `[m, n, k]` of the problem.
-    pub fn problem(&self) -> [usize; 3] {
-        [self.m, self.n, self.k]
+        Ok(Self { cut, schedule })
     }
 
     /// What was chosen.
+    #[must_use]
     pub fn cut(&self) -> Cut {
         self.cut
     }
 
     /// The token tile and the depth of its ring.
+    #[must_use]
     pub fn shape(&self) -> TileShape {
         self.cut.shape
     }
 
     /// Thread blocks of a cluster.
+    #[must_use]
     pub fn cluster(&self) -> u32 {
         self.cut.cluster
     }
 
-    /// Thread blocks of the launch.
-    pub fn blocks(&self) -> u32 {
-        self.cut.workers * self.cut.cluster
-    }
-
     /// Who computes what.
+    #[must_use]
     pub fn schedule(&self) -> &Schedule {
         &self.schedule
     }
 }
 
+/// Fails if a dimension is 0 or larger than the kernels can count.
+fn check_problem(m: usize, n: usize, k: usize) -> Result<(), Error> {
+    for (dimension, value) in [("m", m), ("n", n), ("k", k)] {
+        if value == 0 {
+            return Err(Error::EmptyDimension { dimension });
+        }
+    }
+    if k > brick::MAX_K {
+        return Err(Error::KTooLarge { k });
+    }
+    for (what, value) in [("m", m), ("n", n)] {
+        let limit = i32::MAX as usize;
+        if value > limit {
+            return Err(GpuError::OutOfRange { what, value, limit }.into());
+        }
+    }
+    Ok(())
+}
+
 impl fmt::Display for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.method {
+            Method::Tiled(tiled) => tiled.fmt(f),
+            Method::Skinny(skinny) => skinny.fmt(f),
+        }
+    }
+}
+
+impl fmt::Display for Tiled {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Schedule { channel_tiles, token_tiles, k_steps, workers, streamed_tiles, .. } = self.schedule;
         let Cut { shape, cluster, .. } = self.cut;

@@ -1,21 +1,49 @@
 //! Plans: whatever is asked for, all of the output is computed once and the launch fits the GPU.
 
 use liquidgemm::gpu::GpuError;
-use liquidgemm::{Cut, Error, Plan};
+use liquidgemm::{Cut, Error, Method, Plan, Tiled};
 use liquidgemm_format::tile::{STAGE_K, TILE_SHAPES, TileShape};
 use proptest::prelude::*;
 
-/// Fails unless the plan's tiles cover `[m, n]` and K, none of them in vain, and each tile's K steps are computed once.
+/// The plan's tiles.
+fn tiled(plan: &Plan) -> Tiled {
+    match plan.method() {
+        Method::Tiled(tiled) => *tiled,
+        Method::Skinny(_) => panic!("not in tiles: {plan}"),
+    }
+}
+
+/// Fails unless the plan covers `[m, n]` and K.
 fn check_cover(plan: &Plan) -> Result<(), TestCaseError> {
-    let ([m, n, k], schedule) = (plan.problem(), plan.schedule());
+    match plan.method() {
+        Method::Tiled(tiled) => check_tiles(plan, tiled),
+        Method::Skinny(skinny) => {
+            let [m, n, _] = plan.problem();
+            prop_assert!(m <= skinny.shape().tokens as usize, "tokens: {plan}");
+            let mut next = 0;
+            for block in 0..skinny.blocks() {
+                let (begin, end) = skinny.shares().of_block(block);
+                prop_assert!(begin == next && end > begin, "{plan}");
+                next = end;
+            }
+            prop_assert_eq!(next as usize, n.div_ceil(16), "{}", plan);
+            prop_assert!(skinny.shares().pass <= skinny.shape().units, "{plan}");
+            Ok(())
+        }
+    }
+}
+
+/// Fails unless the plan's tiles cover `[m, n]` and K, none of them in vain, and each tile's K steps are computed once.
+fn check_tiles(plan: &Plan, tiled: &Tiled) -> Result<(), TestCaseError> {
+    let ([m, n, k], schedule) = (plan.problem(), tiled.schedule());
     let covers = |pieces: u32, size: usize, whole: usize| {
         pieces as usize * size >= whole && (pieces as usize - 1) * size < whole
     };
-    let cluster_channels = (plan.shape().channels() * plan.cluster()) as usize;
+    let cluster_channels = (tiled.shape().channels() * tiled.cluster()) as usize;
     prop_assert!(covers(schedule.channel_tiles, cluster_channels, n), "channels: {plan}");
-    prop_assert!(covers(schedule.token_tiles, plan.shape().tokens as usize, m), "tokens: {plan}");
+    prop_assert!(covers(schedule.token_tiles, tiled.shape().tokens as usize, m), "tokens: {plan}");
     prop_assert!(covers(schedule.k_steps, STAGE_K as usize, k), "K: {plan}");
-    prop_assert_eq!(schedule.workers * plan.cluster(), plan.blocks());
+    prop_assert_eq!(schedule.workers * tiled.cluster(), plan.blocks());
 
     let tiles = schedule.tiles() as usize;
     let mut at = vec![false; tiles];
@@ -43,14 +71,16 @@ fn check_cover(plan: &Plan) -> Result<(), TestCaseError> {
 
 /// Fails unless all blocks of the launch have their slot in a workspace made for this many multiprocessors.
 fn check_fit(plan: &Plan, multiprocessors: u32) -> Result<(), TestCaseError> {
-    let shape = plan.shape();
     prop_assert!(plan.blocks() >= 1);
     prop_assert!(
         plan.blocks() <= multiprocessors,
         "{} blocks on {multiprocessors} multiprocessors: {plan}",
         plan.blocks()
     );
-    prop_assert!(plan.cluster().is_power_of_two() && plan.cluster() <= shape.max_cluster().max(1));
+    if let Method::Tiled(tiled) = plan.method() {
+        let cluster = tiled.cluster();
+        prop_assert!(cluster.is_power_of_two() && cluster <= tiled.shape().max_cluster().max(1));
+    }
     Ok(())
 }
 
@@ -98,7 +128,7 @@ proptest! {
         shape in prop::sample::select(&TILE_SHAPES[..]),
     ) {
         let plan = Plan::with_tile(m, n, k, shape, multiprocessors).unwrap();
-        prop_assert_eq!(plan.shape(), shape);
+        prop_assert_eq!(tiled(&plan).shape(), shape);
         check_cover(&plan)?;
         check_fit(&plan, multiprocessors)?;
     }
@@ -115,8 +145,8 @@ proptest! {
     ) {
         let plan = Plan::with_cut(m, n, k, Cut { shape, cluster, workers, streamed_waves }).unwrap();
         check_cover(&plan)?;
-        prop_assert!(plan.cut().workers <= workers.max(1));
-        prop_assert!(plan.cluster() <= cluster.max(1));
+        prop_assert!(tiled(&plan).cut().workers <= workers.max(1));
+        prop_assert!(tiled(&plan).cluster() <= cluster.max(1));
     }
 }
 
@@ -163,7 +193,7 @@ fn a_batch_too_large_for_small_tiles_is_planned_with_larger_ones() {
     let (m, n, k) = (4_000_000, 57_344, 8192);
     let small = TILE_SHAPES[0];
     assert!(matches!(Plan::with_tile(m, n, k, small, 132), Err(Error::Gpu(GpuError::OutOfRange { .. }))));
-    assert!(Plan::new(m, n, k, 132).unwrap().shape().tokens > small.tokens);
+    assert!(tiled(&Plan::new(m, n, k, 132).unwrap()).shape().tokens > small.tokens);
 }
 
 #[test]
@@ -181,11 +211,12 @@ fn a_tile_without_a_kernel_is_refused_by_name() {
 
 #[test]
 fn a_plan_shows_its_tile_and_workers_on_one_line() {
-    let plan = Plan::new(16, 12_288, 4096, 132).unwrap();
+    let plan = Plan::new(64, 12_288, 4096, 132).unwrap();
     let text = plan.to_string();
     assert_eq!(text.lines().count(), 1);
+    let tiled = tiled(&plan);
     let tile =
-        format!("{} channels x {} tokens", plan.shape().channels() * plan.cluster(), plan.shape().tokens);
+        format!("{} channels x {} tokens", tiled.shape().channels() * tiled.cluster(), tiled.shape().tokens);
     assert!(text.contains(&tile), "{text}");
-    assert!(text.contains(&format!("{} workers", plan.cut().workers)), "{text}");
+    assert!(text.contains(&format!("{} workers", tiled.cut().workers)), "{text}");
 }

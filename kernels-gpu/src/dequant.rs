@@ -1,4 +1,4 @@
-//! A consumer thread's share of a brick, and its way from packed codes to wgmma operands.
+//! A consumer thread's share of a brick, and its way from packed codes to operands of the tensor cores.
 //!
 //! The arithmetic is `liquidgemm_format::dequant`'s; this file supplies its two instructions and knows which
 //! word feeds which register.
@@ -64,20 +64,33 @@ impl BrickShare {
     #[inline(always)]
     pub unsafe fn load(brick: u32, place: SharePlace) -> Self {
         // SAFETY: the place lies inside the brick.
-        unsafe {
-            Self { words: load_shared_x4(brick + place.codes), pairs: load_shared(brick + place.pairs) }
-        }
+        unsafe { Self::load_from(brick + place.codes, brick + place.pairs) }
     }
 
-    /// The A operand of the brick's k32 MMA `MMA`, 0 or 1.
+    /// Loads the share from where its codes and its channels' pairs lie in shared memory.
+    ///
+    /// # Safety
+    /// 16 bytes of codes, aligned, and 4 bytes of pairs lie there.
+    #[inline(always)]
+    pub unsafe fn load_from(codes: u32, pairs: u32) -> Self {
+        // SAFETY: the caller vouches for the addresses.
+        unsafe { Self { words: load_shared_x4(codes), pairs: load_shared(pairs) } }
+    }
+
+    /// The A operand of the brick's k32 MMA `MMA`, 0 or 1, for wgmma.
     #[inline(always)]
     pub fn operand<D: Dequantization, const MMA: usize>(self) -> [u32; 4] {
+        self.operand_by::<MMA>(D::four_weights)
+    }
+
+    /// The A operand of the brick's k32 MMA `MMA`, 0 or 1, by a multiply-add of the caller's choice.
+    #[inline(always)]
+    pub fn operand_by<const MMA: usize>(self, four_weights: impl Fn(u32, u32, u32) -> u32 + Copy) -> [u32; 4] {
         // Bytes of `pairs`: s and a of channel g, s and a of channel g + 8. Selector digit 4 is a zero byte.
         let (upper_s, upper_a) = (permute_bytes::<0x4440>(self.pairs), permute_bytes::<0x1111>(self.pairs));
         let (lower_s, lower_a) = (permute_bytes::<0x4442>(self.pairs), permute_bytes::<0x3333>(self.pairs));
-        let [upper_low, upper_high] = dequantize_word(self.words[2 * MMA], upper_s, upper_a, D::four_weights);
-        let [lower_low, lower_high] =
-            dequantize_word(self.words[2 * MMA + 1], lower_s, lower_a, D::four_weights);
+        let [upper_low, upper_high] = dequantize_word(self.words[2 * MMA], upper_s, upper_a, four_weights);
+        let [lower_low, lower_high] = dequantize_word(self.words[2 * MMA + 1], lower_s, lower_a, four_weights);
         [upper_low, lower_low, upper_high, lower_high]
     }
 }

@@ -24,14 +24,14 @@ use crate::ptx::wgmma::{Accumulator, BlockVisitor};
 use crate::ptx::{mbarrier, tma};
 
 /// A bias that changes no value, not even −0.0.
-const NO_BIAS: f32 = -0.0;
+pub const NO_BIAS: f32 = -0.0;
 
 /// The f32 at `index` of the array at `address`, or `otherwise` past its end or if there is no array.
 ///
 /// # Safety
 /// `address` is 0 or an array of `length`.
 #[inline(always)]
-unsafe fn element(address: u64, index: u32, length: u32, otherwise: f32) -> f32 {
+pub unsafe fn element(address: u64, index: u32, length: u32, otherwise: f32) -> f32 {
     let valid = (address != 0) & (index < length);
     // SAFETY: inside the array.
     unsafe { load_global_f32_if(valid, address + index as u64 * 4, otherwise) }

@@ -1,7 +1,8 @@
 //! The device side of LiquidGEMM: the kernels that the host crate launches by name.
 //!
 //! [`gemm`] reads top to bottom in the order in which things happen; [`dequant`], [`pipeline`], [`partials`] and
-//! [`epilogue`] are its parts, [`ptx`] the instructions below them. [`ablation`] has what it is compared with.
+//! [`epilogue`] are its parts; [`ablation`] has what it is compared with. [`skinny`] is the kernel for few tokens. Below them
+//! lie the instructions, [`ptx`].
 
 #![no_std]
 #![feature(abi_ptx, asm_experimental_arch)]
@@ -15,9 +16,11 @@ pub mod partials;
 pub mod pipeline;
 pub mod probes;
 pub mod ptx;
+pub mod skinny;
 
 use cuda_std::kernel;
-use liquidgemm_format::arguments::GemmArguments;
+use liquidgemm_format::arguments::{GemmArguments, SkinnyArguments};
+use liquidgemm_format::skinny::{GROUP_TOKENS, SkinnyShape, THREADS};
 use liquidgemm_format::tile::TileShape;
 
 use dequant::LiquidQuant;
@@ -75,6 +78,42 @@ gemm_kernel!(gemm_64x128, 1, Accumulator128, 2, 384);
 gemm_kernel!(gemm_128x128, 2, Accumulator128, 1, 384);
 gemm_kernel!(gemm_192x128, 3, Accumulator128, 1, 512);
 gemm_kernel!(gemm_128x256, 2, Accumulator256, 1, 384);
+
+/// The shape for few tokens of so many units and groups of 8 tokens.
+const fn skinny_shape(units: u32, groups: u32) -> SkinnyShape {
+    match SkinnyShape::find(units, groups * GROUP_TOKENS) {
+        Some(shape) => shape,
+        None => panic!("no such shape"),
+    }
+}
+
+macro_rules! skinny_kernel {
+    ($name:ident, $units:literal, $groups:literal) => {
+        #[doc = concat!("[`skinny::skinny`] for ", $units, " units and ", $groups, " x 8 tokens.")]
+        ///
+        /// # Safety
+        /// See [`skinny::skinny`].
+        #[kernel(max_threads = 256, min_blocks = 2)]
+        pub unsafe fn $name(#[grid_constant] activations: cuda_std::TensorMap, arguments: SkinnyArguments) {
+            const SHAPE: SkinnyShape = skinny_shape($units, $groups);
+            const _: () = assert!(THREADS == 256);
+            // SAFETY: the launcher vouches for the arguments.
+            unsafe {
+                skinny::skinny::<$units, $groups, { SHAPE.activation_stages }, { SHAPE.weight_stages() - 2 }>(
+                    activations,
+                    &arguments,
+                )
+            }
+        }
+    };
+}
+
+skinny_kernel!(skinny_32x8, 2, 1);
+skinny_kernel!(skinny_64x8, 4, 1);
+skinny_kernel!(skinny_96x8, 6, 1);
+skinny_kernel!(skinny_32x16, 2, 2);
+skinny_kernel!(skinny_64x16, 4, 2);
+skinny_kernel!(skinny_96x16, 6, 2);
 
 /// [`probes::stream`].
 ///

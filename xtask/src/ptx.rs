@@ -16,20 +16,21 @@ use crate::sass::{Form, Kernel};
 const COMMITTED: &str = "host/ptx";
 /// The most that all PTX may add to the library.
 const MOST_BYTES: u64 = 3_000_000;
-/// How the names of the kernels that dequantize start.
-const DEQUANTIZING: [&str; 2] = ["gemm", "ablation"];
-/// How the names of those start that do it as QServe does.
+/// How the names of the kernels that dequantize start, and the instruction with which each multiplies.
+const MULTIPLY: [(&str, &str); 3] = [("gemm", "IGMMA"), ("ablation", "IGMMA"), ("skinny", "IMMA")];
+/// How the names of those start that dequantize as QServe does.
 const SUBTRACTING: [&str; 2] = ["ablation_baseline", "ablation_qserve"];
 
-/// How a kernel dequantizes, and how many instructions four weights take it: IMAD and XOR, or IMAD and the four that
-/// `vsub4` becomes.
-fn dequantization(entry: &str) -> Option<(Form, usize)> {
-    let starts = |names: &[&str]| names.iter().any(|name| entry.starts_with(name));
-    match (starts(&DEQUANTIZING), starts(&SUBTRACTING)) {
-        (_, true) => Some((Form::MultiplySubtract, 5)),
-        (true, false) => Some((Form::MultiplyAddFlip, 2)),
-        (false, false) => None,
-    }
+/// How a kernel dequantizes, how many instructions four weights take it (IMAD and XOR, or IMAD and the four that `vsub4`
+/// becomes), and with which instruction it multiplies.
+fn dequantization(entry: &str) -> Option<(Form, usize, &'static str)> {
+    let (_, multiply) = MULTIPLY.iter().find(|(prefix, _)| entry.starts_with(prefix))?;
+    let (form, instructions) = if SUBTRACTING.iter().any(|name| entry.starts_with(name)) {
+        (Form::MultiplySubtract, 5)
+    } else {
+        (Form::MultiplyAddFlip, 2)
+    };
+    Some((form, instructions, multiply))
 }
 
 /// Build the kernels to PTX, or check the PTX that is committed
@@ -162,9 +163,9 @@ fn describe_kernel(tools: &CudaTools, ptx: &Path, entry: &str, cubin: &Path) -> 
         bail!("the machine code uses local memory: `{instruction}`");
     }
     let mut line = format!("{entry}: {} registers, 0 spills", resources.registers);
-    if let Some((form, instructions_per_word)) = dequantization(entry) {
-        let cost = kernel.dequantization(form)?;
-        ensure!(cost.multiplies > 0, "no IGMMA in a loop: where are the tensor cores?");
+    if let Some((form, instructions_per_word, multiply)) = dequantization(entry) {
+        let cost = kernel.dequantization(form, multiply)?;
+        ensure!(cost.multiplies > 0, "no {multiply} in a loop: where are the tensor cores?");
         ensure!(cost.words > 0, "no weights are dequantized in a loop");
         let per_word = |count: usize| count as f64 / cost.words as f64;
         ensure!(
@@ -173,7 +174,7 @@ fn describe_kernel(tools: &CudaTools, ptx: &Path, entry: &str, cubin: &Path) -> 
             per_word(cost.arithmetic)
         );
         line += &format!(
-            ", {} IGMMA in the loop, {:.2} arithmetic instructions per 4 weights ({} words traced; {:.2} to unpack)",
+            ", {} {multiply} in the loop, {:.2} arithmetic instructions per 4 weights ({} words traced; {:.2} to unpack)",
             cost.multiplies,
             per_word(cost.arithmetic),
             cost.words,

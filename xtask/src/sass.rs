@@ -2,7 +2,7 @@
 //!
 //! Dequantization is worth what it claims only if the machine code keeps to it: two instructions, IMAD and XOR, for four
 //! weights. Counting opcodes in a listing can't show that, so this follows the data: from every register operand of an
-//! IGMMA in a loop, backwards along the control flow and around the loop's back edge, to the masked nibbles. Weights that
+//! IGMMA or IMMA in a loop, backwards along the control flow and around the loop's back edge, to the masked nibbles. Weights that
 //! go through shared memory are followed from the STSM that puts them there.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -66,7 +66,7 @@ pub enum Form {
 /// What dequantization costs in a kernel's loops.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Dequantization {
-    /// IGMMAs inside loops.
+    /// Tensor-core multiplications inside loops.
     pub multiplies: usize,
     /// Registers that they take as operands, or that go to shared memory to become theirs, four weights each.
     pub words: usize,
@@ -121,11 +121,11 @@ impl Kernel {
         self.instructions.iter().find(matches).map(Instruction::to_string)
     }
 
-    /// Follows every word of weights in a loop back to its nibbles.
-    pub fn dequantization(&self, form: Form) -> anyhow::Result<Dequantization> {
+    /// Follows the weights of every `multiply`, IGMMA or IMMA, in a loop back to their nibbles.
+    pub fn dequantization(&self, form: Form, multiply: &str) -> anyhow::Result<Dequantization> {
         let mut result = Dequantization::default();
         for (index, instruction) in self.instructions.iter().enumerate() {
-            let multiplies = instruction.stem() == "IGMMA";
+            let multiplies = instruction.stem() == multiply;
             // The epilogue's matrices are stored transposed (MT88).
             if !multiplies && !instruction.opcode.starts_with("STSM.16.M88") {
                 continue;
@@ -425,6 +425,7 @@ impl Instruction {
                 let n = shape.and_then(|rest| rest.split('x').next()).and_then(|n| n.parse::<u32>().ok());
                 n.map_or(1, |n| n / 2)
             }
+            "IMMA" => 4,
             "CS2R" if !has("32") => 2,
             "LDSM" if has("4") => 4,
             "LDSM" if has("2") => 2,

@@ -1,6 +1,7 @@
-//! What the host passes to the GEMM kernel by value.
+//! What the host passes to the GEMM kernels by value.
 
 use crate::schedule::Schedule;
+use crate::skinny::UnitShares;
 
 /// The type of the result, as the kernel's `output_type` says it.
 pub mod output_type {
@@ -48,4 +49,32 @@ pub struct GemmArguments {
     pub output_is_mapped: u32,
     /// Who computes what.
     pub schedule: Schedule,
+}
+
+/// Arguments of the kernels for few tokens. Pointers are device addresses.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct SkinnyArguments {
+    /// The packed weights: strips × `k_blocks` bricks.
+    pub bricks: u64,
+    /// f32 `[n]`, level-1 scale of each channel.
+    pub channel_scales: u64,
+    /// f32 `[m]`, scale of each token.
+    pub token_scales: u64,
+    /// f32 `[n]`, or 0 for none.
+    pub bias: u64,
+    /// `[m, n]`, row-major with `output_stride` elements from row to row.
+    pub output: u64,
+    /// Tokens.
+    pub m: u32,
+    /// Output channels.
+    pub n: u32,
+    /// Bricks along K.
+    pub k_blocks: u32,
+    /// Elements from one row of the output to the next.
+    pub output_stride: u32,
+    /// One of [`output_type`].
+    pub output_type: u32,
+    /// Who computes which channels.
+    pub shares: UnitShares,
 }

@@ -14,4 +14,5 @@ pub mod divisor;
 pub mod probe;
 pub mod ring;
 pub mod schedule;
+pub mod skinny;
 pub mod tile;

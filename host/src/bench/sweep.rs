@@ -7,8 +7,8 @@ use serde::{Deserialize, Serialize};
 use super::record::Run;
 use super::replay::Pace;
 use super::run::{Observer, Options, Stage};
-use crate::Plan;
 use crate::gpu::Gpu;
+use crate::{Cut, Method, Plan};
 
 /// A plan whose estimate is this much slower than the fastest one's is not timed in detail.
 const HOPELESS: f64 = 1.3;
@@ -53,11 +53,6 @@ pub struct PlanTime {
     pub mismatch: Option<String>,
 }
 
-/// Whether two plans launch the same.
-fn is_same(a: &Plan, b: &Plan) -> bool {
-    (a.shape(), a.cluster(), a.schedule()) == (b.shape(), b.cluster(), b.schedule())
-}
-
 /// Measures every plan of every problem; `measured` is given each problem's outcome.
 ///
 /// # Errors
@@ -95,7 +90,7 @@ fn one(stage: &Stage<'_>, bed: &super::run::Bed, m: usize, multiprocessors: u32)
     let fastest = estimates.iter().map(|(us, _)| *us).fold(f64::INFINITY, f64::min);
     let mut plans = Vec::new();
     for (estimate, plan) in estimates {
-        let hopeless = estimate > HOPELESS * fastest && !is_same(&plan, &chosen);
+        let hopeless = estimate > HOPELESS * fastest && !plan.launches_like(&chosen);
         stage.clear_output()?;
         let contender = stage.ours(bed, m, &plan);
         let us = if hopeless {
@@ -103,16 +98,22 @@ fn one(stage: &Stage<'_>, bed: &super::run::Bed, m: usize, multiprocessors: u32)
         } else {
             clock.measure(std::slice::from_ref(&contender)).remove(0)?.us
         };
-        let cut = plan.cut();
+        let (tokens, cluster, workers, streamed_waves) = match plan.method() {
+            Method::Tiled(tiled) => {
+                let Cut { shape, cluster, workers, streamed_waves } = tiled.cut();
+                (shape.tokens, cluster, workers, streamed_waves)
+            }
+            Method::Skinny(skinny) => (skinny.shape().tokens, 1, skinny.blocks(), 0),
+        };
         plans.push(PlanTime {
             plan: plan.to_string(),
-            tokens: cut.shape.tokens,
-            cluster: cut.cluster,
-            workers: cut.workers,
-            streamed_waves: cut.streamed_waves,
+            tokens,
+            cluster,
+            workers,
+            streamed_waves,
             us,
             estimated: hopeless,
-            chosen: is_same(&plan, &chosen),
+            chosen: plan.launches_like(&chosen),
             mismatch: stage.difference(bed, m)?,
         });
     }

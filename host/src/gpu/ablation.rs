@@ -12,7 +12,7 @@ use crate::gpu::error::GpuError;
 use crate::gpu::gemm::Block;
 use crate::gpu::kernels::{Kernel, KernelSource, get_or_load, source};
 use crate::gpu::{DeviceWeights, Gpu, Operands, StreamHandle, Workspace};
-use crate::{Error, OutputType, PackedWeights, Plan};
+use crate::{Error, Method, OutputType, PackedWeights, Plan};
 
 /// A way to dequantize and to overlap, in the order of the paper's figure 13 with one more at the end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -146,9 +146,13 @@ impl Gpu {
             return Err(GpuError::NotInAblation { what: "an output other than bf16 without bias" }.into());
         }
         self.check_gemm(weights, operands, plan, workspace)?;
-        let block = self.ablation_block(arm, plan.shape())?;
+        let Method::Tiled(tiled) = plan.method() else {
+            return Err(GpuError::NotInAblation { what: "a plan without tiles" }.into());
+        };
+        let block = self.ablation_block(arm, tiled.shape())?;
         // SAFETY: everything is checked; the caller vouches for the memory.
-        unsafe { self.launch_gemm(block, weights, operands, plan, workspace, stream.into()) }
+        unsafe { self.launch_tiled(block, weights, operands, tiled, workspace, stream.into()) }?;
+        Ok(())
     }
 
     fn ablation_block(&self, arm: Arm, tile: TileShape) -> Result<Block, GpuError> {

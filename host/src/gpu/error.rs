@@ -130,6 +130,17 @@ pub enum GpuError {
         limit: usize,
     },
 
+    /// A shape for few tokens that has no kernel.
+    #[error(
+        "there is no kernel for passes of {} channels x {} tokens; \
+         liquidgemm_format::skinny::SKINNY_SHAPES lists those that there are",
+        shape.channels(), shape.tokens
+    )]
+    UnknownSkinnyShape {
+        /// What was asked for.
+        shape: liquidgemm_format::skinny::SkinnyShape,
+    },
+
     /// A tile shape that has no kernel.
     #[error(
         "there is no kernel for tiles of {} channels x {} tokens with {} consumers a strip; \

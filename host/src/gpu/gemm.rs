@@ -13,7 +13,7 @@ use crate::gpu::error::{During, GpuError};
 use crate::gpu::launch::Launch;
 use crate::gpu::memory::{DeviceSpan, DeviceWeights, Workspace};
 use crate::gpu::tensor_map::{Boxes, TensorMap};
-use crate::{Error, OutputType, Plan};
+use crate::{Error, Method, OutputType, Plan, Tiled};
 
 /// What a GEMM reads and writes in device memory, besides the weights.
 #[derive(Clone, Copy, Debug)]
@@ -160,14 +160,23 @@ impl Gpu {
         stream: impl Into<StreamHandle>,
     ) -> Result<(), Error> {
         self.check_gemm(weights, operands, plan, workspace)?;
-        let shape = plan.shape();
-        let block = Block {
-            function: self.kernels.gemm(shape)?.function(),
-            threads: shape.threads(),
-            shared_bytes: shape.shared_bytes(),
-        };
-        // SAFETY: the kernel is the plan's; the caller vouches for the rest.
-        unsafe { self.launch_gemm(block, weights, operands, plan, workspace, stream.into()) }
+        let stream = stream.into();
+        // SAFETY: the operands and the plan are checked, the kernel is the plan's; the caller vouches for the rest.
+        unsafe {
+            match plan.method() {
+                Method::Tiled(tiled) => {
+                    let shape = tiled.shape();
+                    let block = Block {
+                        function: self.kernels.gemm(shape)?.function(),
+                        threads: shape.threads(),
+                        shared_bytes: shape.shared_bytes(),
+                    };
+                    self.launch_tiled(block, weights, operands, tiled, workspace, stream)?;
+                }
+                Method::Skinny(skinny) => self.launch_skinny(weights, operands, skinny, stream)?,
+            }
+        }
+        Ok(())
     }
 
     /// Fails unless everything fits together; makes the context current.
@@ -191,19 +200,19 @@ impl Gpu {
         self.make_current()
     }
 
-    /// Launches a kernel that takes a GEMM's parameters.
+    /// Launches a kernel that takes a tiled GEMM's parameters.
     ///
     /// # Safety
     /// As for [`Gpu::gemm`]; [`check_gemm`](Self::check_gemm) has passed, and the kernel computes the plan's tile.
-    pub(super) unsafe fn launch_gemm(
+    pub(super) unsafe fn launch_tiled(
         &self,
         block: Block,
         weights: &DeviceWeights,
         operands: &Operands,
-        plan: &Plan,
+        plan: &Tiled,
         workspace: &Workspace,
         stream: StreamHandle,
-    ) -> Result<(), Error> {
+    ) -> Result<(), GpuError> {
         let shape = plan.shape();
         let mut activations = TensorMap::of_bytes(
             self.encode_tensor_map,
@@ -245,12 +254,7 @@ impl Gpu {
             k_blocks: liquidgemm_format::brick::k_blocks(weights.k()) as u32,
             strips: liquidgemm_format::brick::strips(weights.n()) as u32,
             output_stride: operands.output_stride as u32,
-            output_type: match operands.output_type {
-                OutputType::Bf16 => output_type::BF16,
-                OutputType::F16 => output_type::F16,
-                OutputType::F32 => output_type::F32,
-                OutputType::I32 => output_type::I32,
-            },
+            output_type: output_code(operands.output_type),
             output_is_mapped: is_mapped.into(),
             schedule: *plan.schedule(),
         };
@@ -258,7 +262,7 @@ impl Gpu {
             [activations.as_argument(), output.as_argument(), (&raw mut arguments).cast()];
         let launch = Launch {
             function: block.function,
-            blocks: plan.blocks(),
+            blocks: plan.cut().workers * plan.cluster(),
             cluster: plan.cluster(),
             threads: block.threads,
             shared_bytes: block.shared_bytes,
@@ -267,7 +271,16 @@ impl Gpu {
         // SAFETY: the parameters are the kernel's three; the caller vouches for the memory behind them. The kernel reads
         // nothing but the weights, which nobody writes, before the launch ahead of it has ended.
         unsafe { launch.overlapping_previous(self.launch_kernel, &mut parameters) }
-            .during("launching the GEMM")?;
-        Ok(())
+            .during("launching the GEMM")
+    }
+}
+
+/// The type as the kernels' arguments say it.
+pub(super) const fn output_code(output_type: OutputType) -> u32 {
+    match output_type {
+        OutputType::Bf16 => output_type::BF16,
+        OutputType::F16 => output_type::F16,
+        OutputType::F32 => output_type::F32,
+        OutputType::I32 => output_type::I32,
     }
 }

@@ -6,6 +6,7 @@ use std::sync::OnceLock;
 use cust::module::Module;
 use cust::sys::{self, CUfunction};
 use liquidgemm_format::probe::{MMA_TILE_BYTES, STREAM_SHARED_BYTES};
+use liquidgemm_format::skinny::{SKINNY_SHAPES, SkinnyShape};
 use liquidgemm_format::tile::{TILE_SHAPES, TileShape};
 
 use crate::gpu::error::{During, GpuError};
@@ -45,6 +46,16 @@ const GEMM: [KernelSource; TILE_SHAPES.len()] = [
     source!("gemm_128x128"),
     source!("gemm_192x128"),
     source!("gemm_128x256"),
+];
+
+/// The kernels for few tokens, in the order of [`SKINNY_SHAPES`].
+const SKINNY: [KernelSource; SKINNY_SHAPES.len()] = [
+    source!("skinny_32x8"),
+    source!("skinny_64x8"),
+    source!("skinny_96x8"),
+    source!("skinny_32x16"),
+    source!("skinny_64x16"),
+    source!("skinny_96x16"),
 ];
 
 /// Pulls memory and does nothing else.
@@ -101,6 +112,7 @@ impl Kernel {
 #[derive(Debug, Default)]
 pub(crate) struct KernelCache {
     gemm: [OnceLock<Kernel>; GEMM.len()],
+    skinny: [OnceLock<Kernel>; SKINNY.len()],
     probe_stream: OnceLock<Kernel>,
     probe_mma: OnceLock<Kernel>,
     #[cfg(feature = "bench")]
@@ -129,6 +141,13 @@ impl KernelCache {
             call: "a GPU without such a kernel".into(),
         })?;
         get_or_load(&self.gemm[index], &GEMM[index], shape.shared_bytes())
+    }
+
+    /// The kernel for few tokens of a shape.
+    pub(crate) fn skinny(&self, shape: SkinnyShape) -> Result<&Kernel, GpuError> {
+        let index = SKINNY_SHAPES.iter().position(|&other| other == shape);
+        let index = index.ok_or(GpuError::UnknownSkinnyShape { shape })?;
+        get_or_load(&self.skinny[index], &SKINNY[index], shape.shared_bytes())
     }
 
     /// The memory probe.

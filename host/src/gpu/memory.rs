@@ -7,7 +7,7 @@ use cust::sys;
 use liquidgemm_format::tile::{TILE_SHAPES, TileShape};
 
 use crate::gpu::error::{During, GpuError};
-use crate::{Group, PackedWeights, Plan};
+use crate::{Group, Method, PackedWeights, Plan};
 
 /// A span of device memory, wherever it comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -169,9 +169,10 @@ impl Workspace {
 
     /// Fails unless there is room for the plan's thread blocks.
     pub(crate) fn check(&self, plan: &Plan) -> Result<(), GpuError> {
+        let Method::Tiled(tiled) = plan.method() else { return Ok(()) };
         let blocks = plan.blocks() as usize;
-        let needed = blocks * plan.shape().partial_bytes() as usize;
-        let room = if blocks * plan.shape().consumers() as usize <= self.flags.len() {
+        let needed = blocks * tiled.shape().partial_bytes() as usize;
+        let room = if blocks * tiled.shape().consumers() as usize <= self.flags.len() {
             self.partials.len()
         } else {
             0

@@ -17,6 +17,7 @@ mod kernels;
 mod launch;
 pub mod memory;
 pub mod probes;
+mod skinny;
 mod tensor_map;
 
 use std::sync::{Mutex, PoisonError};

@@ -7,7 +7,7 @@
 
 use liquidgemm_format::tile::TileShape;
 
-use super::Plan;
+use super::Tiled;
 
 /// What one tile shape costs.
 struct ShapeCost {
@@ -55,12 +55,10 @@ const CLUSTER_STEP: f64 = 1.017;
 /// How sharply the slower of compute and memory hides the other.
 const SHARPNESS: i32 = 6;
 
-impl Plan {
-    /// An estimate of the launch's time on an H100, in microseconds. It ranks the plans of one
-    /// problem; the bench measures.
-    #[must_use]
-    pub fn estimate_us(&self) -> f64 {
-        let [m, n, k] = self.problem().map(|extent| extent as f64);
+impl Tiled {
+    /// An estimate of the launch's time in microseconds, for a problem of `[m, n, k]`.
+    pub(super) fn estimate_us(&self, problem: [usize; 3]) -> f64 {
+        let [m, n, k] = problem.map(|extent| extent as f64);
         let (shape, schedule) = (self.shape(), self.schedule());
         let costs = shape_cost(shape);
         let (workers, k_steps) = (schedule.workers as f64, schedule.k_steps as f64);
@@ -85,7 +83,7 @@ impl Plan {
 
         let handover = if splits {
             let parts = (workers / streamed).max(1.0);
-            let sums = megabytes(shape.partial_bytes() as f64 * self.blocks() as f64);
+            let sums = megabytes(shape.partial_bytes() as f64 * (self.cut.workers * self.cut.cluster) as f64);
             HANDOVER + PARTIAL_SUMS * sums * parts
         } else {
             0.0
@@ -104,6 +102,7 @@ fn shape_cost(shape: TileShape) -> &'static ShapeCost {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Plan;
     use liquidgemm_format::tile::TILE_SHAPES;
 
     #[test]

@@ -1,4 +1,5 @@
-//! `stmatrix`: 8×8 matrices of 16-bit elements from the registers of a warp to shared memory.
+//! `stmatrix` and `ldmatrix`: 8×8 matrices of 16-bit elements, or 8×16 of bytes, between the registers of a warp and
+//! shared memory.
 
 use core::arch::asm;
 
@@ -53,4 +54,23 @@ pub unsafe fn store_transposed_x2(address: u32, matrices: [u32; 2]) {
             options(nostack)
         );
     }
+}
+
+/// Loads four 8×8 matrices. Lane `8·i + r` gives the address of row `r` of matrix `i`, 16 bytes; lane `4·r + c` receives
+/// bytes `4·c ..` of row `r` of each.
+///
+/// # Safety
+/// All lanes take part; each address is 16-byte aligned in the block's shared memory.
+#[inline(always)]
+pub unsafe fn load_x4(address: u32) -> [u32; 4] {
+    let (a, b, c, d);
+    // SAFETY: the caller vouches for the addresses.
+    unsafe {
+        asm!(
+            "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{{}, {}, {}, {}}}, [{}];",
+            out(reg32) a, out(reg32) b, out(reg32) c, out(reg32) d, in(reg32) address,
+            options(nostack)
+        );
+    }
+    [a, b, c, d]
 }

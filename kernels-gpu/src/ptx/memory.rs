@@ -59,6 +59,18 @@ pub unsafe fn load_shared_u16(address: u32) -> u32 {
     value
 }
 
+/// An f32 of shared memory.
+///
+/// # Safety
+/// `address` is 4-byte aligned in the block's shared memory.
+#[inline(always)]
+pub unsafe fn load_shared_f32(address: u32) -> f32 {
+    let value;
+    // SAFETY: the caller vouches for the address.
+    unsafe { asm!("ld.shared.f32 {}, [{}];", out(reg32) value, in(reg32) address, options(nostack)) }
+    value
+}
+
 /// Two f32 of shared memory.
 ///
 /// # Safety
@@ -110,10 +122,12 @@ pub unsafe fn store_shared_x4(address: u32, values: [u32; 4]) {
     }
 }
 
-/// A read-only f32 of global memory if `valid`, else `otherwise`; no branch, so that several are under way at once.
+/// An f32 of global memory if `valid`, else `otherwise`; no branch, so that several are under way at once.
+///
+/// Not the read-only load: the launch before may write the value after this one has begun.
 ///
 /// # Safety
-/// If `valid`, `address` is, and nothing writes to it while the kernel runs.
+/// If `valid`, `address` is.
 #[inline(always)]
 pub unsafe fn load_global_f32_if(valid: bool, address: u64, otherwise: f32) -> f32 {
     let value;
@@ -124,7 +138,7 @@ pub unsafe fn load_global_f32_if(valid: bool, address: u64, otherwise: f32) -> f
             ".reg .pred valid;",
             "setp.ne.u32 valid, {2}, 0;",
             "mov.f32 {0}, {3};",
-            "@valid ld.global.nc.f32 {0}, [{1}];",
+            "@valid ld.global.f32 {0}, [{1}];",
             "}}",
             out(reg32) value,
             in(reg64) address,
@@ -178,6 +192,19 @@ pub unsafe fn store_global_x4(address: u64, values: [u32; 4]) {
             in(reg64) address, in(reg32) a, in(reg32) b, in(reg32) c, in(reg32) d,
             options(nostack)
         );
+    }
+}
+
+/// Stores 8 bytes to global memory.
+///
+/// # Safety
+/// `address` is valid and 8-byte aligned.
+#[inline(always)]
+pub unsafe fn store_global_x2(address: u64, values: [u32; 2]) {
+    let [a, b] = values;
+    // SAFETY: the caller vouches for the address.
+    unsafe {
+        asm!("st.global.v2.u32 [{}], {{{}, {}}};", in(reg64) address, in(reg32) a, in(reg32) b, options(nostack));
     }
 }
 

@@ -4,12 +4,14 @@
 //! same reason: it is the caller who knows that the addresses are valid and that the threads which the
 //! instruction is meant for are there.
 
+pub mod copy;
 pub mod grid;
 pub mod hint;
 pub mod integer;
 pub mod matrix;
 pub mod mbarrier;
 pub mod memory;
+pub mod mma;
 pub mod registers;
 pub mod tma;
 pub mod wgmma;

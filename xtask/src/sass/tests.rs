@@ -16,7 +16,7 @@ fn listing(lines: &[&str]) -> String {
 }
 
 fn traced(lines: &[&str]) -> anyhow::Result<Dequantization> {
-    Kernel::parse(&listing(lines))?.dequantization(Form::MultiplyAddFlip)
+    Kernel::parse(&listing(lines))?.dequantization(Form::MultiplyAddFlip, "IGMMA")
 }
 
 /// Nibbles in R4 to R7, times R2 plus R3, flipped, in R8 to R11.
@@ -48,6 +48,16 @@ const TWO_PER_WORD: Dequantization = Dequantization { multiplies: 1, words: 4, a
 #[test]
 fn multiply_and_flip_are_two_instructions_a_word() {
     assert_eq!(traced(&straight()).unwrap(), TWO_PER_WORD);
+}
+
+#[test]
+fn weights_of_a_warps_own_mma_are_traced_too() {
+    let mut lines = straight();
+    let place = lines.iter().position(|line| *line == MMA).unwrap();
+    lines[place] = "IMMA.16832.S8.S8 R24, R8.ROW, R32.COL, R24";
+    let kernel = Kernel::parse(&listing(&lines)).unwrap();
+    assert_eq!(kernel.dequantization(Form::MultiplyAddFlip, "IMMA").unwrap(), TWO_PER_WORD);
+    assert_eq!(kernel.dequantization(Form::MultiplyAddFlip, "IGMMA").unwrap().multiplies, 0);
 }
 
 #[test]
@@ -209,9 +219,9 @@ const SUBTRACT: [&str; 21] = [
 fn byte_wise_subtraction_counts_what_depends_on_the_codes() {
     let lines = [&[".L_x_1:"][..], &UNPACK, &SUBTRACT, &[MMA, "@P0 BRA `(.L_x_1)", "EXIT"]].concat();
     let kernel = Kernel::parse(&listing(&lines)).unwrap();
-    let cost = kernel.dequantization(Form::MultiplySubtract).unwrap();
+    let cost = kernel.dequantization(Form::MultiplySubtract, "IGMMA").unwrap();
     assert_eq!(cost, Dequantization { arithmetic: 20, ..TWO_PER_WORD });
-    assert!(kernel.dequantization(Form::MultiplyAddFlip).is_err());
+    assert!(kernel.dequantization(Form::MultiplyAddFlip, "IGMMA").is_err());
 }
 
 #[test]

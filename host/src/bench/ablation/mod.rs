@@ -217,7 +217,7 @@ impl Bed {
         for ((arm, timing), mismatch) in Arm::ALL.into_iter().zip(timings).zip(mismatches) {
             arms.push(ArmTime { arm, timing: timing?, mismatch });
         }
-        let (tile, plan) = (plan.shape().tokens, plan.to_string());
+        let (tile, plan) = (plan.tiled().map_or(0, |tiled| tiled.shape().tokens), plan.to_string());
         Ok(Point { m, n, k, tile, plan, arms, tokens_checked })
     }
 
@@ -246,9 +246,10 @@ fn plan(m: usize, n: usize, k: usize, multiprocessors: u32) -> anyhow::Result<Pl
     let candidates = Plan::candidates(full, n, k, multiprocessors)?.into_iter();
     let estimate = |plan: &Plan| plan.estimate_us();
     let best = candidates
-        .filter(|plan| plan.shape() == tile)
-        .min_by(|a, b| estimate(a).total_cmp(&estimate(b)))
-        .context("the planner has no plan with the ablation's tile")?;
+        .filter(|plan| plan.tiled().is_some_and(|tiled| tiled.shape() == tile))
+        .min_by(|a, b| estimate(a).total_cmp(&estimate(b)));
+    let best =
+        best.as_ref().and_then(Plan::tiled).context("the planner has no plan with the ablation's tile")?;
     Ok(Plan::with_cut(m, n, k, best.cut())?)
 }
 
@@ -287,7 +288,8 @@ pub(super) mod tests {
         for case in crate::bench::shapes::ablation_cases() {
             for m in case.tokens {
                 let plan = plan(m, case.matrix.n, case.matrix.k, 132).unwrap();
-                let tokens = plan.shape().tokens as usize;
+                let shape = plan.tiled().unwrap().shape();
+                let tokens = shape.tokens as usize;
                 assert_eq!(
                     tokens,
                     if m <= 16 {
@@ -299,7 +301,7 @@ pub(super) mod tests {
                     }
                 );
                 assert_eq!(plan.problem(), [m, case.matrix.n, case.matrix.k]);
-                assert_eq!((plan.shape().strips, plan.shape().halves), (2, 1));
+                assert_eq!((shape.strips, shape.halves), (2, 1));
             }
         }
     }

@@ -1,0 +1,42 @@
+//! `cp.async`: asynchronous copies from global to shared memory by the threads themselves, 16 bytes each.
+//!
+//! A thread's copies belong to groups; it waits until at most so many of its latest groups are pending. Others in its warp
+//! see what it copied after a warp barrier.
+
+use core::arch::asm;
+
+/// Copies 16 bytes from `source` to `destination` if `valid`, past the L1 cache.
+///
+/// # Safety
+/// If `valid`, both are valid and 16-byte aligned, and nothing reads or writes the destination before the copy is done.
+#[inline(always)]
+pub unsafe fn copy_16_if(valid: bool, destination: u32, source: u64) {
+    // SAFETY: the caller vouches for the addresses.
+    unsafe {
+        asm!(
+            "{{",
+            ".reg .pred valid;",
+            "setp.ne.u32 valid, {2}, 0;",
+            "@valid cp.async.cg.shared.global [{0}], [{1}], 16;",
+            "}}",
+            in(reg32) destination,
+            in(reg64) source,
+            in(reg32) valid as u32,
+            options(nostack)
+        );
+    }
+}
+
+/// Ends a group: all copies of this thread since the last one.
+#[inline(always)]
+pub fn end_group() {
+    // SAFETY: touches no memory of its own.
+    unsafe { asm!("cp.async.commit_group;", options(nostack)) }
+}
+
+/// Waits until at most `PENDING` of this thread's latest groups are pending.
+#[inline(always)]
+pub fn await_groups<const PENDING: u32>() {
+    // SAFETY: touches no memory of its own.
+    unsafe { asm!("cp.async.wait_group {};", const PENDING, options(nostack)) }
+}

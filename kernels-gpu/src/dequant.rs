@@ -85,12 +85,16 @@ impl BrickShare {
 
     /// The A operand of the brick's k32 MMA `MMA`, 0 or 1, by a multiply-add of the caller's choice.
     #[inline(always)]
-    pub fn operand_by<const MMA: usize>(self, four_weights: impl Fn(u32, u32, u32) -> u32 + Copy) -> [u32; 4] {
+    pub fn operand_by<const MMA: usize>(
+        self,
+        four_weights: impl Fn(u32, u32, u32) -> u32 + Copy,
+    ) -> [u32; 4] {
         // Bytes of `pairs`: s and a of channel g, s and a of channel g + 8. Selector digit 4 is a zero byte.
         let (upper_s, upper_a) = (permute_bytes::<0x4440>(self.pairs), permute_bytes::<0x1111>(self.pairs));
         let (lower_s, lower_a) = (permute_bytes::<0x4442>(self.pairs), permute_bytes::<0x3333>(self.pairs));
         let [upper_low, upper_high] = dequantize_word(self.words[2 * MMA], upper_s, upper_a, four_weights);
-        let [lower_low, lower_high] = dequantize_word(self.words[2 * MMA + 1], lower_s, lower_a, four_weights);
+        let [lower_low, lower_high] =
+            dequantize_word(self.words[2 * MMA + 1], lower_s, lower_a, four_weights);
         [upper_low, lower_low, upper_high, lower_high]
     }
 }

@@ -13,8 +13,8 @@ use liquidgemm_format::brick::{BRICK_BYTES, CODE_BYTES};
 use liquidgemm_format::dequant::multiply_add_flip;
 use liquidgemm_format::ring::RingCursor;
 use liquidgemm_format::skinny::{
-    GROUP_TOKENS, STEP_BRICKS, STEP_K, STRIP_UNITS, SUMS_BYTES, SUMS_TOKEN_BYTES, SkinnyShape, UNIT_CHANNELS, UNIT_CODE_BYTES,
-    UNIT_SCALE_BYTES, WARPS,
+    GROUP_TOKENS, STEP_BRICKS, STEP_K, STRIP_UNITS, SUMS_BYTES, SUMS_TOKEN_BYTES, SkinnyShape, UNIT_CHANNELS,
+    UNIT_CODE_BYTES, UNIT_SCALE_BYTES, WARPS,
 };
 use seq_macro::seq;
 
@@ -46,12 +46,7 @@ const fn shape(units: usize, groups: usize) -> SkinnyShape {
 /// The arguments describe memory as their documentation says; `activations` is a map of int8 `[m, k]` with boxes of
 /// a step's K × the shape's tokens and 128-byte swizzle.
 #[inline(always)]
-pub unsafe fn skinny<
-    const UNITS: usize,
-    const GROUPS: usize,
-    const STAGES: u32,
-    const PENDING: u32,
->(
+pub unsafe fn skinny<const UNITS: usize, const GROUPS: usize, const STAGES: u32, const PENDING: u32>(
     activations: *const TensorMap,
     arguments: &SkinnyArguments,
 ) {
@@ -81,11 +76,7 @@ pub unsafe fn skinny<
             let mut sums: Sums<UNITS, GROUPS> = [[[0; 4]; GROUPS]; UNITS];
             let mut step = place.warp;
             while step < steps {
-                multiply_step::<UNITS, GROUPS, STAGES, PENDING>(
-                    &mut sums,
-                    &mut weights,
-                    &mut activations,
-                );
+                multiply_step::<UNITS, GROUPS, STAGES, PENDING>(&mut sums, &mut weights, &mut activations);
                 step += WARPS;
             }
             scales.park(shape, place);
@@ -182,11 +173,7 @@ impl<'a, const UNITS: usize, const GROUPS: usize> WeightRing<'a, UNITS, GROUPS> 
     const SHAPE: SkinnyShape = shape(UNITS, GROUPS);
 
     #[inline(always)]
-    fn new(
-        arguments: &'a SkinnyArguments,
-        place: Place,
-        [first_unit, end_unit]: [u32; 2],
-    ) -> Self {
+    fn new(arguments: &'a SkinnyArguments, place: Place, [first_unit, end_unit]: [u32; 2]) -> Self {
         let start = place.weights(Self::SHAPE);
         let mut ring = Self {
             arguments,
@@ -236,9 +223,8 @@ impl<'a, const UNITS: usize, const GROUPS: usize> WeightRing<'a, UNITS, GROUPS> 
         } else {
             0
         };
-        self.source = arguments.bricks
-            + strip as u64 * strip_bytes as u64
-            + self.brick as u64 * BRICK_BYTES as u64;
+        self.source =
+            arguments.bricks + strip as u64 * strip_bytes as u64 + self.brick as u64 * BRICK_BYTES as u64;
     }
 
     /// At the beginning of a step: asks for the step that takes the place of the one before, as one group of copies. The
@@ -385,12 +371,7 @@ impl<const GROUPS: usize, const STAGES: u32> ActivationRing<GROUPS, STAGES> {
 /// # Safety
 /// The whole warp calls it; both rings have the step or will have.
 #[inline(always)]
-unsafe fn multiply_step<
-    const UNITS: usize,
-    const GROUPS: usize,
-    const STAGES: u32,
-    const PENDING: u32,
->(
+unsafe fn multiply_step<const UNITS: usize, const GROUPS: usize, const STAGES: u32, const PENDING: u32>(
     sums: &mut Sums<UNITS, GROUPS>,
     weights: &mut WeightRing<'_, UNITS, GROUPS>,
     activations: &mut ActivationRing<GROUPS, STAGES>,

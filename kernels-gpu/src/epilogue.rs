@@ -264,7 +264,7 @@ impl Half for Either {
 /// How the transposition buffer's contents go to the output.
 trait Exit {
     /// Before the barrier that makes a filled buffer visible.
-    fn before_barrier(&self, shape: TileShape);
+    fn before_barrier(&self);
 
     /// Copies the buffer at `address`, which holds the tokens from `first_token`, to the output.
     fn leave(&self, epilogue: &Epilogue<'_>, first_token: u32, address: u32);
@@ -275,15 +275,11 @@ struct Mapped;
 
 impl Exit for Mapped {
     #[inline(always)]
-    fn before_barrier(&self, shape: TileShape) {
+    fn before_barrier(&self) {
         // SAFETY: the barrier follows.
         unsafe { mbarrier::fence_async() };
-        // The buffer that is filled next must have left.
-        match shape.epilogue_buffers() {
-            0..=2 => tma::await_stores::<0>(),
-            3 => tma::await_stores::<1>(),
-            _ => tma::await_stores::<2>(),
-        }
+        // There are two buffers at the most: the one that is filled next, stored last, must have left.
+        tma::await_stores::<0>();
     }
 
     #[inline(always)]
@@ -300,7 +296,7 @@ struct Pieces;
 
 impl Exit for Pieces {
     #[inline(always)]
-    fn before_barrier(&self, _: TileShape) {}
+    fn before_barrier(&self) {}
 
     #[inline(always)]
     fn leave(&self, epilogue: &Epilogue<'_>, first_token: u32, address: u32) {
@@ -366,7 +362,7 @@ impl<'a, 'b, H: Half, E: Exit, const BIAS: bool> Transposed<'a, 'b, H, E, BIAS> 
     #[inline(always)]
     fn flush(&self, first_token: u32, offset: u32) {
         let epilogue = self.scaling.epilogue;
-        self.exit.before_barrier(epilogue.shape);
+        self.exit.before_barrier();
         sync_consumer(epilogue.consumer.index);
         self.exit.leave(epilogue, first_token, epilogue.buffer + offset);
     }

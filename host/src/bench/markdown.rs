@@ -42,7 +42,6 @@ fn circumstances(run: &Run, text: &mut String) -> std::fmt::Result {
     let name = run.device.split(',').next().unwrap_or_default();
     writeln!(text, "# LiquidGEMM on {name}\n")?;
     writeln!(text, "Written by `liquidgemm bench`; don't edit.\n")?;
-    writeln!(text, "| | |\n|---|---|")?;
     let exact = match run.mismatches().count() {
         0 => format!(
             "all {} results bit for bit those of the CPU backend, on {} tokens with every channel of them",
@@ -53,24 +52,35 @@ fn circumstances(run: &Run, text: &mut String) -> std::fmt::Result {
     };
     let none = "not installed or not asked for";
     let cublaslt = if run.cublaslt.is_empty() { none } else { &run.cublaslt };
-    for (what, value) in [
-        ("device", run.device.as_str()),
-        ("driver", &run.driver),
-        ("date", &run.date),
-        ("command", &format!("`{}`", run.command)),
-        ("version", &format!("{}, kernels from sources `{}`", run.version, run.kernels)),
-        ("rival", cublaslt),
-        ("checked", &exact),
-    ] {
-        writeln!(text, "| {what} | {} |", value.replace('|', "\\|"))?;
-    }
-    if !run.complete {
-        writeln!(text, "\n**The run was interrupted; points are missing.**")?;
-    }
+    facts(
+        &[
+            ("device", run.device.as_str()),
+            ("driver", &run.driver),
+            ("date", &run.date),
+            ("command", &format!("`{}`", run.command)),
+            ("version", &format!("{}, kernels from sources `{}`", run.version, run.kernels)),
+            ("rival", cublaslt),
+            ("checked", &exact),
+        ],
+        run.complete,
+        text,
+    )?;
     for note in &run.notes {
         writeln!(text, "\nNote: {note}.")?;
     }
     text.push_str(METHOD);
+    Ok(())
+}
+
+/// A table of what a run's figures are to be seen with, and a word if it was interrupted.
+pub(super) fn facts(rows: &[(&str, &str)], complete: bool, text: &mut String) -> std::fmt::Result {
+    writeln!(text, "| | |\n|---|---|")?;
+    for (what, value) in rows {
+        writeln!(text, "| {what} | {} |", value.replace('|', "\\|"))?;
+    }
+    if !complete {
+        writeln!(text, "\n**The run was interrupted; points are missing.**")?;
+    }
     Ok(())
 }
 

@@ -200,6 +200,24 @@ impl Gpu {
         self.make_current()
     }
 
+    /// The map of a GEMM's activations, read in boxes of so many tokens × elements along K.
+    pub(super) fn activation_map(
+        &self,
+        weights: &DeviceWeights,
+        operands: &Operands,
+        [box_rows, box_columns]: [u32; 2],
+    ) -> Result<TensorMap, GpuError> {
+        let boxes = Boxes {
+            address: operands.activations.address(),
+            rows: operands.m,
+            columns: weights.k(),
+            stride_bytes: operands.activation_stride,
+            box_rows,
+            box_columns,
+        };
+        TensorMap::of_bytes(self.encode_tensor_map, boxes)
+    }
+
     /// Launches a kernel that takes a tiled GEMM's parameters.
     ///
     /// # Safety
@@ -214,17 +232,8 @@ impl Gpu {
         stream: StreamHandle,
     ) -> Result<(), GpuError> {
         let shape = plan.shape();
-        let mut activations = TensorMap::of_bytes(
-            self.encode_tensor_map,
-            Boxes {
-                address: operands.activations.address(),
-                rows: operands.m,
-                columns: weights.k(),
-                stride_bytes: operands.activation_stride,
-                box_rows: shape.tokens / plan.cluster(),
-                box_columns: STAGE_K,
-            },
-        )?;
+        let mut activations =
+            self.activation_map(weights, operands, [shape.tokens / plan.cluster(), STAGE_K])?;
         let is_mapped = shape.maps_output() && operands.output_has_16_byte_rows(weights.n());
         let mut output = if is_mapped {
             TensorMap::of_halves(

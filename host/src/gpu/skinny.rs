@@ -11,7 +11,6 @@ use crate::gpu::error::{During, GpuError};
 use crate::gpu::gemm::{Operands, StreamHandle, output_code};
 use crate::gpu::launch::Launch;
 use crate::gpu::memory::{DeviceSpan, DeviceWeights};
-use crate::gpu::tensor_map::{Boxes, TensorMap};
 use crate::plan::Skinny;
 
 impl Gpu {
@@ -28,17 +27,7 @@ impl Gpu {
     ) -> Result<(), GpuError> {
         let shape = plan.shape();
         let kernel = self.kernels.skinny(shape)?;
-        let mut activations = TensorMap::of_bytes(
-            self.encode_tensor_map,
-            Boxes {
-                address: operands.activations.address(),
-                rows: operands.m,
-                columns: weights.k(),
-                stride_bytes: operands.activation_stride,
-                box_rows: shape.tokens,
-                box_columns: STEP_K,
-            },
-        )?;
+        let mut activations = self.activation_map(weights, operands, [shape.tokens, STEP_K])?;
         let mut arguments = SkinnyArguments {
             bricks: weights.bricks(),
             channel_scales: weights.channel_scales(),

@@ -58,7 +58,7 @@ const SHARPNESS: i32 = 6;
 impl Tiled {
     /// An estimate of the launch's time in microseconds, for a problem of `[m, n, k]`.
     pub(super) fn estimate_us(&self, problem: [usize; 3]) -> f64 {
-        let [m, n, k] = problem.map(|extent| extent as f64);
+        let k = problem[2] as f64;
         let (shape, schedule) = (self.shape(), self.schedule());
         let costs = shape_cost(shape);
         let (workers, k_steps) = (schedule.workers as f64, schedule.k_steps as f64);
@@ -73,8 +73,7 @@ impl Tiled {
         let step = costs.step * if self.cluster() > 1 { CLUSTER_STEP } else { 1.0 };
         let compute = (whole * k_steps + stream_steps) * step + (whole + stream_tiles) * costs.tile;
 
-        let megabytes = |bytes: f64| bytes / 1e6;
-        let from_memory = megabytes(n * k * 17.0 / 32.0 + m * k + 2.0 * m * n) / MEMORY;
+        let from_memory = moved_megabytes(problem) / MEMORY;
         // Every tile reads its weights and its activations anew.
         let tiles = schedule.tiles() as f64;
         let tile_weights = (shape.channels() * self.cluster()) as f64 * k * 17.0 / 32.0;
@@ -88,9 +87,23 @@ impl Tiled {
         } else {
             0.0
         };
-        let busy = compute.max(from_cache).powi(SHARPNESS) + from_memory.powi(SHARPNESS);
-        busy.powf(1.0 / SHARPNESS as f64) + LAUNCH + handover
+        slower_of(compute.max(from_cache), from_memory) + LAUNCH + handover
     }
+}
+
+pub(super) fn megabytes(bytes: f64) -> f64 {
+    bytes / 1e6
+}
+
+/// Megabytes of the packed weights, the activations and the 16-bit output of a problem of `[m, n, k]`.
+pub(super) fn moved_megabytes(problem: [usize; 3]) -> f64 {
+    let [m, n, k] = problem.map(|extent| extent as f64);
+    megabytes(n * k * 17.0 / 32.0 + m * k + 2.0 * m * n)
+}
+
+/// A little more than the longer of two times that overlap.
+pub(super) fn slower_of(compute: f64, memory: f64) -> f64 {
+    (compute.powi(SHARPNESS) + memory.powi(SHARPNESS)).powf(1.0 / SHARPNESS as f64)
 }
 
 fn shape_cost(shape: TileShape) -> &'static ShapeCost {

@@ -1,12 +1,14 @@
 //! How long a skinny plan will take, in the same microseconds as the estimates of tiled plans.
 //!
 //! A launch is as slow as the slower of memory and arithmetic; on top come a constant, every block's reading of all
-//! activations, and each further pass over K. The constants were fitted by eye to
-//! 50 plans of seven matrices at 1, 8 and 16 tokens on an H100 SXM (`docs/performance-log.md`). They need not be exact: a wrong choice costs time, never a bit of the result.
+//! activations, and each further pass over K. The constants were fitted by eye to 50 plans of seven matrices at 1, 8 and 16
+//! tokens on an H100 SXM (`docs/performance-log.md`). They need not be exact: a wrong choice costs time, never a bit of the
+//! result.
 
 use liquidgemm_format::brick;
 
 use super::Skinny;
+use super::cost::{megabytes, moved_megabytes, slower_of};
 
 /// Multiprocessors of an H100.
 const MULTIPROCESSORS: f64 = 132.0;
@@ -20,22 +22,18 @@ const ACTIVATIONS: f64 = 25.0;
 const UNIT: f64 = 0.011;
 /// Microseconds for every pass after the first: the warps' sums meet, and the activations are asked for anew.
 const PASS: f64 = 0.9;
-/// How sharply the slower of memory and arithmetic hides the other.
-const SHARPNESS: i32 = 6;
 
 impl Skinny {
     /// An estimate of the launch's time in microseconds, for a problem of `[m, n, k]`.
     pub(super) fn estimate_us(&self, problem: [usize; 3]) -> f64 {
         let bricks = brick::k_blocks(problem[2]) as f64;
-        let [m, n, k] = problem.map(|extent| extent as f64);
+        let [m, _, k] = problem.map(|extent| extent as f64);
         let (blocks, passes) = (self.blocks() as f64, self.passes() as f64);
-        let megabytes = |bytes: f64| bytes / 1e6;
 
         let busy_share = (blocks / MULTIPROCESSORS).min(1.0);
-        let from_memory = megabytes(n * k * 17.0 / 32.0 + m * k + 2.0 * m * n) / MEMORY / busy_share;
+        let from_memory = moved_megabytes(problem) / MEMORY / busy_share;
         let compute = passes * self.shape().units as f64 * bricks * UNIT;
-        let busy = compute.powi(SHARPNESS) + from_memory.powi(SHARPNESS);
         let activations = megabytes(blocks * m * k * passes) / ACTIVATIONS;
-        busy.powf(1.0 / SHARPNESS as f64) + LAUNCH + activations + (passes - 1.0) * PASS
+        slower_of(compute, from_memory) + LAUNCH + activations + (passes - 1.0) * PASS
     }
 }

@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::Context;
 
 use super::{Ablation, Point};
-use crate::bench::markdown::link;
+use crate::bench::markdown::{facts, link};
 use crate::bench::plots::{self, Picture};
 use crate::bench::record::write_atomically;
 use crate::bench::statistics::geometric_mean;
@@ -72,7 +72,6 @@ fn circumstances(run: &Ablation, text: &mut String) -> std::fmt::Result {
     let name = run.device.split(',').next().unwrap_or_default();
     writeln!(text, "# What each idea is worth, on {name}\n")?;
     writeln!(text, "Written by `liquidgemm bench --ablation`; don't edit.\n")?;
-    writeln!(text, "| | |\n|---|---|")?;
     let results = run.points.iter().map(|point| point.arms.len()).sum::<usize>();
     let exact = match run.mismatches() {
         0 => format!(
@@ -81,20 +80,18 @@ fn circumstances(run: &Ablation, text: &mut String) -> std::fmt::Result {
         ),
         wrong => format!("**{wrong} of {results} results are wrong**"),
     };
-    for (what, value) in [
-        ("device", run.device.as_str()),
-        ("driver", &run.driver),
-        ("date", &run.date),
-        ("command", &format!("`{}`", run.command)),
-        ("version", &format!("{}, kernels from sources `{}`", run.version, run.kernels)),
-        ("checked", &exact),
-    ] {
-        writeln!(text, "| {what} | {} |", value.replace('|', "\\|"))?;
-    }
-    if !run.complete {
-        writeln!(text, "\n**The run was interrupted; points are missing.**")?;
-    }
-    Ok(())
+    facts(
+        &[
+            ("device", run.device.as_str()),
+            ("driver", &run.driver),
+            ("date", &run.date),
+            ("command", &format!("`{}`", run.command)),
+            ("version", &format!("{}, kernels from sources `{}`", run.version, run.kernels)),
+            ("checked", &exact),
+        ],
+        run.complete,
+        text,
+    )
 }
 
 fn means(run: &Ablation, text: &mut String) -> std::fmt::Result {

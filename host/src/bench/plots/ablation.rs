@@ -3,7 +3,7 @@
 use anyhow::anyhow;
 use plotters::prelude::*;
 
-use super::style::{self, Anchor, text};
+use super::style::{self, Anchor, Entry, legend, text};
 use super::title;
 use crate::bench::ablation::{Ablation, Point};
 use crate::bench::shapes::Matrix;
@@ -94,18 +94,13 @@ fn render(
         chart.draw_series(line.iter().map(|&point| Circle::new(point, width + 1, colour.filled())))?;
     }
 
-    let mut x = 76;
-    for arm in Arm::ALL {
-        let dashes = if arm == Arm::Baseline { [(0, 5), (9, 14), (18, 23)] } else { [(0, 22); 3] };
-        let half = width(arm).div_ceil(2) as i32;
-        for (from, to) in dashes {
-            let corners = [(x + from, LEGEND_Y - half), (x + to, LEGEND_Y + half)];
-            area.draw(&Rectangle::new(corners, colour(arm).filled()))?;
-        }
-        let bold = arm == Arm::Implicit;
-        area.draw(&Text::new(arm.name(), (x + 28, LEGEND_Y), text(14, bold, style::TEXT, Anchor::Left)))?;
-        x += 44 + 8 * arm.name().chars().count() as i32;
-    }
+    let entries = Arm::ALL.into_iter().map(|arm| Entry {
+        name: arm.name(),
+        colour: colour(arm),
+        width: width(arm),
+        dashed: arm == Arm::Baseline,
+    });
+    legend(&area, LEGEND_Y, entries)?;
     area.present()?;
     Ok(())
 }

@@ -4,7 +4,7 @@
 use anyhow::anyhow;
 use plotters::prelude::*;
 
-use super::style::{self, Anchor, microseconds, text};
+use super::style::{self, Anchor, Entry, legend, microseconds, text};
 use super::title;
 use crate::bench::record::{Point, Rival, Run};
 use crate::bench::shapes::Matrix;
@@ -134,20 +134,12 @@ fn render(
             .draw_series(line.points.iter().map(|&point| Circle::new(point, radius, line.colour.filled())))?;
     }
 
-    // The legend, in one line, ours first.
-    let mut x = 76;
-    for line in lines.iter().rev().chain([floor]) {
+    // Ours first.
+    let entries = lines.iter().rev().chain([floor]).map(|line| {
         // The floor is the one in dashes.
-        let dashes = if line.width == 1 { [(0, 5), (9, 14), (18, 23)] } else { [(0, 22); 3] };
-        let half = line.width.div_ceil(2) as i32;
-        for (from, to) in dashes {
-            let corners = [(x + from, LEGEND_Y - half), (x + to, LEGEND_Y + half)];
-            area.draw(&Rectangle::new(corners, line.colour.filled()))?;
-        }
-        let bold = line.width > 2;
-        area.draw(&Text::new(line.name, (x + 28, LEGEND_Y), text(14, bold, style::TEXT, Anchor::Left)))?;
-        x += 44 + 8 * line.name.chars().count() as i32;
-    }
+        Entry { name: line.name, colour: line.colour, width: line.width, dashed: line.width == 1 }
+    });
+    legend(&area, LEGEND_Y, entries)?;
     area.present()?;
     Ok(())
 }

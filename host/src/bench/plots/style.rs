@@ -1,6 +1,8 @@
 //! Colours and lettering of all pictures. The colours are Okabe and Ito's, which people with colour blindness
 //! tell apart; ours is the strongest.
 
+use plotters::coord::Shift;
+use plotters::drawing::DrawingAreaErrorKind;
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
@@ -43,4 +45,32 @@ pub(super) fn text(size: u32, bold: bool, colour: RGBColor, anchor: Anchor) -> T
 /// Microseconds without needless digits.
 pub(super) fn microseconds(us: f64) -> String {
     if us >= 1000.0 { format!("{} ms", us / 1000.0) } else { format!("{us} µs") }
+}
+
+/// An entry of a [`legend`].
+pub(super) struct Entry<'a> {
+    pub(super) name: &'a str,
+    pub(super) colour: RGBColor,
+    /// Of the line, in pixels; a line of more than two is the library's own, and its name is bold.
+    pub(super) width: u32,
+    pub(super) dashed: bool,
+}
+
+/// Names the lines of a picture, in one line at the height `y`.
+pub(super) fn legend<'a, B: DrawingBackend>(
+    area: &DrawingArea<B, Shift>,
+    y: i32,
+    entries: impl Iterator<Item = Entry<'a>>,
+) -> Result<(), DrawingAreaErrorKind<B::ErrorType>> {
+    let mut x = 76;
+    for Entry { name, colour, width, dashed } in entries {
+        let dashes = if dashed { [(0, 5), (9, 14), (18, 23)] } else { [(0, 22); 3] };
+        let half = width.div_ceil(2) as i32;
+        for (from, to) in dashes {
+            area.draw(&Rectangle::new([(x + from, y - half), (x + to, y + half)], colour.filled()))?;
+        }
+        area.draw(&Text::new(name, (x + 28, y), text(14, width > 2, TEXT, Anchor::Left)))?;
+        x += 44 + 8 * name.chars().count() as i32;
+    }
+    Ok(())
 }

@@ -64,17 +64,14 @@ const GROUP_CHANNELS: u32 = 2048;
 
 impl Plan {
     /// The plan for `Y[m, n] = X[m, k] · W[n, k]ᵀ` on a GPU with `multiprocessors`: of all
-    /// [`candidates`](Self::candidates) in tiles, the one with the lowest [estimate](Self::estimate_us).
-    ///
-    /// [`Method::Skinny`] is not chosen yet, as its results are still to be confirmed on a GPU; [`Plan::skinny`] asks for it.
+    /// [`candidates`](Self::candidates), the one with the lowest [estimate](Self::estimate_us).
     ///
     /// # Errors
     /// If a dimension is 0 or too large.
     pub fn new(m: usize, n: usize, k: usize, multiprocessors: u32) -> Result<Self, Error> {
         let candidates = Self::candidates(m, n, k, multiprocessors)?;
         let estimate = |plan: &Self| plan.estimate_us();
-        let in_tiles = candidates.into_iter().filter(|plan| plan.tiled().is_some());
-        match in_tiles.min_by(|a, b| estimate(a).total_cmp(&estimate(b))) {
+        match candidates.into_iter().min_by(|a, b| estimate(a).total_cmp(&estimate(b))) {
             Some(plan) => Ok(plan),
             None => Self::with_tile(m, n, k, TILE_SHAPES[0], multiprocessors),
         }

@@ -2,8 +2,8 @@
 //!
 //! A launch is as slow as its slower side, memory or the busiest worker; on top come a constant and, where tiles are
 //! shared along K, the handing over of partial sums. The constants were fitted by least squares to the plans of
-//! seven linear layers of LLaMA-2 and LLaMA-3 at 8 to 2,048 tokens on an H100 SXM; `docs/performance-log.md` says how well
-//! they choose. They need not be exact: a wrong choice costs time, never a bit of the result.
+//! ten linear layers of LLaMA-2 and LLaMA-3 at 1 to 2,048 tokens, and of nine more at 1 to 16, on an H100 SXM;
+//! `docs/performance-log.md` says how well they choose. They need not be exact: a wrong choice costs time, never a bit of the result.
 
 use liquidgemm_format::tile::TileShape;
 
@@ -24,36 +24,44 @@ const fn cost(channels: u32, tokens: u32, step: f64, tile: f64) -> ShapeCost {
 }
 
 const SHAPE_COSTS: [ShapeCost; 14] = [
-    cost(128, 8, 0.189, 0.71),
-    cost(64, 16, 0.140, 0.66),
-    cost(128, 16, 0.218, 0.26),
-    cost(192, 16, 0.259, 1.65),
-    cost(64, 32, 0.148, 0.66),
-    cost(128, 32, 0.215, 0.73),
-    cost(192, 32, 0.253, 2.38),
-    cost(64, 64, 0.154, 0.93),
-    cost(128, 64, 0.245, 1.03),
-    cost(192, 64, 0.329, 1.92),
-    cost(64, 128, 0.218, 1.54),
-    cost(128, 128, 0.361, 1.17),
-    cost(192, 128, 0.485, 1.81),
-    cost(128, 256, 0.614, 2.27),
+    cost(128, 8, 0.162, 1.56),
+    cost(64, 16, 0.128, 0.75),
+    cost(128, 16, 0.177, 0.93),
+    cost(192, 16, 0.245, 1.56),
+    cost(64, 32, 0.134, 0.64),
+    cost(128, 32, 0.194, 0.83),
+    cost(192, 32, 0.263, 1.54),
+    cost(64, 64, 0.153, 0.52),
+    cost(128, 64, 0.233, 0.76),
+    cost(192, 64, 0.306, 1.95),
+    cost(64, 128, 0.215, 1.00),
+    cost(128, 128, 0.342, 0.82),
+    cost(192, 128, 0.471, 1.45),
+    cost(128, 256, 0.592, 1.96),
 ];
 
 /// Microseconds of every launch.
-const LAUNCH: f64 = 1.59;
+const LAUNCH: f64 = 1.54;
 /// Megabytes that memory delivers in a microsecond to these kernels.
-const MEMORY: f64 = 2.91;
+const MEMORY: f64 = 3.00;
 /// Megabytes that the L2 cache delivers in a microsecond.
-const CACHE: f64 = 11.5;
+const CACHE: f64 = 17.6;
 /// Microseconds for a tile's partial sums: a flag raised, seen and answered.
-const HANDOVER: f64 = 1.29;
+const HANDOVER: f64 = 1.16;
 /// Microseconds for a megabyte of partial sums, written and read.
-const PARTIAL_SUMS: f64 = 0.164;
+const PARTIAL_SUMS: f64 = 0.151;
 /// How much longer a step takes in a cluster of two, which waits for two blocks at every stage.
-const CLUSTER_STEP: f64 = 1.017;
+const CLUSTER_STEP: f64 = 1.029;
+/// How much longer a step takes where workers begin and end inside tiles: they are no longer at the same place at the same
+/// time, and share less of what the L2 cache holds.
+const STAGGERED_STEP: f64 = 1.081;
+/// How much longer a step takes in a block on its own once the GPU's power is at its limit: a cluster reads the activations
+/// once for two.
+const HOT_STEP: f64 = 0.125;
+/// Microseconds of multiplying after which half of that is felt.
+const HEATING: f64 = 300.0;
 /// How sharply the slower of compute and memory hides the other.
-const SHARPNESS: i32 = 6;
+const SHARPNESS: i32 = 5;
 
 impl Tiled {
     /// An estimate of the launch's time in microseconds, for a problem of `[m, n, k]`.
@@ -71,7 +79,11 @@ impl Tiled {
         let even = splits && schedule.workers.is_multiple_of(schedule.streamed_tiles);
         let stream_tiles = (stream_steps / k_steps).ceil() + if splits && !even { 1.0 } else { 0.0 };
         let step = costs.step * if self.cluster() > 1 { CLUSTER_STEP } else { 1.0 };
-        let compute = (whole * k_steps + stream_steps) * step + (whole + stream_tiles) * costs.tile;
+        let stream_step = step * if splits && !even { STAGGERED_STEP } else { 1.0 };
+        let steps = whole * k_steps * step + stream_steps * stream_step;
+        let compute = steps + (whole + stream_tiles) * costs.tile;
+        let heat = if self.cluster() > 1 { 0.0 } else { HOT_STEP * compute / (compute + HEATING) };
+        let compute = compute * (1.0 + heat);
 
         let from_memory = moved_megabytes(problem) / MEMORY;
         // Every tile reads its weights and its activations anew.

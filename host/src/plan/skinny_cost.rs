@@ -1,9 +1,9 @@
 //! How long a skinny plan will take, in the same microseconds as the estimates of tiled plans.
 //!
 //! A launch is as slow as the slower of memory and arithmetic; on top come a constant, every block's reading of all
-//! activations, and each further pass over K. The constants were fitted by eye to 50 plans of seven matrices at 1, 8 and 16
-//! tokens on an H100 SXM (`docs/performance-log.md`). They need not be exact: a wrong choice costs time, never a bit of the
-//! result.
+//! activations, and each further pass over K. The constants were fitted together with those of the tiled plans, to the
+//! plans of nineteen matrices at 1, 8 and 16 tokens on an H100 SXM (`docs/performance-log.md`). They need not be exact: a
+//! wrong choice costs time, never a bit of the result.
 
 use liquidgemm_format::brick;
 
@@ -13,15 +13,17 @@ use super::cost::{megabytes, moved_megabytes, slower_of};
 /// Multiprocessors of an H100.
 const MULTIPROCESSORS: f64 = 132.0;
 /// Microseconds of every launch.
-const LAUNCH: f64 = 1.5;
+const LAUNCH: f64 = 1.57;
 /// Megabytes that memory delivers in a microsecond.
-const MEMORY: f64 = 3.10;
+const MEMORY: f64 = 3.03;
 /// Megabytes of activations that the L2 cache delivers to all blocks in a microsecond, besides the weights.
-const ACTIVATIONS: f64 = 25.0;
-/// Microseconds for a brick's share of one unit in a block, of all units that the kernel computes in a pass.
-const UNIT: f64 = 0.011;
+const ACTIVATIONS: f64 = 53.0;
+/// Microseconds for a brick's share of one unit in a block, of all units that the kernel computes in a pass, for 8 tokens …
+const UNIT_OF_8: f64 = 0.0110;
+/// … and for 16.
+const UNIT_OF_16: f64 = 0.0139;
 /// Microseconds for every pass after the first: the warps' sums meet, and the activations are asked for anew.
-const PASS: f64 = 0.9;
+const PASS: f64 = 0.32;
 
 impl Skinny {
     /// An estimate of the launch's time in microseconds, for a problem of `[m, n, k]`.
@@ -32,7 +34,8 @@ impl Skinny {
 
         let busy_share = (blocks / MULTIPROCESSORS).min(1.0);
         let from_memory = moved_megabytes(problem) / MEMORY / busy_share;
-        let compute = passes * self.shape().units as f64 * bricks * UNIT;
+        let unit = if self.shape().tokens > 8 { UNIT_OF_16 } else { UNIT_OF_8 };
+        let compute = passes * self.shape().units as f64 * bricks * unit;
         let activations = megabytes(blocks * m * k * passes) / ACTIVATIONS;
         slower_of(compute, from_memory) + LAUNCH + activations + (passes - 1.0) * PASS
     }

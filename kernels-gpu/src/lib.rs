@@ -114,6 +114,7 @@ skinny_kernel!(skinny_96x8, 6, 1);
 skinny_kernel!(skinny_32x16, 2, 2);
 skinny_kernel!(skinny_64x16, 4, 2);
 skinny_kernel!(skinny_96x16, 6, 2);
+skinny_kernel!(skinny_32x32, 2, 4);
 
 /// [`probes::stream`].
 ///

@@ -59,13 +59,14 @@ const fn shape(units: u32, tokens: u32, stage_bricks: u32, activation_stages: u3
 ///
 /// With a whole step to a stage there are fewer barriers and more to do between them; where a step's weights are many, that
 /// would leave too few stages.
-pub const SKINNY_SHAPES: [SkinnyShape; 6] = [
+pub const SKINNY_SHAPES: [SkinnyShape; 7] = [
     shape(2, 8, 2, 3),
     shape(4, 8, 1, 3),
     shape(6, 8, 1, 2),
     shape(2, 16, 2, 2),
     shape(4, 16, 1, 2),
     shape(6, 16, 1, 2),
+    shape(2, 32, 1, 2),
 ];
 
 impl SkinnyShape {

@@ -56,6 +56,7 @@ const SKINNY: [KernelSource; SKINNY_SHAPES.len()] = [
     source!("skinny_32x16"),
     source!("skinny_64x16"),
     source!("skinny_96x16"),
+    source!("skinny_32x32"),
 ];
 
 /// Pulls memory and does nothing else.

@@ -24,40 +24,46 @@ const fn cost(channels: u32, tokens: u32, step: f64, tile: f64) -> ShapeCost {
 }
 
 const SHAPE_COSTS: [ShapeCost; 14] = [
-    cost(128, 8, 0.162, 1.56),
-    cost(64, 16, 0.128, 0.75),
-    cost(128, 16, 0.177, 0.93),
-    cost(192, 16, 0.245, 1.56),
-    cost(64, 32, 0.134, 0.64),
-    cost(128, 32, 0.194, 0.83),
-    cost(192, 32, 0.263, 1.54),
-    cost(64, 64, 0.153, 0.52),
-    cost(128, 64, 0.233, 0.76),
-    cost(192, 64, 0.306, 1.95),
-    cost(64, 128, 0.215, 1.00),
-    cost(128, 128, 0.342, 0.82),
-    cost(192, 128, 0.471, 1.45),
-    cost(128, 256, 0.592, 1.96),
+    cost(128, 8, 0.156, 1.65),
+    cost(64, 16, 0.124, 0.89),
+    cost(128, 16, 0.176, 0.96),
+    cost(192, 16, 0.243, 1.67),
+    cost(64, 32, 0.132, 0.73),
+    cost(128, 32, 0.195, 0.84),
+    cost(192, 32, 0.263, 1.50),
+    cost(64, 64, 0.151, 0.59),
+    cost(128, 64, 0.234, 0.60),
+    cost(192, 64, 0.304, 1.98),
+    cost(64, 128, 0.211, 1.13),
+    cost(128, 128, 0.343, 0.77),
+    cost(192, 128, 0.470, 1.46),
+    cost(128, 256, 0.593, 1.90),
 ];
 
 /// Microseconds of every launch.
-const LAUNCH: f64 = 1.54;
+const LAUNCH: f64 = 1.50;
 /// Megabytes that memory delivers in a microsecond to these kernels.
-const MEMORY: f64 = 3.00;
+const MEMORY: f64 = 3.04;
+/// How much longer a long read takes for each multiprocessor, as a share of all, that takes no part …
+const IDLE_MEMORY: f64 = 0.212;
+/// … and the microseconds after which half of that is.
+const LONG_RUN: f64 = 30.0;
+/// Multiprocessors of an H100.
+pub(super) const MULTIPROCESSORS: f64 = 132.0;
 /// Megabytes that the L2 cache delivers in a microsecond.
-const CACHE: f64 = 17.6;
+const CACHE: f64 = 11.9;
 /// Microseconds for a tile's partial sums: a flag raised, seen and answered.
-const HANDOVER: f64 = 1.16;
+const HANDOVER: f64 = 1.21;
 /// Microseconds for a megabyte of partial sums, written and read.
-const PARTIAL_SUMS: f64 = 0.151;
+const PARTIAL_SUMS: f64 = 0.152;
 /// How much longer a step takes in a cluster of two, which waits for two blocks at every stage.
-const CLUSTER_STEP: f64 = 1.029;
-/// How much longer a step takes where workers begin and end inside tiles: they are no longer at the same place at the same
-/// time, and share less of what the L2 cache holds.
-const STAGGERED_STEP: f64 = 1.081;
+const CLUSTER_STEP: f64 = 1.033;
+/// How much longer a step takes where workers begin and end inside tiles, of blocks on their own and of clusters: they are no
+/// longer at the same place at the same time, and share less of what the L2 cache holds.
+const STAGGERED_STEP: [f64; 2] = [1.106, 1.062];
 /// How much longer a step takes in a block on its own once the GPU's power is at its limit: a cluster reads the activations
 /// once for two.
-const HOT_STEP: f64 = 0.125;
+const HOT_STEP: f64 = 0.119;
 /// Microseconds of multiplying after which half of that is felt.
 const HEATING: f64 = 300.0;
 /// How sharply the slower of compute and memory hides the other.
@@ -79,13 +85,16 @@ impl Tiled {
         let even = splits && schedule.workers.is_multiple_of(schedule.streamed_tiles);
         let stream_tiles = (stream_steps / k_steps).ceil() + if splits && !even { 1.0 } else { 0.0 };
         let step = costs.step * if self.cluster() > 1 { CLUSTER_STEP } else { 1.0 };
-        let stream_step = step * if splits && !even { STAGGERED_STEP } else { 1.0 };
+        let staggered = STAGGERED_STEP[usize::from(self.cluster() > 1)];
+        let stream_step = step * if splits && !even { staggered } else { 1.0 };
         let steps = whole * k_steps * step + stream_steps * stream_step;
         let compute = steps + (whole + stream_tiles) * costs.tile;
         let heat = if self.cluster() > 1 { 0.0 } else { HOT_STEP * compute / (compute + HEATING) };
         let compute = compute * (1.0 + heat);
 
         let from_memory = moved_megabytes(problem) / MEMORY;
+        let idle = (1.0 - workers * self.cluster() as f64 / MULTIPROCESSORS).max(0.0);
+        let from_memory = from_memory * (1.0 + IDLE_MEMORY * idle * from_memory / (from_memory + LONG_RUN));
         // Every tile reads its weights and its activations anew.
         let tiles = schedule.tiles() as f64;
         let tile_weights = (shape.channels() * self.cluster()) as f64 * k * 17.0 / 32.0;

@@ -2,28 +2,25 @@
 //!
 //! A launch is as slow as the slower of memory and arithmetic; on top come a constant, every block's reading of all
 //! activations, and each further pass over K. The constants were fitted together with those of the tiled plans, to the
-//! plans of nineteen matrices at 1, 8 and 16 tokens on an H100 SXM (`docs/performance-log.md`). They need not be exact: a
+//! plans of nineteen matrices at 1, 8 and 16 tokens and of six at 24 and 32, on an H100 SXM (`docs/performance-log.md`). They need not be exact: a
 //! wrong choice costs time, never a bit of the result.
 
 use liquidgemm_format::brick;
 
 use super::Skinny;
-use super::cost::{megabytes, moved_megabytes, slower_of};
+use super::cost::{MULTIPROCESSORS, megabytes, moved_megabytes, slower_of};
 
-/// Multiprocessors of an H100.
-const MULTIPROCESSORS: f64 = 132.0;
 /// Microseconds of every launch.
-const LAUNCH: f64 = 1.57;
+const LAUNCH: f64 = 1.54;
 /// Megabytes that memory delivers in a microsecond.
-const MEMORY: f64 = 3.03;
+const MEMORY: f64 = 3.04;
 /// Megabytes of activations that the L2 cache delivers to all blocks in a microsecond, besides the weights.
-const ACTIVATIONS: f64 = 53.0;
-/// Microseconds for a brick's share of one unit in a block, of all units that the kernel computes in a pass, for 8 tokens …
-const UNIT_OF_8: f64 = 0.0110;
-/// … and for 16.
-const UNIT_OF_16: f64 = 0.0139;
+const ACTIVATIONS: f64 = 55.0;
+/// Microseconds for a brick's share of one unit in a block, of all units that the kernel computes in a pass, for 8, 16 and
+/// 32 tokens.
+const UNIT: [f64; 3] = [0.0110, 0.0143, 0.0180];
 /// Microseconds for every pass after the first: the warps' sums meet, and the activations are asked for anew.
-const PASS: f64 = 0.32;
+const PASS: f64 = 0.30;
 
 impl Skinny {
     /// An estimate of the launch's time in microseconds, for a problem of `[m, n, k]`.
@@ -34,7 +31,11 @@ impl Skinny {
 
         let busy_share = (blocks / MULTIPROCESSORS).min(1.0);
         let from_memory = moved_megabytes(problem) / MEMORY / busy_share;
-        let unit = if self.shape().tokens > 8 { UNIT_OF_16 } else { UNIT_OF_8 };
+        let unit = match self.shape().tokens {
+            ..=8 => UNIT[0],
+            ..=16 => UNIT[1],
+            _ => UNIT[2],
+        };
         let compute = passes * self.shape().units as f64 * bricks * unit;
         let activations = megabytes(blocks * m * k * passes) / ACTIVATIONS;
         slower_of(compute, from_memory) + LAUNCH + activations + (passes - 1.0) * PASS

@@ -32,8 +32,8 @@ impl Skinny {
         let busy_share = (blocks / MULTIPROCESSORS).min(1.0);
         let from_memory = moved_megabytes(problem) / MEMORY / busy_share;
         let unit = match self.shape().tokens {
-            ..=8 => UNIT[0],
-            ..=16 => UNIT[1],
+            0..=8 => UNIT[0],
+            9..=16 => UNIT[1],
             _ => UNIT[2],
         };
         let compute = passes * self.shape().units as f64 * bricks * unit;

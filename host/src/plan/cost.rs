@@ -24,46 +24,48 @@ const fn cost(channels: u32, tokens: u32, step: f64, tile: f64) -> ShapeCost {
 }
 
 const SHAPE_COSTS: [ShapeCost; 14] = [
-    cost(128, 8, 0.156, 1.65),
-    cost(64, 16, 0.124, 0.89),
-    cost(128, 16, 0.176, 0.96),
-    cost(192, 16, 0.243, 1.67),
-    cost(64, 32, 0.132, 0.73),
-    cost(128, 32, 0.195, 0.84),
+    cost(128, 8, 0.156, 1.62),
+    cost(64, 16, 0.124, 0.88),
+    cost(128, 16, 0.176, 0.92),
+    cost(192, 16, 0.243, 1.66),
+    cost(64, 32, 0.132, 0.71),
+    cost(128, 32, 0.195, 0.82),
     cost(192, 32, 0.263, 1.50),
-    cost(64, 64, 0.151, 0.59),
-    cost(128, 64, 0.234, 0.60),
-    cost(192, 64, 0.304, 1.98),
-    cost(64, 128, 0.211, 1.13),
-    cost(128, 128, 0.343, 0.77),
-    cost(192, 128, 0.470, 1.46),
-    cost(128, 256, 0.593, 1.90),
+    cost(64, 64, 0.151, 0.58),
+    cost(128, 64, 0.235, 0.59),
+    cost(192, 64, 0.304, 2.02),
+    cost(64, 128, 0.212, 1.10),
+    cost(128, 128, 0.345, 0.71),
+    cost(192, 128, 0.472, 1.41),
+    cost(128, 256, 0.597, 1.72),
 ];
 
 /// Microseconds of every launch.
-const LAUNCH: f64 = 1.50;
+const LAUNCH: f64 = 1.52;
 /// Megabytes that memory delivers in a microsecond to these kernels.
 const MEMORY: f64 = 3.04;
 /// How much longer a long read takes for each multiprocessor, as a share of all, that takes no part …
-const IDLE_MEMORY: f64 = 0.212;
+const IDLE_MEMORY: f64 = 0.214;
 /// … and the microseconds after which half of that is.
 const LONG_RUN: f64 = 30.0;
 /// Multiprocessors of an H100.
 pub(super) const MULTIPROCESSORS: f64 = 132.0;
 /// Megabytes that the L2 cache delivers in a microsecond.
-const CACHE: f64 = 11.9;
+const CACHE: f64 = 15.1;
 /// Microseconds for a tile's partial sums: a flag raised, seen and answered.
 const HANDOVER: f64 = 1.21;
 /// Microseconds for a megabyte of partial sums, written and read.
-const PARTIAL_SUMS: f64 = 0.152;
+const PARTIAL_SUMS: f64 = 0.149;
 /// How much longer a step takes in a cluster of two, which waits for two blocks at every stage.
-const CLUSTER_STEP: f64 = 1.033;
-/// How much longer a step takes where workers begin and end inside tiles, of blocks on their own and of clusters: they are no
-/// longer at the same place at the same time, and share less of what the L2 cache holds.
-const STAGGERED_STEP: [f64; 2] = [1.106, 1.062];
+const CLUSTER_STEP: f64 = 1.029;
+/// How much longer a step of the stream takes where workers begin and end inside tiles, of blocks on their own and of
+/// clusters: they are no longer at the same place at the same time, and share less of what the L2 cache holds.
+const STAGGERED_STEP: [f64; 2] = [0.100, 0.059];
+/// How much of that a step of a whole tile still feels, which comes after the stream.
+const STILL_STAGGERED: f64 = 0.239;
 /// How much longer a step takes in a block on its own once the GPU's power is at its limit: a cluster reads the activations
 /// once for two.
-const HOT_STEP: f64 = 0.119;
+const HOT_STEP: f64 = 0.095;
 /// Microseconds of multiplying after which half of that is felt.
 const HEATING: f64 = 300.0;
 /// How sharply the slower of compute and memory hides the other.
@@ -78,16 +80,16 @@ impl Tiled {
         let (workers, k_steps) = (schedule.workers as f64, schedule.k_steps as f64);
         let streamed = schedule.streamed_tiles as f64;
 
-        // The busiest worker: whole tiles, then its part of the stream, which may begin and end inside a tile.
+        // The busiest worker: its part of the stream, which may begin and end inside a tile, and whole tiles.
         let whole = (schedule.whole_tiles() as f64 / workers).ceil();
         let stream_steps = streamed * k_steps / workers;
         let splits = schedule.streamed_tiles > 0 && !schedule.streamed_tiles.is_multiple_of(schedule.workers);
         let even = splits && schedule.workers.is_multiple_of(schedule.streamed_tiles);
         let stream_tiles = (stream_steps / k_steps).ceil() + if splits && !even { 1.0 } else { 0.0 };
         let step = costs.step * if self.cluster() > 1 { CLUSTER_STEP } else { 1.0 };
-        let staggered = STAGGERED_STEP[usize::from(self.cluster() > 1)];
-        let stream_step = step * if splits && !even { staggered } else { 1.0 };
-        let steps = whole * k_steps * step + stream_steps * stream_step;
+        let staggered = if splits && !even { STAGGERED_STEP[usize::from(self.cluster() > 1)] } else { 0.0 };
+        let whole_steps = whole * k_steps * step * (1.0 + STILL_STAGGERED * staggered);
+        let steps = whole_steps + stream_steps * step * (1.0 + staggered);
         let compute = steps + (whole + stream_tiles) * costs.tile;
         let heat = if self.cluster() > 1 { 0.0 } else { HOT_STEP * compute / (compute + HEATING) };
         let compute = compute * (1.0 + heat);

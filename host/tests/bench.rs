@@ -2,6 +2,7 @@
 #![cfg(all(feature = "cli", feature = "bench"))]
 
 use assert_cmd::Command;
+use liquidgemm::bench::circumstances::Circumstances;
 use liquidgemm::bench::record::{Point, Run};
 use liquidgemm::bench::statistics::Timing;
 
@@ -32,7 +33,8 @@ fn run(mismatch: Option<String>) -> Run {
         tokens_checked: 1,
         mismatch: mismatch.clone(),
     };
-    Run { device: "a GPU".into(), complete: true, points: vec![point(1), point(64)], ..Run::default() }
+    let circumstances = Circumstances { device: "a GPU".into(), ..Circumstances::default() };
+    Run { circumstances, complete: true, points: vec![point(1), point(64)], ..Run::default() }
 }
 
 #[test]

@@ -1,12 +1,51 @@
-//! What a result is worth nothing without: driver, day and command line.
+//! What a result is worth nothing without: GPU, driver, day, kernels and command line.
 
 use std::ffi::{CStr, c_char, c_int};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use libloading::{Library, Symbol};
+use serde::{Deserialize, Serialize};
+
+use crate::gpu::{self, Gpu};
+
+/// On which GPU, when and with what something was measured.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Circumstances {
+    /// The GPU.
+    pub device: String,
+    /// NVIDIA's driver.
+    pub driver: String,
+    /// The day, UTC.
+    pub date: String,
+    /// Version of this crate.
+    pub version: String,
+    /// Hash of the device sources.
+    pub kernels: String,
+    /// The command line.
+    pub command: String,
+}
+
+impl Circumstances {
+    /// Those of this process on a GPU.
+    pub(super) fn of(gpu: &Gpu) -> Self {
+        Self {
+            device: gpu.description(),
+            driver: driver_version(),
+            date: today(),
+            version: env!("CARGO_PKG_VERSION").into(),
+            kernels: gpu::ptx_hash().into(),
+            command: command(),
+        }
+    }
+
+    /// The GPU's name alone.
+    pub(super) fn device_name(&self) -> &str {
+        self.device.split(',').next().unwrap_or_default()
+    }
+}
 
 /// NVIDIA's driver version, such as `580.159.04`.
-pub(super) fn driver_version() -> String {
+fn driver_version() -> String {
     driver_from_proc().or_else(driver_from_nvml).unwrap_or_else(|| "unknown".into())
 }
 
@@ -43,7 +82,7 @@ fn driver_from_nvml() -> Option<String> {
 }
 
 /// Today, UTC, as `2026-11-22`.
-pub(super) fn today() -> String {
+fn today() -> String {
     let seconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
     let (year, month, day) = civil(seconds / 86_400);
     format!("{year}-{month:02}-{day:02}")
@@ -70,7 +109,7 @@ fn civil(mut days: u64) -> (u64, u64, u64) {
 }
 
 /// The command line, without the directories of the program.
-pub(super) fn command() -> String {
+fn command() -> String {
     let mut arguments = std::env::args();
     let program = arguments.next().unwrap_or_default();
     let program = program.rsplit(['/', '\\']).next().unwrap_or_default().to_owned();

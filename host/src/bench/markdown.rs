@@ -5,6 +5,7 @@ use std::path::{Component, Path, PathBuf};
 
 use anyhow::Context;
 
+use super::circumstances::Circumstances;
 use super::plots::{self, Picture};
 use super::record::{Point, Rival, Run, write_atomically};
 use super::targets::{self, band_means};
@@ -24,12 +25,7 @@ fn page(run: &Run, pictures: &[Picture], base: &Path) -> Result<String, std::fmt
     circumstances(run, &mut text)?;
     means(run, &mut text)?;
     goals(run, &mut text)?;
-    if !pictures.is_empty() {
-        text.push_str("\n## Pictures\n");
-    }
-    for Picture { path, title } in pictures {
-        writeln!(text, "\n![{title}]({})", link(base, path))?;
-    }
+    show(pictures, base, &mut text)?;
     text.push_str("\n## Every point\n");
     for matrix in run.matrices() {
         writeln!(text, "\n### {}\n", plots::title(matrix))?;
@@ -39,8 +35,7 @@ fn page(run: &Run, pictures: &[Picture], base: &Path) -> Result<String, std::fmt
 }
 
 fn circumstances(run: &Run, text: &mut String) -> std::fmt::Result {
-    let name = run.device.split(',').next().unwrap_or_default();
-    writeln!(text, "# LiquidGEMM on {name}\n")?;
+    writeln!(text, "# LiquidGEMM on {}\n", run.circumstances.device_name())?;
     writeln!(text, "Written by `liquidgemm bench`; don't edit.\n")?;
     let exact = match run.mismatches().count() {
         0 => format!(
@@ -52,19 +47,7 @@ fn circumstances(run: &Run, text: &mut String) -> std::fmt::Result {
     };
     let none = "not installed or not asked for";
     let cublaslt = if run.cublaslt.is_empty() { none } else { &run.cublaslt };
-    facts(
-        &[
-            ("device", run.device.as_str()),
-            ("driver", &run.driver),
-            ("date", &run.date),
-            ("command", &format!("`{}`", run.command)),
-            ("version", &format!("{}, kernels from sources `{}`", run.version, run.kernels)),
-            ("rival", cublaslt),
-            ("checked", &exact),
-        ],
-        run.complete,
-        text,
-    )?;
+    facts(&run.circumstances, &[("rival", cublaslt), ("checked", &exact)], run.complete, text)?;
     for note in &run.notes {
         writeln!(text, "\nNote: {note}.")?;
     }
@@ -72,14 +55,38 @@ fn circumstances(run: &Run, text: &mut String) -> std::fmt::Result {
     Ok(())
 }
 
-/// A table of what a run's figures are to be seen with, and a word if it was interrupted.
-pub(super) fn facts(rows: &[(&str, &str)], complete: bool, text: &mut String) -> std::fmt::Result {
+/// A table of what a run's figures are to be seen with, `more` behind the circumstances, and a word if it was interrupted.
+pub(super) fn facts(
+    circumstances: &Circumstances,
+    more: &[(&str, &str)],
+    complete: bool,
+    text: &mut String,
+) -> std::fmt::Result {
+    let Circumstances { device, driver, date, version, kernels, command } = circumstances;
     writeln!(text, "| | |\n|---|---|")?;
-    for (what, value) in rows {
+    let rows = [
+        ("device", device.as_str()),
+        ("driver", driver),
+        ("date", date),
+        ("command", &format!("`{command}`")),
+        ("version", &format!("{version}, kernels from sources `{kernels}`")),
+    ];
+    for (what, value) in rows.iter().chain(more) {
         writeln!(text, "| {what} | {} |", value.replace('|', "\\|"))?;
     }
     if !complete {
         writeln!(text, "\n**The run was interrupted; points are missing.**")?;
+    }
+    Ok(())
+}
+
+/// A section of pictures, if there are any, linked from a page in the directory `base`.
+pub(super) fn show(pictures: &[Picture], base: &Path, text: &mut String) -> std::fmt::Result {
+    if !pictures.is_empty() {
+        text.push_str("\n## Pictures\n");
+    }
+    for Picture { path, title } in pictures {
+        writeln!(text, "\n![{title}]({})", link(base, path))?;
     }
     Ok(())
 }
@@ -163,7 +170,7 @@ fn or_dash(value: Option<f64>, digits: usize) -> String {
 }
 
 /// The way from a directory to a file, with `/` between.
-pub(super) fn link(base: &Path, target: &Path) -> String {
+fn link(base: &Path, target: &Path) -> String {
     let clean = |path: &Path| -> PathBuf { path.components().filter(|c| *c != Component::CurDir).collect() };
     let (base, target) = (clean(base), clean(target));
     let common = base.components().zip(target.components()).take_while(|(a, b)| a == b).count();
@@ -173,7 +180,7 @@ pub(super) fn link(base: &Path, target: &Path) -> String {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::bench::record::tests::point;
 
@@ -188,7 +195,10 @@ mod tests {
     #[test]
     fn page_has_all_points_and_says_what_is_missing() {
         let run = Run {
-            device: "NVIDIA H100 80GB HBM3, 132 multiprocessors".into(),
+            circumstances: Circumstances {
+                device: "NVIDIA H100 80GB HBM3, 132 multiprocessors".into(),
+                ..Circumstances::default()
+            },
             notes: vec!["no cuBLASLt columns: not found".into()],
             points: vec![point(1, 4096, 4096, 5.0), Point { fp8: None, ..point(64, 4096, 4096, 6.0) }],
             ..Run::default()
@@ -206,7 +216,11 @@ mod tests {
         ] {
             assert!(text.contains(part), "{part:?} is missing in\n{text}");
         }
-        // Every line of a table has as many cells as its heading.
+        assert_tables_are_whole(&text);
+    }
+
+    /// Every heading of a table has as many cells as the line beneath it.
+    pub(crate) fn assert_tables_are_whole(text: &str) {
         let tables = text.lines().filter(|line| line.starts_with('|')).collect::<Vec<_>>();
         for pair in tables.windows(2).filter(|pair| pair[1].starts_with("|---")) {
             assert_eq!(pair[0].matches('|').count(), pair[1].matches('|').count(), "{}", pair[0]);

@@ -19,7 +19,7 @@
 pub mod ablation;
 mod arena;
 mod check;
-mod circumstances;
+pub mod circumstances;
 pub mod cublaslt;
 mod data;
 pub mod markdown;

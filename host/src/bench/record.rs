@@ -5,9 +5,11 @@ use std::io::Write;
 use std::path::Path;
 
 use anyhow::Context;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use super::shapes::Matrix;
+use super::circumstances::Circumstances;
+use super::shapes::{Matrix, distinct};
 use super::statistics::Timing;
 
 /// HBM bandwidth that the ideal floor assumes, in bytes a second: what the `stream` probe reaches on large reads.
@@ -149,18 +151,9 @@ pub(super) fn moved_bytes(m: usize, n: usize, k: usize) -> usize {
 /// A whole run.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Run {
-    /// The GPU.
-    pub device: String,
-    /// NVIDIA's driver.
-    pub driver: String,
-    /// The day, UTC.
-    pub date: String,
-    /// Version of this crate.
-    pub version: String,
-    /// Hash of the device sources.
-    pub kernels: String,
-    /// The command line.
-    pub command: String,
+    /// On which GPU, when and with what.
+    #[serde(flatten)]
+    pub circumstances: Circumstances,
     /// Which cuBLASLt ran, and how it was asked.
     pub cublaslt: String,
     /// Why a column is empty, and other remarks.
@@ -185,20 +178,12 @@ impl Run {
     /// # Errors
     /// If the file can't be read or holds something else.
     pub fn load(path: &Path) -> anyhow::Result<Self> {
-        let bytes = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
-        serde_json::from_slice(&bytes)
-            .with_context(|| format!("{} holds no run of the bench", path.display()))
+        read_json(path, "run of the bench")
     }
 
     /// The matrices, in the order in which they first occur.
     pub fn matrices(&self) -> Vec<Matrix> {
-        let mut matrices = Vec::new();
-        for point in &self.points {
-            if !matrices.contains(&point.matrix()) {
-                matrices.push(point.matrix());
-            }
-        }
-        matrices
+        distinct(self.points.iter().map(Point::matrix))
     }
 
     /// Every point whose result was wrong.
@@ -213,6 +198,15 @@ impl Run {
 /// If the file can't be written.
 pub fn write_json(path: &Path, value: &impl Serialize) -> anyhow::Result<()> {
     write_atomically(path, &serde_json::to_vec_pretty(value)?)
+}
+
+/// Reads back what [`write_json`] wrote; an error calls it `what`.
+///
+/// # Errors
+/// If the file can't be read or holds something else.
+pub(super) fn read_json<T: DeserializeOwned>(path: &Path, what: &str) -> anyhow::Result<T> {
+    let bytes = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+    serde_json::from_slice(&bytes).with_context(|| format!("{} holds no {what}", path.display()))
 }
 
 /// Replaces the file at `path` in one step. Its directory is made if it is missing.
@@ -280,7 +274,8 @@ pub(super) mod tests {
     fn run_survives_the_trip_through_a_file() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("made/for/it/run.json");
-        let mut run = Run { device: "GPU".into(), notes: vec!["a".into()], ..Run::default() };
+        let circumstances = Circumstances { device: "GPU".into(), ..Circumstances::default() };
+        let mut run = Run { circumstances, notes: vec!["a".into()], ..Run::default() };
         run.points.push(point(1, 64, 128, 3.25));
         run.points.push(Point { fp8: None, mismatch: Some("m".into()), ..point(2, 128, 64, 1.0 / 3.0) });
         run.save(&path).unwrap();

@@ -9,7 +9,7 @@ use liquidgemm_format::tile::TileShape;
 
 use super::arena::{self, Arena, MAX_PADDED_TOKENS, Slices};
 use super::check::{self, Reference};
-use super::circumstances;
+use super::circumstances::Circumstances;
 use super::cublaslt::{CublasLt, Gemm};
 use super::data;
 use super::record::{Point, Rival, Run, moved_bytes};
@@ -55,16 +55,10 @@ pub trait Observer {
 /// # Errors
 /// If the GPU or our kernel fails, or the observer does.
 pub fn run(gpu: &Gpu, options: &Options, observer: &mut dyn Observer) -> anyhow::Result<Run> {
-    let mut run = Run {
-        device: gpu.description(),
-        driver: circumstances::driver_version(),
-        date: circumstances::today(),
-        version: env!("CARGO_PKG_VERSION").into(),
-        kernels: gpu::ptx_hash().into(),
-        command: circumstances::command(),
-        ..Run::default()
-    };
-    let stage = Stage::new(gpu, options, &mut run, observer)?;
+    let mut run = Run { circumstances: Circumstances::of(gpu), ..Run::default() };
+    let cublaslt =
+        if options.cublaslt { open_cublaslt(options.algorithms, &mut run, observer) } else { None };
+    let stage = Stage::new(gpu, &options.cases, cublaslt)?;
     for case in &options.cases {
         let bed = stage.bed(case)?;
         for &m in &case.tokens {
@@ -88,6 +82,25 @@ pub fn run(gpu: &Gpu, options: &Options, observer: &mut dyn Observer) -> anyhow:
     }
     run.complete = true;
     Ok(run)
+}
+
+/// cuBLASLt, if it can be loaded; `run` says which it is, or why there is none.
+fn open_cublaslt(algorithms: usize, run: &mut Run, observer: &mut dyn Observer) -> Option<CublasLt> {
+    match CublasLt::open() {
+        Ok(library) => {
+            run.cublaslt = format!(
+                "{}, 64 MiB of workspace, fastest of the first {algorithms} of its heuristics",
+                library.description()
+            );
+            Some(library)
+        }
+        Err(error) => {
+            let note = format!("no cuBLASLt columns: {error:#}").replace('\n', " ");
+            observer.note(&note);
+            run.notes.push(note);
+            None
+        }
+    }
 }
 
 /// The GPU with everything that all problems share.
@@ -116,41 +129,17 @@ impl Bed {
 }
 
 impl<'g> Stage<'g> {
-    pub(super) fn new(
-        gpu: &'g Gpu,
-        options: &Options,
-        run: &mut Run,
-        observer: &mut dyn Observer,
-    ) -> anyhow::Result<Self> {
-        for Case { matrix, .. } in &options.cases {
+    /// For these problems, with cuBLASLt if it is to be measured too.
+    pub(super) fn new(gpu: &'g Gpu, cases: &[Case], cublaslt: Option<CublasLt>) -> anyhow::Result<Self> {
+        for Case { matrix, .. } in cases {
             ensure!(matrix.k.is_multiple_of(16), "the bench takes K in multiples of 16, and {matrix} isn't");
         }
         gpu.make_current()?;
-        let cublaslt = if options.cublaslt {
-            match CublasLt::open() {
-                Ok(library) => {
-                    run.cublaslt = format!(
-                        "{}, 64 MiB of workspace, fastest of the first {} of its heuristics",
-                        library.description(),
-                        options.algorithms
-                    );
-                    Some(library)
-                }
-                Err(error) => {
-                    let note = format!("no cuBLASLt columns: {error:#}").replace('\n', " ");
-                    observer.note(&note);
-                    run.notes.push(note);
-                    None
-                }
-            }
-        } else {
-            None
-        };
         Ok(Self {
             gpu,
             stream: Stream::new(StreamFlags::NON_BLOCKING, None)?,
             workspace: gpu.workspace()?,
-            arena: Arena::new(&options.cases, cublaslt.is_some(), gpu.multiprocessors())?,
+            arena: Arena::new(cases, cublaslt.is_some(), gpu.multiprocessors())?,
             cublaslt,
         })
     }

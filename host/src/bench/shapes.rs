@@ -134,6 +134,17 @@ pub fn peer_cases() -> Vec<Case> {
     cases
 }
 
+/// The matrices among these, in the order in which they first occur.
+pub(super) fn distinct(all: impl Iterator<Item = Matrix>) -> Vec<Matrix> {
+    let mut matrices = Vec::new();
+    for matrix in all {
+        if !matrices.contains(&matrix) {
+            matrices.push(matrix);
+        }
+    }
+    matrices
+}
+
 /// Every matrix at every batch size.
 pub fn custom_cases(matrices: &[Matrix], tokens: &[usize]) -> Vec<Case> {
     let mut tokens = tokens.to_vec();

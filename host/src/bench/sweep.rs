@@ -4,9 +4,9 @@ use std::cmp::Ordering;
 
 use serde::{Deserialize, Serialize};
 
-use super::record::Run;
 use super::replay::Pace;
-use super::run::{Observer, Options, Stage};
+use super::run::{Observer, Stage};
+use super::shapes::Case;
 use crate::gpu::Gpu;
 use crate::{Cut, Method, Plan};
 
@@ -59,13 +59,12 @@ pub struct PlanTime {
 /// If the GPU or a kernel fails, or `measured` does.
 pub fn sweep(
     gpu: &Gpu,
-    options: &Options,
+    cases: &[Case],
     observer: &mut dyn Observer,
     mut measured: impl FnMut(Sweep) -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
-    let options = Options { cublaslt: false, ..options.clone() };
-    let stage = Stage::new(gpu, &options, &mut Run::default(), observer)?;
-    for case in &options.cases {
+    let stage = Stage::new(gpu, cases, None)?;
+    for case in cases {
         let bed = stage.bed(case)?;
         for &m in &case.tokens {
             observer.starts(m, case.matrix);

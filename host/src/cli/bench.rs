@@ -125,7 +125,7 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<Report> {
     };
     let mut text = String::new();
     if arguments.from.is_some() {
-        text += &format!("{}\n{}\n", run.device, table::heading());
+        text += &format!("{}\n{}\n", run.circumstances.device, table::heading());
         run.points.iter().for_each(|point| text += &format!("{}\n", table::row(point)));
     }
     text += &format!("\n{}\n{}", table::LEGEND, table::bands(&run));
@@ -161,12 +161,12 @@ fn measure(arguments: &Arguments) -> anyhow::Result<Run> {
 
 fn sweep(arguments: &Arguments) -> anyhow::Result<Report> {
     let gpu = Gpu::new()?;
-    let options = arguments.options();
-    let mut screen = Screen::new(&options.cases, None);
+    let cases = arguments.cases();
+    let mut screen = Screen::new(&cases, None);
     let bar = screen.bar.clone();
     screen.print(&format!("{}\n*: the planner's choice; ~: far behind, estimated", gpu.description()));
     let mut sweeps = Vec::new();
-    bench::sweep::sweep(&gpu, &options, &mut screen, |sweep| {
+    bench::sweep::sweep(&gpu, &cases, &mut screen, |sweep| {
         print(&bar, sweep.report().trim_end());
         bar.inc(1);
         sweeps.push(sweep);
@@ -189,7 +189,7 @@ fn ablation(arguments: &Arguments) -> anyhow::Result<Report> {
     };
     let mut text = String::new();
     if arguments.from.is_some() {
-        text += &format!("{}\n{}\n", run.device, bench::ablation::heading());
+        text += &format!("{}\n{}\n", run.circumstances.device, bench::ablation::heading());
         run.points.iter().for_each(|point| text += &format!("{}\n", point.row()));
     }
     let pictures = match &arguments.plots {

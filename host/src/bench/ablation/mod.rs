@@ -11,33 +11,25 @@ use serde::{Deserialize, Serialize};
 
 use super::arena::copies;
 use super::check::Reference;
-use super::record::{Run, write_json};
+use super::circumstances::Circumstances;
+use super::data;
+use super::record::{read_json, write_json};
 use super::replay::{Contender, Pace};
-use super::run::{Observer, Options, Stage};
-use super::shapes::{Case, Matrix};
+use super::run::{Observer, Stage};
+use super::shapes::{Case, Matrix, distinct};
 use super::statistics::Timing;
-use super::{circumstances, data};
 use crate::Plan;
+use crate::gpu::Gpu;
 use crate::gpu::ablation::{Arm, ArmWeights};
-use crate::gpu::{self, Gpu};
 
 pub use page::write as write_page;
 
 /// A whole run.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Ablation {
-    /// The GPU.
-    pub device: String,
-    /// NVIDIA's driver.
-    pub driver: String,
-    /// The day, UTC.
-    pub date: String,
-    /// Version of this crate.
-    pub version: String,
-    /// Hash of the device sources.
-    pub kernels: String,
-    /// The command line.
-    pub command: String,
+    /// On which GPU, when and with what.
+    #[serde(flatten)]
+    pub circumstances: Circumstances,
     /// False while points are still missing.
     pub complete: bool,
     /// In the order of measuring.
@@ -126,19 +118,12 @@ impl Ablation {
     /// # Errors
     /// If the file can't be read or holds something else.
     pub fn load(path: &Path) -> anyhow::Result<Self> {
-        let bytes = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
-        serde_json::from_slice(&bytes).with_context(|| format!("{} holds no ablation", path.display()))
+        read_json(path, "ablation")
     }
 
     /// The matrices, in the order in which they first occur.
     pub fn matrices(&self) -> Vec<Matrix> {
-        let mut matrices = Vec::new();
-        for point in &self.points {
-            if !matrices.contains(&point.matrix()) {
-                matrices.push(point.matrix());
-            }
-        }
-        matrices
+        distinct(self.points.iter().map(Point::matrix))
     }
 
     /// How many results were wrong.
@@ -159,17 +144,8 @@ pub fn run(
     observer: &mut dyn Observer,
     mut measured: impl FnMut(&Ablation) -> anyhow::Result<()>,
 ) -> anyhow::Result<Ablation> {
-    let mut run = Ablation {
-        device: gpu.description(),
-        driver: circumstances::driver_version(),
-        date: circumstances::today(),
-        version: env!("CARGO_PKG_VERSION").into(),
-        kernels: gpu::ptx_hash().into(),
-        command: circumstances::command(),
-        ..Ablation::default()
-    };
-    let options = Options { cases: cases.to_vec(), cublaslt: false, algorithms: 1, tile: None };
-    let stage = Stage::new(gpu, &options, &mut Run::default(), observer)?;
+    let mut run = Ablation { circumstances: Circumstances::of(gpu), ..Ablation::default() };
+    let stage = Stage::new(gpu, cases, None)?;
     for case in cases {
         let bed = Bed::new(&stage, case)?;
         for &m in &case.tokens {
@@ -273,7 +249,8 @@ pub(super) mod tests {
     fn speedups_are_over_the_baseline_and_runs_survive_a_file() {
         let point = point(4, 64, 128, [1.0, 1.25, 1.5, 2.0, 0.5]);
         assert!((point.speedup(Arm::Explicit).unwrap() - 1.5).abs() < 1e-12);
-        let mut run = Ablation { device: "GPU".into(), points: vec![point], ..Ablation::default() };
+        let circumstances = Circumstances { device: "GPU".into(), ..Circumstances::default() };
+        let mut run = Ablation { circumstances, points: vec![point], ..Ablation::default() };
         run.points[0].arms[2].mismatch = Some("token 0".into());
         assert_eq!(run.mismatches(), 1);
         assert!(run.points[0].row().contains("WRONG in +ExCP: token 0"));

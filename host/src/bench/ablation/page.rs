@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::Context;
 
 use super::{Ablation, Point};
-use crate::bench::markdown::{facts, link};
+use crate::bench::markdown::{facts, show};
 use crate::bench::plots::{self, Picture};
 use crate::bench::record::write_atomically;
 use crate::bench::statistics::geometric_mean;
@@ -49,12 +49,7 @@ fn page(run: &Ablation, pictures: &[Picture], base: &Path) -> Result<String, std
     circumstances(run, &mut text)?;
     text.push_str(METHOD);
     means(run, &mut text)?;
-    if !pictures.is_empty() {
-        text.push_str("\n## Pictures\n");
-    }
-    for Picture { path, title } in pictures {
-        writeln!(text, "\n![{title}]({})", link(base, path))?;
-    }
+    show(pictures, base, &mut text)?;
     text.push_str("\n## Every point\n");
     for matrix in run.matrices() {
         writeln!(text, "\n### {}\n", plots::title(matrix))?;
@@ -69,8 +64,7 @@ fn page(run: &Ablation, pictures: &[Picture], base: &Path) -> Result<String, std
 }
 
 fn circumstances(run: &Ablation, text: &mut String) -> std::fmt::Result {
-    let name = run.device.split(',').next().unwrap_or_default();
-    writeln!(text, "# What each idea is worth, on {name}\n")?;
+    writeln!(text, "# What each idea is worth, on {}\n", run.circumstances.device_name())?;
     writeln!(text, "Written by `liquidgemm bench --ablation`; don't edit.\n")?;
     let results = run.points.iter().map(|point| point.arms.len()).sum::<usize>();
     let exact = match run.mismatches() {
@@ -80,18 +74,7 @@ fn circumstances(run: &Ablation, text: &mut String) -> std::fmt::Result {
         ),
         wrong => format!("**{wrong} of {results} results are wrong**"),
     };
-    facts(
-        &[
-            ("device", run.device.as_str()),
-            ("driver", &run.driver),
-            ("date", &run.date),
-            ("command", &format!("`{}`", run.command)),
-            ("version", &format!("{}, kernels from sources `{}`", run.version, run.kernels)),
-            ("checked", &exact),
-        ],
-        run.complete,
-        text,
-    )
+    facts(&run.circumstances, &[("checked", &exact)], run.complete, text)
 }
 
 fn means(run: &Ablation, text: &mut String) -> std::fmt::Result {
@@ -130,12 +113,17 @@ fn row(point: &Point, text: &mut String) -> std::fmt::Result {
 mod tests {
     use super::*;
     use crate::bench::ablation::tests::point;
+    use crate::bench::circumstances::Circumstances;
+    use crate::bench::markdown::tests::assert_tables_are_whole;
 
     #[test]
     fn page_has_every_arm_of_every_point_and_whole_tables() {
         let speeds = [1.0, 1.2, 1.5, 2.0, 1.1];
         let run = Ablation {
-            device: "NVIDIA H100 80GB HBM3, 132 multiprocessors".into(),
+            circumstances: Circumstances {
+                device: "NVIDIA H100 80GB HBM3, 132 multiprocessors".into(),
+                ..Circumstances::default()
+            },
             points: vec![point(1, 22016, 4096, speeds), point(64, 22016, 4096, speeds)],
             ..Ablation::default()
         };
@@ -151,9 +139,6 @@ mod tests {
         ] {
             assert!(text.contains(part), "{part:?} is missing in\n{text}");
         }
-        let tables = text.lines().filter(|line| line.starts_with('|')).collect::<Vec<_>>();
-        for pair in tables.windows(2).filter(|pair| pair[1].starts_with("|---")) {
-            assert_eq!(pair[0].matches('|').count(), pair[1].matches('|').count(), "{}", pair[0]);
-        }
+        assert_tables_are_whole(&text);
     }
 }

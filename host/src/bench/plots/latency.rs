@@ -5,7 +5,7 @@ use anyhow::anyhow;
 use plotters::prelude::*;
 
 use super::style::{self, Anchor, Entry, legend, microseconds, text};
-use super::title;
+use super::{line_across, title};
 use crate::bench::record::{Point, Rival, Run};
 use crate::bench::shapes::Matrix;
 
@@ -30,16 +30,10 @@ fn ticks(range: &std::ops::Range<f64>) -> Vec<f64> {
 
 /// The picture as SVG; `None` where there is no line to draw.
 pub(super) fn draw(run: &Run, matrix: Matrix) -> anyhow::Result<Option<String>> {
-    let mut points: Vec<&Point> = run.points.iter().filter(|point| point.matrix() == matrix).collect();
-    points.sort_by_key(|point| point.m);
-    points.dedup_by_key(|point| point.m);
-    let (Some(first), Some(last)) = (points.first(), points.last()) else {
+    let points = run.points.iter().filter(|point| point.matrix() == matrix);
+    let Some((points, across)) = line_across(points, |point| point.m) else {
         return Ok(None);
     };
-    if first.m == last.m {
-        return Ok(None);
-    }
-    let across = first.m as f64 / 1.15..last.m as f64 * 1.15;
     let line = |name, colour, width, time: &dyn Fn(&Point) -> Option<f64>| Line {
         name,
         colour,

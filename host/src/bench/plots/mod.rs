@@ -60,6 +60,19 @@ fn save(directory: &Path, name: String, title: String, svg: &str) -> anyhow::Res
     Ok(Picture { path, title })
 }
 
+/// The points of one matrix by rising batch size, each once, and the range of a picture's axis of tokens; `None` where
+/// they make no line.
+fn line_across<'a, P>(
+    points: impl Iterator<Item = &'a P>,
+    m: impl Fn(&P) -> usize,
+) -> Option<(Vec<&'a P>, std::ops::Range<f64>)> {
+    let mut points: Vec<&P> = points.collect();
+    points.sort_by_key(|point| m(point));
+    points.dedup_by_key(|point| m(point));
+    let (first, last) = (m(points.first()?), m(points.last()?));
+    (first < last).then(|| (points, first as f64 / 1.15..last as f64 * 1.15))
+}
+
 /// A matrix and whose layers it is.
 pub(super) fn title(matrix: Matrix) -> String {
     let Matrix { n, k } = matrix;
@@ -77,7 +90,8 @@ mod tests {
 
     /// Times near those that a GPU has: the ideal floor and a few microseconds.
     fn synthetic() -> Run {
-        let mut run = Run { device: "NVIDIA H100 80GB HBM3".into(), ..Run::default() };
+        let mut run = Run::default();
+        run.circumstances.device = "NVIDIA H100 80GB HBM3".into();
         for case in crate::bench::shapes::peer_cases() {
             for m in case.tokens {
                 let (n, k) = (case.matrix.n, case.matrix.k);

@@ -5,7 +5,7 @@
 //! results go out directly, eight neighbouring channels at a time.
 
 use cuda_std::TensorMap;
-use cuda_std::warp::WARP_SIZE;
+use cuda_std::warp::{self, WARP_SIZE};
 use liquidgemm_format::arguments::{GemmArguments, output_type};
 use liquidgemm_format::brick::BRICK_CHANNELS;
 use liquidgemm_format::tile::{TileShape, WARPGROUP};
@@ -284,7 +284,9 @@ impl Exit for Mapped {
 
     #[inline(always)]
     fn leave(&self, epilogue: &Epilogue<'_>, first_token: u32, address: u32) {
-        if epilogue.consumer.thread < WARP_SIZE {
+        // The warp's number by way of a broadcast: after a branch that could part a warp's lanes, the compiler keeps nothing in
+        // uniform registers, not even in the main loop.
+        if warp::broadcast(epilogue.consumer.thread / WARP_SIZE) == 0 {
             // SAFETY: the buffer is full and stays so until the next but `epilogue_buffers` is filled.
             unsafe { tma::store_2d(epilogue.output_map, epilogue.first_channel, first_token, address) };
         }

@@ -162,6 +162,9 @@ fn describe_kernel(tools: &CudaTools, ptx: &Path, entry: &str, cubin: &Path) -> 
     if let Some(instruction) = kernel.find(&["LDL", "STL"]) {
         bail!("the machine code uses local memory: `{instruction}`");
     }
+    if let Some(instruction) = kernel.parted("IGMMA") {
+        bail!("the main loop is compiled as if a warp's lanes could part: `{instruction}`");
+    }
     let mut line = format!("{entry}: {} registers, 0 spills", resources.registers);
     if let Some((form, instructions_per_word, multiply)) = dequantization(entry) {
         let cost = kernel.dequantization(form, multiply)?;

@@ -121,6 +121,20 @@ impl Kernel {
         self.instructions.iter().find(matches).map(Instruction::to_string)
     }
 
+    /// The first instruction of a loop around a `multiply` which shows that the compiler takes something the lanes of a warp
+    /// share for their own: a shuffle, or a branch for lanes that have parted. Such a loop keeps its stages and descriptors in
+    /// each thread's registers, at a price of a tenth of its speed.
+    pub fn parted(&self, multiply: &str) -> Option<String> {
+        let is_multiply = |index: &usize| self.instructions[*index].stem() == multiply;
+        let main_loops = self.loops.values().filter(|body| body.iter().any(is_multiply));
+        // The innermost: around it there may be the loop over tiles.
+        let body = main_loops.min_by_key(|body| body.len())?;
+        let parts = |instruction: &&Instruction| {
+            instruction.stem() == "SHFL" || instruction.opcode.starts_with("BRA.DIV")
+        };
+        body.iter().map(|&index| &self.instructions[index]).find(parts).map(Instruction::to_string)
+    }
+
     /// Follows the weights of every `multiply`, IGMMA or IMMA, in a loop back to their nibbles.
     pub fn dequantization(&self, form: Form, multiply: &str) -> anyhow::Result<Dequantization> {
         let mut result = Dequantization::default();

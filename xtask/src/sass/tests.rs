@@ -239,3 +239,18 @@ fn weights_that_go_to_shared_memory_are_followed_from_there() {
     .concat();
     assert_eq!(traced(&lines).unwrap(), TWO_PER_WORD);
 }
+
+#[test]
+fn a_loop_whose_lanes_may_part_is_found() {
+    let found = |lines: &[&str]| Kernel::parse(&listing(lines)).unwrap().parted("IGMMA");
+    assert_eq!(found(&straight()), None);
+    for sign in ["SHFL.IDX PT, R20, R20, RZ, 0x1f", "BRA.DIV UR18, `(.L_x_1)"] {
+        let mut lines = straight();
+        lines.insert(2, sign);
+        assert!(found(&lines).unwrap().contains(sign), "{sign}");
+        // Outside of the loop it is of no interest.
+        let mut lines = straight();
+        lines.insert(0, "SHFL.IDX PT, R20, R20, RZ, 0x1f");
+        assert_eq!(found(&lines), None);
+    }
+}

@@ -10,7 +10,7 @@ use std::fmt;
 
 use liquidgemm_format::brick;
 use liquidgemm_format::schedule::Schedule;
-use liquidgemm_format::tile::{STAGE_BRICKS, TILE_SHAPES, TileShape};
+use liquidgemm_format::tile::{TILE_SHAPES, TileShape};
 
 use crate::Error;
 use crate::gpu::GpuError;
@@ -57,8 +57,8 @@ pub struct Cut {
     pub streamed_waves: u32,
 }
 
-/// The fewest K steps that are worth a thread block of their own.
-const MIN_STEPS: u32 = 4;
+/// The least of K that is worth a thread block of its own.
+const MIN_K: u32 = 512;
 /// Channels walked together, so that a wave of 132 blocks covers a near-square piece of the output.
 const GROUP_CHANNELS: u32 = 2048;
 
@@ -211,7 +211,7 @@ impl Tiled {
         let cluster_channels = cut.shape.channels() * cut.cluster;
         let channel_tiles = n.div_ceil(cluster_channels as usize) as u32;
         let token_tiles = m.div_ceil(cut.shape.tokens as usize) as u32;
-        let k_steps = brick::k_blocks(k).div_ceil(STAGE_BRICKS as usize) as u32;
+        let k_steps = brick::k_blocks(k).div_ceil(cut.shape.stage_bricks() as usize) as u32;
         let tiles = channel_tiles as u64 * token_tiles as u64;
         if tiles * k_steps as u64 > u32::MAX as u64 {
             let limit = u32::MAX as usize / k_steps as usize;
@@ -220,7 +220,7 @@ impl Tiled {
             );
         }
         let tiles = tiles as u32;
-        cut.workers = cut.workers.clamp(1, (tiles * k_steps).div_ceil(MIN_STEPS));
+        cut.workers = cut.workers.clamp(1, (tiles * k_steps).div_ceil(MIN_K / cut.shape.stage_k()));
         let last_wave = match tiles % cut.workers {
             0 => cut.workers,
             partial => partial,

@@ -2,7 +2,7 @@
 
 use liquidgemm::gpu::GpuError;
 use liquidgemm::{Cut, Error, Method, Plan, Tiled};
-use liquidgemm_format::tile::{STAGE_K, TILE_SHAPES, TileShape};
+use liquidgemm_format::tile::{TILE_SHAPES, TileShape};
 use proptest::prelude::*;
 
 /// The plan's tiles.
@@ -42,7 +42,7 @@ fn check_tiles(plan: &Plan, tiled: &Tiled) -> Result<(), TestCaseError> {
     let cluster_channels = (tiled.shape().channels() * tiled.cluster()) as usize;
     prop_assert!(covers(schedule.channel_tiles, cluster_channels, n), "channels: {plan}");
     prop_assert!(covers(schedule.token_tiles, tiled.shape().tokens as usize, m), "tokens: {plan}");
-    prop_assert!(covers(schedule.k_steps, STAGE_K as usize, k), "K: {plan}");
+    prop_assert!(covers(schedule.k_steps, tiled.shape().stage_k() as usize, k), "K: {plan}");
     prop_assert_eq!(schedule.workers * tiled.cluster(), plan.blocks());
 
     let tiles = schedule.tiles() as usize;

@@ -13,7 +13,7 @@ use liquidgemm_format::arguments::GemmArguments;
 use liquidgemm_format::brick::BRICK_BYTES;
 use liquidgemm_format::ring::RingCursor;
 use liquidgemm_format::schedule::{Segment, TilePosition};
-use liquidgemm_format::tile::{STAGE_BRICKS, STAGE_K, STRIP_STAGE_BYTES, TileShape};
+use liquidgemm_format::tile::{SPAN_BRICKS, SPAN_K, TileShape};
 
 use crate::dequant::{BrickShare, Dequantization, SharePlace};
 use crate::epilogue::Epilogue;
@@ -57,7 +57,7 @@ pub trait MainLoop: Sized {
 ///
 /// # Safety
 /// The arguments describe memory as their documentation says; `activations` is a map of int8 `[m, k]` with
-/// boxes of [`STAGE_K`] × a cluster block's part of the tile's tokens and 128-byte swizzle. `output` is one of the
+/// boxes of [`SPAN_K`] × a cluster block's part of the tile's tokens and 128-byte swizzle. `output` is one of the
 /// 16-bit output with boxes of 64 channels × [`TileShape::epilogue_tokens`] and the same swizzle, if
 /// `output_is_mapped` says so.
 #[inline(always)]
@@ -149,12 +149,12 @@ pub(crate) unsafe fn produce_bricks<const STAGES: u32>(
         // The last tiles may have fewer strips: their consumers then work on what happens to lie there, and store
         // nothing.
         let strips = arguments.strips.saturating_sub(first_strip).min(shape.strips);
-        let mut block = segment.k_begin * STAGE_BRICKS;
+        let mut block = segment.k_begin * shape.stage_bricks();
         let mut source =
             arguments.bricks + first_strip as u64 * strip_bytes + block as u64 * BRICK_BYTES as u64;
         for _ in segment.k_begin..segment.k_end {
             // Past the last brick the activations are zeros, so stale bricks add nothing.
-            let bytes = if block + 1 < arguments.k_blocks { STRIP_STAGE_BYTES } else { BRICK_BYTES as u32 };
+            let bytes = (arguments.k_blocks - block).min(shape.stage_bricks()) * BRICK_BYTES as u32;
             let stage = ring.stage();
             // SAFETY: the stage is empty once acquired and holds what is copied; the bricks exist.
             unsafe {
@@ -166,8 +166,8 @@ pub(crate) unsafe fn produce_bricks<const STAGES: u32>(
                     }
                 });
             }
-            block += STAGE_BRICKS;
-            source += STRIP_STAGE_BYTES as u64;
+            block += shape.stage_bricks();
+            source += shape.strip_stage_bytes() as u64;
             ring = ring.next();
         }
     }
@@ -185,7 +185,7 @@ pub(crate) unsafe fn produce_activations<const STAGES: u32>(
     let schedule = arguments.schedule;
     // A cluster has a power of two of blocks; each loads an equal part of the tile's tokens for all of them.
     let part_tokens = shape.tokens >> cluster.blocks.trailing_zeros();
-    let part_offset = cluster.rank * part_tokens * STAGE_K;
+    let part_offset = cluster.rank * part_tokens * SPAN_K;
     let every_block = (1 << cluster.blocks) - 1;
     let mut ring = RingCursor::<STAGES>::start();
     grid::await_previous();
@@ -199,18 +199,16 @@ pub(crate) unsafe fn produce_activations<const STAGES: u32>(
             // consumers arrive here too.
             unsafe {
                 let full = shared.acquire_empty(stage, ring.empty_parity(), shape.activation_bytes());
-                if cluster.blocks > 1 {
-                    tma::load_2d_multicast(
-                        destination,
-                        activations,
-                        step * STAGE_K,
-                        token,
-                        full,
-                        every_block,
-                    );
-                } else {
-                    tma::load_2d(destination, activations, step * STAGE_K, token, full);
-                }
+                seq_macro::seq!(SPAN in 0..2 {
+                    if SPAN < shape.spans() {
+                        let (to, k) = (destination + SPAN * shape.span_bytes(), step * shape.stage_k() + SPAN * SPAN_K);
+                        if cluster.blocks > 1 {
+                            tma::load_2d_multicast(to, activations, k, token, full, every_block);
+                        } else {
+                            tma::load_2d(to, activations, k, token, full);
+                        }
+                    }
+                });
             }
             ring = ring.next();
         }
@@ -297,8 +295,8 @@ fn epilogue_of<'a>(
 
 /// The library's main loop: a consumer's way through the stages of a segment.
 ///
-/// Each step is one wgmma group, of four MMAs or of the two that are this consumer's. While it runs, the next step's
-/// codes are loaded and dequantized into operand registers of their own; two steps a turn of the loop make those two
+/// Each span is one wgmma group, of four MMAs or of the two that are this consumer's. While it runs, the next span's
+/// codes are loaded and dequantized into operand registers of their own; two spans a turn of the loop make those two
 /// sets.
 pub struct StageWalk<D, const STAGES: u32> {
     dequantization: PhantomData<D>,
@@ -310,9 +308,9 @@ pub struct StageWalk<D, const STAGES: u32> {
     place: SharePlace,
     /// The stage to multiply next.
     ring: RingCursor<STAGES>,
-    /// The codes of its bricks; where two consumers share the strip, of this one's brick, twice.
-    shares: [BrickShare; STAGE_BRICKS as usize],
-    /// Steps left, with this one.
+    /// The codes of the next span's bricks; where two consumers share the strip, of this one's brick, twice.
+    shares: [BrickShare; SPAN_BRICKS as usize],
+    /// Stages left, with this one.
     steps: u32,
     /// The stage whose MMAs may still run; `STAGES` for none.
     unreleased: u32,
@@ -339,12 +337,12 @@ impl<D: Dequantization, const STAGES: u32> MainLoop for StageWalk<D, STAGES> {
             let steps = segment.k_end - segment.k_begin;
             let mut walk = Self::enter(position, steps, shared, shape, cluster, consumer);
             // One way out of the loop only: what is the same for all threads then stays in uniform registers.
-            if walk.steps % 2 == 1 {
-                walk.step(accumulator);
+            if shape.spans() == 1 && walk.steps % 2 == 1 {
+                walk.step(accumulator, 0);
             }
             while walk.steps > 0 {
-                walk.step(accumulator);
-                walk.step(accumulator);
+                walk.step(accumulator, 0);
+                walk.step(accumulator, shape.spans() - 1);
             }
             walk
         }
@@ -376,7 +374,7 @@ impl<D: Dequantization, const STAGES: u32> StageWalk<D, STAGES> {
         // SAFETY: the stage is acquired before it is read.
         let shares = unsafe {
             shared.acquire_full(ring.stage(), ring.full_parity());
-            Self::load(shape, ring, place)
+            Self::load(shape, ring, 0, place)
         };
         Self {
             dequantization: PhantomData,
@@ -392,14 +390,15 @@ impl<D: Dequantization, const STAGES: u32> StageWalk<D, STAGES> {
         }
     }
 
-    /// Loads the consumer's codes of a stage.
+    /// Loads the consumer's codes of a span of a stage.
     #[inline(always)]
     unsafe fn load(
         shape: TileShape,
         ring: RingCursor<STAGES>,
+        span: u32,
         place: SharePlace,
-    ) -> [BrickShare; STAGE_BRICKS as usize] {
-        let bricks = ring.stage() * shape.stage_bytes();
+    ) -> [BrickShare; SPAN_BRICKS as usize] {
+        let bricks = ring.stage() * shape.stage_bytes() + span * SPAN_BRICKS * BRICK_BYTES as u32;
         // SAFETY: the caller has acquired the stage.
         unsafe {
             let first = BrickShare::load(bricks, place);
@@ -411,50 +410,56 @@ impl<D: Dequantization, const STAGES: u32> StageWalk<D, STAGES> {
         }
     }
 
-    /// Multiplies one stage.
+    /// Multiplies one span of a stage.
     ///
     /// An MMA whose operand comes from registers holds its warp until it has read it, and so until the MMAs before it
-    /// are nearly done. Whatever else takes time is therefore asked for before: the next stage's codes arrive while
+    /// are nearly done. Whatever else takes time is therefore asked for before: the next span's codes arrive while
     /// the MMAs hold the warp.
     #[inline(always)]
-    unsafe fn step<A: Accumulator>(&mut self, accumulator: &mut A) {
-        let next = self.ring.next();
+    unsafe fn step<A: Accumulator>(&mut self, accumulator: &mut A, span: u32) {
+        let (stage, shape) = (self.ring, self.shape);
+        let ends = span + 1 == shape.spans();
+        let (next, next_span) = if ends { (stage.next(), 0) } else { (stage, span + 1) };
         // SAFETY: the barriers are made. Asked now, the answer is there when it is needed.
-        let next_is_full = unsafe { self.shared.is_full(next.stage(), next.full_parity()) };
+        let next_is_full = !ends || unsafe { self.shared.is_full(next.stage(), next.full_parity()) };
         // The same for all threads, which the compiler can't see: told so, it keeps descriptors in uniform registers.
-        let tile = warp::broadcast(self.shared.activation_descriptor(self.ring.stage()));
+        let tile = warp::broadcast(self.shared.activation_descriptor(stage.stage()));
+        let tile = tile + span * wgmma::descriptor_step(shape.span_bytes());
         let tile = tile + self.consumer.half * 2 * DESCRIPTOR_K32;
         let operands = self.operands();
         let before = self.unreleased;
-        self.unreleased = self.ring.stage();
-        self.ring = next;
-        self.steps -= 1;
+        if ends {
+            self.unreleased = stage.stage();
+            self.ring = next;
+            self.steps -= 1;
+        }
+        let goes_on = !ends || self.steps > 0;
         // SAFETY: the stages are acquired before they are read; the operands' registers are not written before their
-        // group is done; the group before this one is done after the wait, and with it the stage before.
+        // group is done; the group before this one is done after the wait, and with the first span's the stage before.
         unsafe {
-            if next_is_full && self.steps > 0 {
-                self.shares = Self::load(self.shape, next, self.place);
+            if next_is_full && goes_on {
+                self.shares = Self::load(shape, next, next_span, self.place);
             }
             wgmma::fence();
             accumulator.multiply_accumulate(operands[0], tile);
             accumulator.multiply_accumulate(operands[1], tile + DESCRIPTOR_K32);
-            if self.shape.halves == 1 {
+            if shape.halves == 1 {
                 accumulator.multiply_accumulate(operands[2], tile + 2 * DESCRIPTOR_K32);
                 accumulator.multiply_accumulate(operands[3], tile + 3 * DESCRIPTOR_K32);
             }
             wgmma::commit();
-            if !next_is_full && self.steps > 0 {
+            if !next_is_full && goes_on {
                 self.shared.acquire_full(next.stage(), next.full_parity());
-                self.shares = Self::load(self.shape, next, self.place);
+                self.shares = Self::load(shape, next, next_span, self.place);
             }
             wgmma::wait::<1>();
-            if before != STAGES {
+            if span == 0 && before != STAGES {
                 self.shared.release(before, self.cluster, self.consumer.thread % warp::WARP_SIZE);
             }
         }
     }
 
-    /// The A operands of the stage's MMAs; where two consumers share the strip, of this one's two, twice.
+    /// The A operands of the span's MMAs; where two consumers share the strip, of this one's two, twice.
     #[inline(always)]
     fn operands(&self) -> [[u32; 4]; 4] {
         let [first, second] = self.shares;

@@ -3,7 +3,7 @@
 //! The layout is `liquidgemm_format::tile`'s, from which the host takes the size.
 
 use liquidgemm_format::brick::{BRICK_BYTES, BRICK_CHANNELS};
-use liquidgemm_format::tile::{STRIP_STAGE_BYTES, TileShape, WARPGROUP};
+use liquidgemm_format::tile::{TileShape, WARPGROUP};
 
 use crate::ptx::{mbarrier, wgmma};
 
@@ -26,7 +26,7 @@ pub struct Consumer {
     pub index: u32,
     /// The strip of the block's tile that it works on.
     pub strip: u32,
-    /// Which bricks of each stage are its own, where two consumers share a strip: the first or the second.
+    /// Which bricks of each span are its own, where two consumers share a strip: the first or the second.
     pub half: u32,
     /// The thread in the warpgroup.
     pub thread: u32,
@@ -65,13 +65,13 @@ impl Shared {
         self.base + stage * self.shape.stage_bytes()
     }
 
-    /// The activation tile of a stage: a row of 128 bytes a token, swizzled.
+    /// The activation tiles of a stage, one behind the other: a row of 128 bytes a token, swizzled.
     #[inline(always)]
     pub fn activations(self, stage: u32) -> u32 {
         self.stage(stage)
     }
 
-    /// The descriptor of a stage's activation tile.
+    /// The descriptor of a stage's first activation tile.
     #[inline(always)]
     pub fn activation_descriptor(self, stage: u32) -> u32 {
         wgmma::descriptor(self.base) + stage * wgmma::descriptor_step(self.shape.stage_bytes())
@@ -80,7 +80,7 @@ impl Shared {
     /// The bricks of a strip in a stage, along K.
     #[inline(always)]
     pub fn bricks(self, stage: u32, strip: u32) -> u32 {
-        self.stage(stage) + self.shape.bricks_offset() + strip * STRIP_STAGE_BYTES
+        self.stage(stage) + self.shape.bricks_offset() + strip * self.shape.strip_stage_bytes()
     }
 
     /// The first brick of a stage that is a consumer's own.

@@ -2,7 +2,7 @@
 //! measured beside it.
 
 use crate::brick::{BRICK_BYTES, CODE_BYTES};
-use crate::tile::{MAX_SHARED_BYTES, STAGE_K, TileShape, WARPGROUP};
+use crate::tile::{MAX_SHARED_BYTES, SPAN_K, TileShape, WARPGROUP};
 
 /// Tokens of the tiles that the ablation has kernels for, each of 128 channels with one consumer a strip.
 pub const TOKENS: [u32; 3] = [16, 64, 128];
@@ -41,7 +41,7 @@ pub fn to_subtrahends(bricks: &mut [u8]) {
 pub struct ExplicitShape {
     /// The tile and the ring.
     pub tile: TileShape,
-    /// Buffers, each for a stage's weights.
+    /// Buffers, each for a span's weights.
     pub buffers: u32,
 }
 
@@ -71,7 +71,7 @@ impl ExplicitShape {
     /// Bytes of one strip's int8 weights in a buffer: a row of 128 bytes a channel.
     #[must_use]
     pub const fn strip_bytes(self) -> u32 {
-        self.tile.channels() / self.tile.strips * STAGE_K
+        self.tile.channels() / self.tile.strips * SPAN_K
     }
 
     /// Offset of the buffers in shared memory.
@@ -104,7 +104,7 @@ impl ExplicitShape {
 #[must_use]
 pub const fn explicit_row(thread: u32) -> u32 {
     let (warp, matrix, row) = (thread / 32, thread / 8 % 4, thread % 8);
-    (warp * 16 + matrix % 2 * 8 + row) * STAGE_K + ((matrix / 2) ^ row) * 16
+    (warp * 16 + matrix % 2 * 8 + row) * SPAN_K + ((matrix / 2) ^ row) * 16
 }
 
 /// Bytes of a channel's weights for one k32 MMA.
@@ -144,7 +144,7 @@ mod tests {
     #[test]
     fn dequantized_weights_lie_swizzled_by_channel_and_k() {
         // As `stmatrix` writes: lane 4·r + c holds bytes 4·c.. of each matrix's row r, whose place lane 8·i + r gives.
-        let mut buffer = [None; 64 * STAGE_K as usize];
+        let mut buffer = [None; 64 * SPAN_K as usize];
         for (mma, thread) in
             (0..4usize).flat_map(|mma| (0..WARPGROUP as usize).map(move |thread| (mma, thread)))
         {
@@ -159,7 +159,7 @@ mod tests {
             }
         }
         for (place, weight) in buffer.into_iter().enumerate() {
-            let (channel, within) = (place / STAGE_K as usize, place % STAGE_K as usize);
+            let (channel, within) = (place / SPAN_K as usize, place % SPAN_K as usize);
             let piece = (within / 16) ^ (channel % 8);
             assert_eq!(weight, Some((channel, piece * 16 + within % 16)));
         }

@@ -2,21 +2,19 @@
 //! carves up.
 //!
 //! A thread block computes `strips` × 64 channels and `tokens` tokens of the output. Each strip has one consumer
-//! warpgroup, or two that share its K: the one takes the first brick of every stage, the other the second, and in the
-//! end each adds up half of the tokens. A pipeline stage holds 128 of K: the activation tile, then each strip's
-//! bricks. The blocks of a cluster lie side by side along the channels and share the activation tile: each loads its
+//! warpgroup, or two that share its K: the one takes the first brick of every span, the other the second, and in the
+//! end each adds up half of the tokens. A pipeline stage holds one or two spans of 128 of K: the activation tile of each,
+//! then each strip's bricks. The blocks of a cluster lie side by side along the channels and share the activation tile: each loads its
 //! part of it for all.
 
 use crate::brick::{BRICK_BYTES, BRICK_CHANNELS, BRICK_K};
 
 /// Threads of a warpgroup.
 pub const WARPGROUP: u32 = 128;
-/// Bricks along K in one stage.
-pub const STAGE_BRICKS: u32 = 2;
-/// K extent of a stage; in int8 also the bytes of an activation row, one 128-byte swizzle span.
-pub const STAGE_K: u32 = STAGE_BRICKS * BRICK_K as u32;
-/// Bytes of one strip's bricks in a stage.
-pub const STRIP_STAGE_BYTES: u32 = STAGE_BRICKS * BRICK_BYTES as u32;
+/// Bricks along K in one span.
+pub const SPAN_BRICKS: u32 = 2;
+/// K extent of a span; in int8 also the bytes of an activation row, which are those that the 128-byte swizzle permutes.
+pub const SPAN_K: u32 = SPAN_BRICKS * BRICK_K as u32;
 /// Shared memory that a thread block may ask for on compute capability 9.0.
 pub const MAX_SHARED_BYTES: u32 = 232_448;
 /// The most thread blocks of a cluster. Clusters of four leave multiprocessors empty.
@@ -147,13 +145,44 @@ impl TileShape {
         if self.tokens == 8 { 8 } else { self.tokens / self.halves }
     }
 
-    /// Bytes of a stage's activation tile.
+    /// Spans of a stage: what belongs to a stage besides multiplying costs the consumers of few tokens the more, and large
+    /// stages of many tokens would be too few.
     #[must_use]
-    pub const fn activation_bytes(self) -> u32 {
-        self.tokens * STAGE_K
+    pub const fn spans(self) -> u32 {
+        if self.tokens <= 64 { 2 } else { 1 }
     }
 
-    /// Offset of a stage's bricks in it, behind the activation tile: strip by strip.
+    /// Bricks of a strip in a stage, along K.
+    #[must_use]
+    pub const fn stage_bricks(self) -> u32 {
+        self.spans() * SPAN_BRICKS
+    }
+
+    /// K extent of a stage.
+    #[must_use]
+    pub const fn stage_k(self) -> u32 {
+        self.spans() * SPAN_K
+    }
+
+    /// Bytes of one strip's bricks in a stage.
+    #[must_use]
+    pub const fn strip_stage_bytes(self) -> u32 {
+        self.stage_bricks() * BRICK_BYTES as u32
+    }
+
+    /// Bytes of a span's activation tile.
+    #[must_use]
+    pub const fn span_bytes(self) -> u32 {
+        self.tokens * SPAN_K
+    }
+
+    /// Bytes of a stage's activation tiles.
+    #[must_use]
+    pub const fn activation_bytes(self) -> u32 {
+        self.spans() * self.span_bytes()
+    }
+
+    /// Offset of a stage's bricks in it, behind the activation tiles: strip by strip.
     #[must_use]
     pub const fn bricks_offset(self) -> u32 {
         self.activation_bytes()
@@ -162,7 +191,7 @@ impl TileShape {
     /// Offset of a stage's full barrier in it, 8 bytes; the empty barrier follows.
     #[must_use]
     pub const fn barriers_offset(self) -> u32 {
-        self.bricks_offset() + self.strips * STRIP_STAGE_BYTES
+        self.bricks_offset() + self.strips * self.strip_stage_bytes()
     }
 
     /// Bytes of a stage with all that belongs to it, so that one address leads to everything. The ring lies at offset
@@ -260,7 +289,7 @@ mod tests {
     fn every_shape_fits_shared_memory_and_keeps_its_alignments() {
         for shape in TILE_SHAPES {
             assert!(shape.shared_bytes() <= MAX_SHARED_BYTES, "{shape:?} takes {}", shape.shared_bytes());
-            assert_eq!(shape.activation_bytes() % 1024, 0, "128-byte swizzle repeats every 1,024 bytes");
+            assert_eq!(shape.span_bytes() % 1024, 0, "128-byte swizzle repeats every 1,024 bytes");
             assert_eq!(shape.bricks_offset() % 16, 0, "bulk copies land on 16 bytes");
             assert_eq!(shape.exchange_offset() % 16, 0, "sums are exchanged 16 bytes at a time");
             assert_eq!(shape.barriers_offset() % 8, 0);
@@ -271,7 +300,7 @@ mod tests {
     fn rings_are_as_deep_as_shared_memory_allows() {
         for shape in TILE_SHAPES {
             assert!(shape.shared_bytes() + shape.stage_bytes() > MAX_SHARED_BYTES, "{shape:?}");
-            assert!(shape.stages >= 5, "{shape:?}");
+            assert!(shape.stages * shape.spans() >= 5, "{shape:?}");
         }
     }
 

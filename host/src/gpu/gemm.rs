@@ -6,7 +6,7 @@ use cust::stream::Stream;
 use cust::sys::{CUfunction, CUstream};
 use liquidgemm_format::arguments::{GemmArguments, output_type};
 use liquidgemm_format::brick::BRICK_CHANNELS;
-use liquidgemm_format::tile::STAGE_K;
+use liquidgemm_format::tile::SPAN_K;
 
 use crate::gpu::Gpu;
 use crate::gpu::error::{During, GpuError};
@@ -233,7 +233,7 @@ impl Gpu {
     ) -> Result<(), GpuError> {
         let shape = plan.shape();
         let mut activations =
-            self.activation_map(weights, operands, [shape.tokens / plan.cluster(), STAGE_K])?;
+            self.activation_map(weights, operands, [shape.tokens / plan.cluster(), SPAN_K])?;
         let is_mapped = shape.maps_output() && operands.output_has_16_byte_rows(weights.n());
         let mut output = if is_mapped {
             TensorMap::of_halves(

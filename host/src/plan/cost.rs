@@ -13,7 +13,7 @@ use super::Tiled;
 struct ShapeCost {
     channels: u32,
     tokens: u32,
-    /// Microseconds for a pipeline step of 128 along K.
+    /// Microseconds for 128 along K.
     step: f64,
     /// Microseconds for what a tile needs besides its steps: scales, epilogue, refilling the pipeline.
     tile: f64,
@@ -77,7 +77,7 @@ impl Tiled {
         let k = problem[2] as f64;
         let (shape, schedule) = (self.shape(), self.schedule());
         let costs = shape_cost(shape);
-        let (workers, k_steps) = (schedule.workers as f64, schedule.k_steps as f64);
+        let (workers, k_steps) = (schedule.workers as f64, (schedule.k_steps * shape.spans()) as f64);
         let streamed = schedule.streamed_tiles as f64;
 
         // The busiest worker: its part of the stream, which may begin and end inside a tile, and whole tiles.

@@ -11,7 +11,7 @@ use liquidgemm_format::arguments::GemmArguments;
 use liquidgemm_format::brick::BRICK_BYTES;
 use liquidgemm_format::ring::RingCursor;
 use liquidgemm_format::schedule::Segment;
-use liquidgemm_format::tile::{TileShape, WARPGROUP};
+use liquidgemm_format::tile::{SPAN_BRICKS, TileShape, WARPGROUP};
 
 use crate::dequant::{BrickShare, Dequantization, SharePlace};
 use crate::gemm::{MainLoop, consume, produce_activations, produce_bricks, sync};
@@ -159,17 +159,21 @@ unsafe fn dequantize<D: Dequantization, const STAGES: u32, const BUFFERS: u32>(
     buffers: Buffers,
     consumer: Consumer,
 ) {
+    let tile = buffers.shape.tile;
     let place = SharePlace::of_thread(consumer.thread).moved(shared.own_bricks(0, consumer));
     let row = explicit_row(consumer.thread);
     let mut ring = RingCursor::<STAGES>::start();
     let mut filled = RingCursor::<BUFFERS>::start();
     for segment in arguments.schedule.segments(cluster::cluster_idx_x()) {
         for _ in segment.k_begin..segment.k_end {
-            let bricks = ring.stage() * buffers.shape.tile.stage_bytes();
-            let (buffer, strip) = (filled.stage(), consumer.strip);
-            // SAFETY: the stage is acquired before it is read, and so is the buffer before it is written.
-            unsafe {
-                shared.acquire_full(ring.stage(), ring.full_parity());
+            // SAFETY: the barriers are made.
+            unsafe { shared.acquire_full(ring.stage(), ring.full_parity()) };
+            let mut bricks = ring.stage() * tile.stage_bytes();
+            let mut span = 0;
+            while span < tile.spans() {
+                let (buffer, strip) = (filled.stage(), consumer.strip);
+                // SAFETY: the stage is acquired, and the buffer is before it is written.
+                unsafe {
                 let first = BrickShare::load(bricks, place);
                 let second = BrickShare::load(bricks + BRICK_BYTES as u32, place);
                 mbarrier::wait(buffers.empty(buffer, strip), filled.empty_parity());
@@ -180,9 +184,12 @@ unsafe fn dequantize<D: Dequantization, const STAGES: u32, const BUFFERS: u32>(
                 store_x4(address ^ (3 * EXPLICIT_MMA_BYTES), second.operand::<D, 1>());
                 mbarrier::fence_async();
                 mbarrier::arrive(buffers.full(buffer, strip));
+                }
+                filled = filled.next();
+                bricks += SPAN_BRICKS * BRICK_BYTES as u32;
+                span += 1;
             }
             ring = ring.next();
-            filled = filled.next();
         }
     }
 }
@@ -196,7 +203,7 @@ struct FromBuffers<const STAGES: u32, const BUFFERS: u32> {
     consumer: Consumer,
     /// The stage and the buffer to multiply next.
     position: Position<STAGES, BUFFERS>,
-    /// Those whose MMAs may still run; `STAGES` for none.
+    /// The buffer whose MMAs may still run, `BUFFERS` for none, and the stage, if it was the stage's last; else `STAGES`.
     unreleased: [u32; 2],
 }
 
@@ -223,10 +230,15 @@ impl<const STAGES: u32, const BUFFERS: u32> MainLoop for FromBuffers<STAGES, BUF
         consumer: Consumer,
     ) -> Self {
         let buffers = Buffers::behind(shared, const { shape(A::TOKENS, STAGES, BUFFERS) });
-        let mut walk = Self { shared, buffers, cluster, consumer, position, unreleased: [STAGES; 2] };
+        let mut walk = Self { shared, buffers, cluster, consumer, position, unreleased: [BUFFERS, STAGES] };
         for _ in segment.k_begin..segment.k_end {
             // SAFETY: the caller vouches for the warpgroup and the rings.
-            unsafe { walk.step(accumulator) };
+            unsafe {
+                walk.step(accumulator, 0);
+                if buffers.shape.tile.spans() > 1 {
+                    walk.step(accumulator, 1);
+                }
+            }
         }
         walk
     }
@@ -243,18 +255,23 @@ impl<const STAGES: u32, const BUFFERS: u32> MainLoop for FromBuffers<STAGES, BUF
 }
 
 impl<const STAGES: u32, const BUFFERS: u32> FromBuffers<STAGES, BUFFERS> {
-    /// Multiplies one stage, and gives the one before back.
+    /// Multiplies one span, and gives back what the one before was read from.
     #[inline(always)]
-    unsafe fn step<A: Accumulator>(&mut self, accumulator: &mut A) {
+    unsafe fn step<A: Accumulator>(&mut self, accumulator: &mut A, span: u32) {
         let Position { ring, drained } = self.position;
         let (stage, buffer, strip) = (ring.stage(), drained.stage(), self.consumer.strip);
         // The same for all threads, which the compiler can't see.
+        let shape = self.buffers.shape.tile;
         let tile = warp::broadcast(self.shared.activation_descriptor(stage));
+        let tile = tile + span * wgmma::descriptor_step(shape.span_bytes());
+        let ends = span + 1 == shape.spans();
         let weights = warp::broadcast(wgmma::descriptor(self.buffers.weights(buffer, strip)));
         // SAFETY: stage and buffer are acquired before the MMAs read them; the group before this one is done after the
         // wait, and with it what it read.
         unsafe {
-            self.shared.acquire_full(stage, ring.full_parity());
+            if span == 0 {
+                self.shared.acquire_full(stage, ring.full_parity());
+            }
             mbarrier::wait(self.buffers.full(buffer, strip), drained.full_parity());
             wgmma::fence();
             seq_macro::seq!(MMA in 0..4 {
@@ -263,22 +280,24 @@ impl<const STAGES: u32, const BUFFERS: u32> FromBuffers<STAGES, BUFFERS> {
             });
             wgmma::commit();
             wgmma::wait::<1>();
-            if self.unreleased[0] != STAGES {
-                self.release();
-            }
+            self.release();
         }
-        self.unreleased = [stage, buffer];
-        self.position = Position { ring: ring.next(), drained: drained.next() };
+        self.unreleased = [buffer, if ends { stage } else { STAGES }];
+        self.position = Position { ring: if ends { ring.next() } else { ring }, drained: drained.next() };
     }
 
-    /// Gives back the stage and the buffer that are unreleased.
+    /// Gives back what is unreleased.
     #[inline(always)]
     unsafe fn release(&self) {
-        let [stage, buffer] = self.unreleased;
+        let [buffer, stage] = self.unreleased;
         // SAFETY: the barriers are made; the caller has waited for the MMAs.
         unsafe {
-            self.shared.release(stage, self.cluster, self.consumer.thread % WARP_SIZE);
-            mbarrier::arrive(self.buffers.empty(buffer, self.consumer.strip));
+            if stage != STAGES {
+                self.shared.release(stage, self.cluster, self.consumer.thread % WARP_SIZE);
+            }
+            if buffer != BUFFERS {
+                mbarrier::arrive(self.buffers.empty(buffer, self.consumer.strip));
+            }
         }
     }
 }

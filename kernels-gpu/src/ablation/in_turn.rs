@@ -1,5 +1,5 @@
-//! A main loop without overlap: a consumer loads a stage's codes, dequantizes them, multiplies, waits for the products,
-//! and only then turns to the next stage.
+//! A main loop without overlap: a consumer loads a span's codes, dequantizes them, multiplies, waits for the products,
+//! and only then turns to the next.
 
 use core::marker::PhantomData;
 
@@ -7,7 +7,7 @@ use cuda_std::warp;
 use liquidgemm_format::brick::BRICK_BYTES;
 use liquidgemm_format::ring::RingCursor;
 use liquidgemm_format::schedule::Segment;
-use liquidgemm_format::tile::TileShape;
+use liquidgemm_format::tile::{SPAN_BRICKS, TileShape};
 
 use crate::dequant::{BrickShare, Dequantization, SharePlace};
 use crate::gemm::MainLoop;
@@ -45,21 +45,27 @@ impl<D: Dequantization, const STAGES: u32> MainLoop for InTurn<D, STAGES> {
             // caller vouches for the warpgroup.
             unsafe {
                 shared.acquire_full(stage, ring.full_parity());
-                let first = BrickShare::load(bricks, place);
-                let second = BrickShare::load(bricks + BRICK_BYTES as u32, place);
-                let operands = [
-                    first.operand::<D, 0>(),
-                    first.operand::<D, 1>(),
-                    second.operand::<D, 0>(),
-                    second.operand::<D, 1>(),
-                ];
-                wgmma::fence();
-                accumulator.multiply_accumulate(operands[0], tile);
-                accumulator.multiply_accumulate(operands[1], tile + DESCRIPTOR_K32);
-                accumulator.multiply_accumulate(operands[2], tile + 2 * DESCRIPTOR_K32);
-                accumulator.multiply_accumulate(operands[3], tile + 3 * DESCRIPTOR_K32);
-                wgmma::commit();
-                wgmma::wait::<0>();
+                seq_macro::seq!(SPAN in 0..2 {
+                    if SPAN < shape.spans() {
+                        let bricks = bricks + SPAN * SPAN_BRICKS * BRICK_BYTES as u32;
+                        let tile = tile + SPAN * wgmma::descriptor_step(shape.span_bytes());
+                        let first = BrickShare::load(bricks, place);
+                        let second = BrickShare::load(bricks + BRICK_BYTES as u32, place);
+                        let operands = [
+                            first.operand::<D, 0>(),
+                            first.operand::<D, 1>(),
+                            second.operand::<D, 0>(),
+                            second.operand::<D, 1>(),
+                        ];
+                        wgmma::fence();
+                        accumulator.multiply_accumulate(operands[0], tile);
+                        accumulator.multiply_accumulate(operands[1], tile + DESCRIPTOR_K32);
+                        accumulator.multiply_accumulate(operands[2], tile + 2 * DESCRIPTOR_K32);
+                        accumulator.multiply_accumulate(operands[3], tile + 3 * DESCRIPTOR_K32);
+                        wgmma::commit();
+                        wgmma::wait::<0>();
+                    }
+                });
                 shared.release(stage, cluster, consumer.thread % warp::WARP_SIZE);
             }
             ring = ring.next();

@@ -153,16 +153,23 @@ pub(crate) unsafe fn produce_bricks<const STAGES: u32>(
         let mut source =
             arguments.bricks + first_strip as u64 * strip_bytes + block as u64 * BRICK_BYTES as u64;
         for _ in segment.k_begin..segment.k_end {
-            // Past the last brick the activations are zeros, so stale bricks add nothing.
-            let bytes = (arguments.k_blocks - block).min(shape.stage_bricks()) * BRICK_BYTES as u32;
             let stage = ring.stage();
             // SAFETY: the stage is empty once acquired and holds what is copied; the bricks exist.
             unsafe {
-                let full = shared.acquire_empty(stage, ring.empty_parity(), strips * bytes);
-                seq_macro::seq!(STRIP in 0..3 {
-                    if STRIP < shape.strips && STRIP < strips {
-                        let from = source + STRIP * strip_bytes;
-                        tma::load_bulk(shared.bricks(stage, STRIP), from, bytes, full);
+                shared.acquire_empty(stage, ring.empty_parity());
+                seq_macro::seq!(SPAN in 0..2 {
+                    if SPAN < shape.spans() {
+                        // Past the last brick the activations are zeros, so stale bricks add nothing.
+                        let left = arguments.k_blocks.saturating_sub(block + SPAN * SPAN_BRICKS);
+                        let bytes = left.min(SPAN_BRICKS) * BRICK_BYTES as u32;
+                        let full = shared.announce(stage, SPAN, strips * bytes);
+                        let offset = SPAN * SPAN_BRICKS * BRICK_BYTES as u32;
+                        seq_macro::seq!(STRIP in 0..3 {
+                            if STRIP < shape.strips && STRIP < strips && (SPAN == 0 || bytes > 0) {
+                                let from = source + STRIP * strip_bytes + offset as u64;
+                                tma::load_bulk(shared.bricks(stage, STRIP) + offset, from, bytes, full);
+                            }
+                        });
                     }
                 });
             }
@@ -198,9 +205,10 @@ pub(crate) unsafe fn produce_activations<const STAGES: u32>(
             // SAFETY: the stage is empty once acquired and holds what is copied; so do the other blocks', as their
             // consumers arrive here too.
             unsafe {
-                let full = shared.acquire_empty(stage, ring.empty_parity(), shape.activation_bytes());
+                shared.acquire_empty(stage, ring.empty_parity());
                 seq_macro::seq!(SPAN in 0..2 {
                     if SPAN < shape.spans() {
+                        let full = shared.announce(stage, SPAN, shape.span_bytes());
                         let (to, k) = (destination + SPAN * shape.span_bytes(), step * shape.stage_k() + SPAN * SPAN_K);
                         if cluster.blocks > 1 {
                             tma::load_2d_multicast(to, activations, k, token, full, every_block);
@@ -373,7 +381,7 @@ impl<D: Dequantization, const STAGES: u32> StageWalk<D, STAGES> {
         let place = SharePlace::of_thread(consumer.thread).moved(shared.own_bricks(0, consumer));
         // SAFETY: the stage is acquired before it is read.
         let shares = unsafe {
-            shared.acquire_full(ring.stage(), ring.full_parity());
+            shared.acquire_full(ring.stage(), 0, ring.full_parity());
             Self::load(shape, ring, 0, place)
         };
         Self {
@@ -421,7 +429,7 @@ impl<D: Dequantization, const STAGES: u32> StageWalk<D, STAGES> {
         let ends = span + 1 == shape.spans();
         let (next, next_span) = if ends { (stage.next(), 0) } else { (stage, span + 1) };
         // SAFETY: the barriers are made. Asked now, the answer is there when it is needed.
-        let next_is_full = !ends || unsafe { self.shared.is_full(next.stage(), next.full_parity()) };
+        let next_is_full = unsafe { self.shared.is_full(next.stage(), next_span, next.full_parity()) };
         // The same for all threads, which the compiler can't see: told so, it keeps descriptors in uniform registers.
         let tile = warp::broadcast(self.shared.activation_descriptor(stage.stage()));
         let tile = tile + span * wgmma::descriptor_step(shape.span_bytes());
@@ -449,7 +457,7 @@ impl<D: Dequantization, const STAGES: u32> StageWalk<D, STAGES> {
             }
             wgmma::commit();
             if !next_is_full && goes_on {
-                self.shared.acquire_full(next.stage(), next.full_parity());
+                self.shared.acquire_full(next.stage(), next_span, next.full_parity());
                 self.shares = Self::load(shape, next, next_span, self.place);
             }
             wgmma::wait::<1>();

@@ -7,7 +7,7 @@ use liquidgemm_format::tile::{TileShape, WARPGROUP};
 
 use crate::ptx::{mbarrier, wgmma};
 
-/// Warps that fill the ring: one copies bricks, one activations. Each arrives at a stage's full barrier.
+/// Warps that fill the ring: one copies bricks, one activations. Each arrives at a span's full barrier.
 const PRODUCERS: u32 = 2;
 
 /// Where a block stands in its cluster.
@@ -114,13 +114,13 @@ impl Shared {
     }
 
     #[inline(always)]
-    fn full(self, stage: u32) -> u32 {
-        self.stage(stage) + self.shape.barriers_offset()
+    fn full(self, stage: u32, span: u32) -> u32 {
+        self.stage(stage) + self.shape.barriers_offset() + span * 8
     }
 
     #[inline(always)]
     fn empty(self, stage: u32) -> u32 {
-        self.full(stage) + 8
+        self.full(stage, self.shape.spans())
     }
 
     /// Makes the ring's barriers, for a cluster of so many blocks.
@@ -138,7 +138,11 @@ impl Shared {
         while stage < self.shape.stages {
             // SAFETY: the barriers lie inside the block's shared memory.
             unsafe {
-                mbarrier::init(self.full(stage), PRODUCERS);
+                let mut span = 0;
+                while span < self.shape.spans() {
+                    mbarrier::init(self.full(stage, span), PRODUCERS);
+                    span += 1;
+                }
                 mbarrier::init(self.empty(stage), empty_arrivals);
             }
             stage += 1;
@@ -147,40 +151,47 @@ impl Shared {
         unsafe { mbarrier::fence_init() }
     }
 
-    /// Producer: waits until the consumers are done with a stage, announces `bytes` of this producer's copies into it,
-    /// and returns the barrier on which they count.
+    /// Producer: waits until the consumers are done with a stage.
     ///
     /// # Safety
-    /// The barriers are made; the producer's whole warp calls it.
+    /// The barriers are made.
     #[inline(always)]
-    pub unsafe fn acquire_empty(self, stage: u32, parity: u32, bytes: u32) -> u32 {
-        let full = self.full(stage);
+    pub unsafe fn acquire_empty(self, stage: u32, parity: u32) {
         // SAFETY: the caller vouches for the barriers.
-        unsafe {
-            mbarrier::wait(self.empty(stage), parity);
-            mbarrier::arrive_expect(full, bytes);
-        }
+        unsafe { mbarrier::wait(self.empty(stage), parity) }
+    }
+
+    /// Producer: announces `bytes` of this producer's copies into a span of a stage, and returns the barrier on which they
+    /// count.
+    ///
+    /// # Safety
+    /// The stage is acquired; the producer's whole warp calls it.
+    #[inline(always)]
+    pub unsafe fn announce(self, stage: u32, span: u32, bytes: u32) -> u32 {
+        let full = self.full(stage, span);
+        // SAFETY: the caller vouches for the barriers.
+        unsafe { mbarrier::arrive_expect(full, bytes) };
         full
     }
 
-    /// Consumer: whether a stage has its data.
+    /// Consumer: whether a span of a stage has its data.
     ///
     /// # Safety
     /// The barriers are made.
     #[inline(always)]
-    pub unsafe fn is_full(self, stage: u32, parity: u32) -> bool {
+    pub unsafe fn is_full(self, stage: u32, span: u32, parity: u32) -> bool {
         // SAFETY: the caller vouches for the barriers.
-        unsafe { mbarrier::test(self.full(stage), parity) }
+        unsafe { mbarrier::test(self.full(stage, span), parity) }
     }
 
-    /// Consumer: waits until a stage has its data.
+    /// Consumer: waits until a span of a stage has its data.
     ///
     /// # Safety
     /// The barriers are made.
     #[inline(always)]
-    pub unsafe fn acquire_full(self, stage: u32, parity: u32) {
+    pub unsafe fn acquire_full(self, stage: u32, span: u32, parity: u32) {
         // SAFETY: the caller vouches for the barriers.
-        unsafe { mbarrier::wait(self.full(stage), parity) }
+        unsafe { mbarrier::wait(self.full(stage, span), parity) }
     }
 
     /// Consumer: gives a stage back to the producers of all the cluster's blocks. Every thread calls it.

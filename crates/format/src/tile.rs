@@ -188,7 +188,7 @@ impl TileShape {
         self.activation_bytes()
     }
 
-    /// Offset of a stage's full barrier in it, 8 bytes; the empty barrier follows.
+    /// Offset of a stage's barriers in it, 8 bytes each: a full one for each span, then the empty one.
     #[must_use]
     pub const fn barriers_offset(self) -> u32 {
         self.bricks_offset() + self.strips * self.strip_stage_bytes()
@@ -199,7 +199,7 @@ impl TileShape {
     #[must_use]
     pub const fn stage_bytes(self) -> u32 {
         // The activations' swizzle repeats every 1,024 bytes.
-        (self.barriers_offset() + 2 * 8).next_multiple_of(1024)
+        (self.barriers_offset() + (self.spans() + 1) * 8).next_multiple_of(1024)
     }
 
     /// Tokens that a consumer transposes at a time in the epilogue.

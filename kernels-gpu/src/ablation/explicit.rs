@@ -166,14 +166,13 @@ unsafe fn dequantize<D: Dequantization, const STAGES: u32, const BUFFERS: u32>(
     let mut filled = RingCursor::<BUFFERS>::start();
     for segment in arguments.schedule.segments(cluster::cluster_idx_x()) {
         for _ in segment.k_begin..segment.k_end {
-            // SAFETY: the barriers are made.
-            unsafe { shared.acquire_full(ring.stage(), ring.full_parity()) };
             let mut bricks = ring.stage() * tile.stage_bytes();
             let mut span = 0;
             while span < tile.spans() {
                 let (buffer, strip) = (filled.stage(), consumer.strip);
-                // SAFETY: the stage is acquired, and the buffer is before it is written.
+                // SAFETY: the span is acquired before it is read, and so is the buffer before it is written.
                 unsafe {
+                    shared.acquire_full(ring.stage(), span, ring.full_parity());
                 let first = BrickShare::load(bricks, place);
                 let second = BrickShare::load(bricks + BRICK_BYTES as u32, place);
                 mbarrier::wait(buffers.empty(buffer, strip), filled.empty_parity());
@@ -269,9 +268,7 @@ impl<const STAGES: u32, const BUFFERS: u32> FromBuffers<STAGES, BUFFERS> {
         // SAFETY: stage and buffer are acquired before the MMAs read them; the group before this one is done after the
         // wait, and with it what it read.
         unsafe {
-            if span == 0 {
-                self.shared.acquire_full(stage, ring.full_parity());
-            }
+            self.shared.acquire_full(stage, span, ring.full_parity());
             mbarrier::wait(self.buffers.full(buffer, strip), drained.full_parity());
             wgmma::fence();
             seq_macro::seq!(MMA in 0..4 {

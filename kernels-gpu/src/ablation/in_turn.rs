@@ -44,9 +44,9 @@ impl<D: Dequantization, const STAGES: u32> MainLoop for InTurn<D, STAGES> {
             // SAFETY: the stage is read between acquiring and releasing it, and its MMAs are done after the wait; the
             // caller vouches for the warpgroup.
             unsafe {
-                shared.acquire_full(stage, ring.full_parity());
                 seq_macro::seq!(SPAN in 0..2 {
                     if SPAN < shape.spans() {
+                        shared.acquire_full(stage, SPAN, ring.full_parity());
                         let bricks = bricks + SPAN * SPAN_BRICKS * BRICK_BYTES as u32;
                         let tile = tile + SPAN * wgmma::descriptor_step(shape.span_bytes());
                         let first = BrickShare::load(bricks, place);

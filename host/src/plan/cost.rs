@@ -1,9 +1,9 @@
 //! How long a plan will take, so that the planner can choose: a model of few terms, fitted to measured plans.
 //!
 //! A launch is as slow as its slower side, memory or the busiest worker; on top come a constant and, where tiles are
-//! shared along K, the handing over of partial sums. The constants were fitted by least squares to the plans of
-//! ten linear layers of LLaMA-2 and LLaMA-3 at 1 to 2,048 tokens, and of nine more at 1 to 16, on an H100 SXM;
-//! `docs/performance-log.md` says how well they choose. They need not be exact: a wrong choice costs time, never a bit of the result.
+//! shared along K, the handing over of partial sums. The constants were fitted to the plans of ten linear layers
+//! of LLaMA-2 and LLaMA-3 at 8 to 2,048 tokens, and of three of them at 4,096 and 8,192, on an H100 SXM: by least squares,
+//! and from there so that the choices lose least. `docs/performance-log.md` says how much. They need not be exact: a wrong choice costs time, never a bit of the result.
 
 use liquidgemm_format::tile::TileShape;
 
@@ -24,50 +24,53 @@ const fn cost(channels: u32, tokens: u32, step: f64, tile: f64) -> ShapeCost {
 }
 
 const SHAPE_COSTS: [ShapeCost; 14] = [
-    cost(128, 8, 0.156, 1.62),
-    cost(64, 16, 0.124, 0.88),
-    cost(128, 16, 0.176, 0.92),
-    cost(192, 16, 0.243, 1.66),
-    cost(64, 32, 0.132, 0.71),
-    cost(128, 32, 0.195, 0.82),
-    cost(192, 32, 0.263, 1.50),
-    cost(64, 64, 0.151, 0.58),
-    cost(128, 64, 0.235, 0.59),
-    cost(192, 64, 0.304, 2.02),
-    cost(64, 128, 0.212, 1.10),
-    cost(128, 128, 0.345, 0.71),
-    cost(192, 128, 0.472, 1.41),
-    cost(128, 256, 0.597, 1.72),
+    cost(128, 8, 0.169, 1.24),
+    cost(64, 16, 0.110, 0.93),
+    cost(128, 16, 0.181, 0.86),
+    cost(192, 16, 0.240, 2.17),
+    cost(64, 32, 0.124, 0.65),
+    cost(128, 32, 0.183, 0.80),
+    cost(192, 32, 0.236, 2.62),
+    cost(64, 64, 0.146, 0.63),
+    cost(128, 64, 0.227, 1.00),
+    cost(192, 64, 0.319, 2.18),
+    cost(64, 128, 0.204, 0.87),
+    cost(128, 128, 0.326, 1.13),
+    cost(192, 128, 0.491, 0.82),
+    cost(128, 256, 0.607, 1.83),
 ];
 
 /// Microseconds of every launch.
-const LAUNCH: f64 = 1.52;
+const LAUNCH: f64 = 1.403;
 /// Megabytes that memory delivers in a microsecond to these kernels.
-const MEMORY: f64 = 3.04;
+const MEMORY: f64 = 3.08;
 /// How much longer a long read takes for each multiprocessor, as a share of all, that takes no part …
-const IDLE_MEMORY: f64 = 0.214;
+const IDLE_MEMORY: f64 = 0.291;
 /// … and the microseconds after which half of that is.
 const LONG_RUN: f64 = 30.0;
 /// Multiprocessors of an H100.
 pub(super) const MULTIPROCESSORS: f64 = 132.0;
 /// Megabytes that the L2 cache delivers in a microsecond.
-const CACHE: f64 = 15.1;
+const CACHE: f64 = 12.46;
 /// Microseconds for a tile's partial sums: a flag raised, seen and answered.
-const HANDOVER: f64 = 1.21;
+const HANDOVER: f64 = 1.353;
 /// Microseconds for a megabyte of partial sums, written and read.
-const PARTIAL_SUMS: f64 = 0.149;
+const PARTIAL_SUMS: f64 = 0.152;
 /// How much longer a step takes in a cluster of two, which waits for two blocks at every stage.
-const CLUSTER_STEP: f64 = 1.029;
+const CLUSTER_STEP: f64 = 1.013;
 /// How much longer a step of the stream takes where workers begin and end inside tiles, of blocks on their own and of
 /// clusters: they are no longer at the same place at the same time, and share less of what the L2 cache holds.
-const STAGGERED_STEP: [f64; 2] = [0.100, 0.059];
+const STAGGERED_STEP: [f64; 2] = [0.093, 0.044];
 /// How much of that a step of a whole tile still feels, which comes after the stream.
-const STILL_STAGGERED: f64 = 0.239;
+const STILL_STAGGERED: f64 = 0.213;
 /// How much longer a step takes in a block on its own once the GPU's power is at its limit: a cluster reads the activations
 /// once for two.
-const HOT_STEP: f64 = 0.095;
+const HOT_STEP: f64 = 0.064;
 /// Microseconds of multiplying after which half of that is felt.
 const HEATING: f64 = 300.0;
+/// How much shorter a step is for each multiprocessor, as a share of all, that takes no part: it leaves the others its part
+/// of the L2 cache and of the power.
+const IDLE_STEP: f64 = 0.223;
 /// How sharply the slower of compute and memory hides the other.
 const SHARPNESS: i32 = 5;
 
@@ -86,7 +89,9 @@ impl Tiled {
         let splits = schedule.streamed_tiles > 0 && !schedule.streamed_tiles.is_multiple_of(schedule.workers);
         let even = splits && schedule.workers.is_multiple_of(schedule.streamed_tiles);
         let stream_tiles = (stream_steps / k_steps).ceil() + if splits && !even { 1.0 } else { 0.0 };
-        let step = costs.step * if self.cluster() > 1 { CLUSTER_STEP } else { 1.0 };
+        let idle = (1.0 - workers * self.cluster() as f64 / MULTIPROCESSORS).max(0.0);
+        let cluster = if self.cluster() > 1 { CLUSTER_STEP } else { 1.0 };
+        let step = costs.step * cluster * (1.0 - IDLE_STEP * idle);
         let staggered = if splits && !even { STAGGERED_STEP[usize::from(self.cluster() > 1)] } else { 0.0 };
         let whole_steps = whole * k_steps * step * (1.0 + STILL_STAGGERED * staggered);
         let steps = whole_steps + stream_steps * step * (1.0 + staggered);
@@ -95,7 +100,6 @@ impl Tiled {
         let compute = compute * (1.0 + heat);
 
         let from_memory = moved_megabytes(problem) / MEMORY;
-        let idle = (1.0 - workers * self.cluster() as f64 / MULTIPROCESSORS).max(0.0);
         let from_memory = from_memory * (1.0 + IDLE_MEMORY * idle * from_memory / (from_memory + LONG_RUN));
         // Every tile reads its weights and its activations anew.
         let tiles = schedule.tiles() as f64;

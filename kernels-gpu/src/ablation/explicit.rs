@@ -173,16 +173,16 @@ unsafe fn dequantize<D: Dequantization, const STAGES: u32, const BUFFERS: u32>(
                 // SAFETY: the span is acquired before it is read, and so is the buffer before it is written.
                 unsafe {
                     shared.acquire_full(ring.stage(), span, ring.full_parity());
-                let first = BrickShare::load(bricks, place);
-                let second = BrickShare::load(bricks + BRICK_BYTES as u32, place);
-                mbarrier::wait(buffers.empty(buffer, strip), filled.empty_parity());
-                let address = buffers.weights(buffer, strip) + row;
-                store_x4(address, first.operand::<D, 0>());
-                store_x4(address ^ EXPLICIT_MMA_BYTES, first.operand::<D, 1>());
-                store_x4(address ^ (2 * EXPLICIT_MMA_BYTES), second.operand::<D, 0>());
-                store_x4(address ^ (3 * EXPLICIT_MMA_BYTES), second.operand::<D, 1>());
-                mbarrier::fence_async();
-                mbarrier::arrive(buffers.full(buffer, strip));
+                    let first = BrickShare::load(bricks, place);
+                    let second = BrickShare::load(bricks + BRICK_BYTES as u32, place);
+                    mbarrier::wait(buffers.empty(buffer, strip), filled.empty_parity());
+                    let address = buffers.weights(buffer, strip) + row;
+                    store_x4(address, first.operand::<D, 0>());
+                    store_x4(address ^ EXPLICIT_MMA_BYTES, first.operand::<D, 1>());
+                    store_x4(address ^ (2 * EXPLICIT_MMA_BYTES), second.operand::<D, 0>());
+                    store_x4(address ^ (3 * EXPLICIT_MMA_BYTES), second.operand::<D, 1>());
+                    mbarrier::fence_async();
+                    mbarrier::arrive(buffers.full(buffer, strip));
                 }
                 filled = filled.next();
                 bricks += SPAN_BRICKS * BRICK_BYTES as u32;

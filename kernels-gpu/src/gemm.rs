@@ -425,19 +425,19 @@ impl<D: Dequantization, const STAGES: u32> StageWalk<D, STAGES> {
     /// the MMAs hold the warp.
     #[inline(always)]
     unsafe fn step<A: Accumulator>(&mut self, accumulator: &mut A, span: u32) {
-        let (stage, shape) = (self.ring, self.shape);
+        let (ring, shape) = (self.ring, self.shape);
         let ends = span + 1 == shape.spans();
-        let (next, next_span) = if ends { (stage.next(), 0) } else { (stage, span + 1) };
+        let (next, next_span) = if ends { (ring.next(), 0) } else { (ring, span + 1) };
         // SAFETY: the barriers are made. Asked now, the answer is there when it is needed.
         let next_is_full = unsafe { self.shared.is_full(next.stage(), next_span, next.full_parity()) };
         // The same for all threads, which the compiler can't see: told so, it keeps descriptors in uniform registers.
-        let tile = warp::broadcast(self.shared.activation_descriptor(stage.stage()));
+        let tile = warp::broadcast(self.shared.activation_descriptor(ring.stage()));
         let tile = tile + span * wgmma::descriptor_step(shape.span_bytes());
         let tile = tile + self.consumer.half * 2 * DESCRIPTOR_K32;
         let operands = self.operands();
         let before = self.unreleased;
         if ends {
-            self.unreleased = stage.stage();
+            self.unreleased = ring.stage();
             self.ring = next;
             self.steps -= 1;
         }

@@ -13,7 +13,7 @@ use liquidgemm_format::arguments::GemmArguments;
 use liquidgemm_format::brick::BRICK_BYTES;
 use liquidgemm_format::ring::RingCursor;
 use liquidgemm_format::schedule::{Segment, TilePosition};
-use liquidgemm_format::tile::{SPAN_BRICKS, SPAN_K, TileShape};
+use liquidgemm_format::tile::{SPAN_BRICKS, SPAN_K, STRIP_SPAN_BYTES, TileShape};
 
 use crate::dequant::{BrickShare, Dequantization, SharePlace};
 use crate::epilogue::Epilogue;
@@ -163,7 +163,7 @@ pub(crate) unsafe fn produce_bricks<const STAGES: u32>(
                         let left = arguments.k_blocks.saturating_sub(block + SPAN * SPAN_BRICKS);
                         let bytes = left.min(SPAN_BRICKS) * BRICK_BYTES as u32;
                         let full = shared.announce(stage, SPAN, strips * bytes);
-                        let offset = SPAN * SPAN_BRICKS * BRICK_BYTES as u32;
+                        let offset = SPAN * STRIP_SPAN_BYTES;
                         seq_macro::seq!(STRIP in 0..3 {
                             if STRIP < shape.strips && STRIP < strips && (SPAN == 0 || bytes > 0) {
                                 let from = source + STRIP * strip_bytes + offset as u64;
@@ -406,7 +406,7 @@ impl<D: Dequantization, const STAGES: u32> StageWalk<D, STAGES> {
         span: u32,
         place: SharePlace,
     ) -> [BrickShare; SPAN_BRICKS as usize] {
-        let bricks = ring.stage() * shape.stage_bytes() + span * SPAN_BRICKS * BRICK_BYTES as u32;
+        let bricks = ring.stage() * shape.stage_bytes() + span * STRIP_SPAN_BYTES;
         // SAFETY: the caller has acquired the stage.
         unsafe {
             let first = BrickShare::load(bricks, place);
@@ -449,11 +449,10 @@ impl<D: Dequantization, const STAGES: u32> StageWalk<D, STAGES> {
                 self.shares = Self::load(shape, next, next_span, self.place);
             }
             wgmma::fence();
-            accumulator.multiply_accumulate(operands[0], tile);
-            accumulator.multiply_accumulate(operands[1], tile + DESCRIPTOR_K32);
             if shape.halves == 1 {
-                accumulator.multiply_accumulate(operands[2], tile + 2 * DESCRIPTOR_K32);
-                accumulator.multiply_accumulate(operands[3], tile + 3 * DESCRIPTOR_K32);
+                accumulator.multiply_accumulate_along(operands, tile);
+            } else {
+                accumulator.multiply_accumulate_along([operands[0], operands[1]], tile);
             }
             wgmma::commit();
             if !next_is_full && goes_on {

@@ -7,7 +7,7 @@ use liquidgemm_format::probe::{MMA_TILE_BYTES, STREAM_PIECE_BYTES, STREAM_STAGES
 use liquidgemm_format::ring::RingCursor;
 
 use crate::ptx::memory::{store_global, store_shared};
-use crate::ptx::wgmma::{Accumulator, Accumulator256, BlockVisitor, DESCRIPTOR_K32};
+use crate::ptx::wgmma::{Accumulator, Accumulator256, BlockVisitor};
 use crate::ptx::{mbarrier, tma, wgmma};
 
 /// Pulls `pieces` pieces of memory through shared memory and drops them.
@@ -90,10 +90,7 @@ pub unsafe fn mma(sink: u64, rounds: u32) {
     unsafe {
         loop {
             wgmma::fence();
-            accumulator.multiply_accumulate(operands[0], tile);
-            accumulator.multiply_accumulate(operands[1], tile + DESCRIPTOR_K32);
-            accumulator.multiply_accumulate(operands[2], tile + 2 * DESCRIPTOR_K32);
-            accumulator.multiply_accumulate(operands[3], tile + 3 * DESCRIPTOR_K32);
+            accumulator.multiply_accumulate_along(operands, tile);
             wgmma::commit();
             round += 1;
             if round >= rounds {

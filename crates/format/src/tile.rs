@@ -4,8 +4,8 @@
 //! A thread block computes `strips` × 64 channels and `tokens` tokens of the output. Each strip has one consumer
 //! warpgroup, or two that share its K: the one takes the first brick of every span, the other the second, and in the
 //! end each adds up half of the tokens. A pipeline stage holds one or two spans of 128 of K: the activation tile of each,
-//! then each strip's bricks. The blocks of a cluster lie side by side along the channels and share the activation tile: each loads its
-//! part of it for all.
+//! then each strip's bricks. The blocks of a cluster lie side by side along the channels and share the activation
+//! tiles: each loads its part of them for all.
 
 use crate::brick::{BRICK_BYTES, BRICK_CHANNELS, BRICK_K};
 
@@ -15,6 +15,8 @@ pub const WARPGROUP: u32 = 128;
 pub const SPAN_BRICKS: u32 = 2;
 /// K extent of a span; in int8 also the bytes of an activation row, which are those that the 128-byte swizzle permutes.
 pub const SPAN_K: u32 = SPAN_BRICKS * BRICK_K as u32;
+/// Bytes of one strip's bricks in a span.
+pub const STRIP_SPAN_BYTES: u32 = SPAN_BRICKS * BRICK_BYTES as u32;
 /// Shared memory that a thread block may ask for on compute capability 9.0.
 pub const MAX_SHARED_BYTES: u32 = 232_448;
 /// The most thread blocks of a cluster. Clusters of four leave multiprocessors empty.
@@ -167,7 +169,7 @@ impl TileShape {
     /// Bytes of one strip's bricks in a stage.
     #[must_use]
     pub const fn strip_stage_bytes(self) -> u32 {
-        self.stage_bricks() * BRICK_BYTES as u32
+        self.spans() * STRIP_SPAN_BYTES
     }
 
     /// Bytes of a span's activation tile.

@@ -11,7 +11,7 @@ use liquidgemm_format::arguments::GemmArguments;
 use liquidgemm_format::brick::BRICK_BYTES;
 use liquidgemm_format::ring::RingCursor;
 use liquidgemm_format::schedule::Segment;
-use liquidgemm_format::tile::{SPAN_BRICKS, TileShape, WARPGROUP};
+use liquidgemm_format::tile::{STRIP_SPAN_BYTES, TileShape, WARPGROUP};
 
 use crate::dequant::{BrickShare, Dequantization, SharePlace};
 use crate::gemm::{MainLoop, consume, produce_activations, produce_bricks, sync};
@@ -185,7 +185,7 @@ unsafe fn dequantize<D: Dequantization, const STAGES: u32, const BUFFERS: u32>(
                     mbarrier::arrive(buffers.full(buffer, strip));
                 }
                 filled = filled.next();
-                bricks += SPAN_BRICKS * BRICK_BYTES as u32;
+                bricks += STRIP_SPAN_BYTES;
                 span += 1;
             }
             ring = ring.next();
@@ -193,7 +193,7 @@ unsafe fn dequantize<D: Dequantization, const STAGES: u32, const BUFFERS: u32>(
     }
 }
 
-/// The main loop of a warpgroup that multiplies: both operands come from shared memory, and while a stage's MMAs run,
+/// The main loop of a warpgroup that multiplies: both operands come from shared memory, and while a span's MMAs run,
 /// those of the next are issued.
 struct FromBuffers<const STAGES: u32, const BUFFERS: u32> {
     shared: Shared,

@@ -7,12 +7,12 @@ use cuda_std::warp;
 use liquidgemm_format::brick::BRICK_BYTES;
 use liquidgemm_format::ring::RingCursor;
 use liquidgemm_format::schedule::Segment;
-use liquidgemm_format::tile::{SPAN_BRICKS, TileShape};
+use liquidgemm_format::tile::{STRIP_SPAN_BYTES, TileShape};
 
 use crate::dequant::{BrickShare, Dequantization, SharePlace};
 use crate::gemm::MainLoop;
 use crate::pipeline::{Cluster, Consumer, Shared};
-use crate::ptx::wgmma::{self, Accumulator, DESCRIPTOR_K32};
+use crate::ptx::wgmma::{self, Accumulator};
 
 /// The loop, for one consumer a strip.
 pub struct InTurn<D, const STAGES: u32> {
@@ -47,7 +47,7 @@ impl<D: Dequantization, const STAGES: u32> MainLoop for InTurn<D, STAGES> {
                 seq_macro::seq!(SPAN in 0..2 {
                     if SPAN < shape.spans() {
                         shared.acquire_full(stage, SPAN, ring.full_parity());
-                        let bricks = bricks + SPAN * SPAN_BRICKS * BRICK_BYTES as u32;
+                        let bricks = bricks + SPAN * STRIP_SPAN_BYTES;
                         let tile = tile + SPAN * wgmma::descriptor_step(shape.span_bytes());
                         let first = BrickShare::load(bricks, place);
                         let second = BrickShare::load(bricks + BRICK_BYTES as u32, place);
@@ -58,10 +58,7 @@ impl<D: Dequantization, const STAGES: u32> MainLoop for InTurn<D, STAGES> {
                             second.operand::<D, 1>(),
                         ];
                         wgmma::fence();
-                        accumulator.multiply_accumulate(operands[0], tile);
-                        accumulator.multiply_accumulate(operands[1], tile + DESCRIPTOR_K32);
-                        accumulator.multiply_accumulate(operands[2], tile + 2 * DESCRIPTOR_K32);
-                        accumulator.multiply_accumulate(operands[3], tile + 3 * DESCRIPTOR_K32);
+                        accumulator.multiply_accumulate_along(operands, tile);
                         wgmma::commit();
                         wgmma::wait::<0>();
                     }

@@ -76,6 +76,24 @@ pub trait Accumulator {
     /// [`wait`] says that the group is done. `descriptor` describes a tile in the block's shared memory.
     unsafe fn multiply_accumulate(&mut self, a: [u32; 4], descriptor: u32);
 
+    /// Issues the products of up to four such operands, each with the next k32 of the tile from `descriptor` on.
+    ///
+    /// # Safety
+    /// As for [`multiply_accumulate`](Self::multiply_accumulate).
+    #[inline(always)]
+    unsafe fn multiply_accumulate_along<const COUNT: usize>(
+        &mut self,
+        a: [[u32; 4]; COUNT],
+        descriptor: u32,
+    ) {
+        seq!(I in 0..4 {
+            if I < COUNT {
+                // SAFETY: the caller vouches for all of them.
+                unsafe { self.multiply_accumulate(a[I], descriptor + I * DESCRIPTOR_K32) };
+            }
+        });
+    }
+
     /// As [`multiply_accumulate`](Self::multiply_accumulate), A being a tile in shared memory too, of the same layout.
     ///
     /// # Safety

@@ -123,7 +123,7 @@ impl Kernel {
 
     /// The first instruction of a loop around a `multiply` which shows that the compiler takes something the lanes of a warp
     /// share for their own: a shuffle, or a branch for lanes that have parted. Such a loop keeps its stages and descriptors in
-    /// each thread's registers, at a price of a tenth of its speed.
+    /// each thread's registers, and takes longer.
     pub fn parted(&self, multiply: &str) -> Option<String> {
         let is_multiply = |index: &usize| self.instructions[*index].stem() == multiply;
         let main_loops = self.loops.values().filter(|body| body.iter().any(is_multiply));

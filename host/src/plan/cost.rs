@@ -3,7 +3,8 @@
 //! A launch is as slow as its slower side, memory or the busiest worker; on top come a constant and, where tiles are
 //! shared along K, the handing over of partial sums. The constants were fitted to the plans of ten linear layers
 //! of LLaMA-2 and LLaMA-3 at 8 to 2,048 tokens, and of three of them at 4,096 and 8,192, on an H100 SXM: by least squares,
-//! and from there so that the choices lose least. `docs/performance-log.md` says how much. They need not be exact: a wrong choice costs time, never a bit of the result.
+//! and from there so that the choices lose least. `docs/performance-log.md` says how much. They need not be exact: a
+//! wrong choice costs time, never a bit of the result.
 
 use liquidgemm_format::tile::TileShape;
 

@@ -2,8 +2,8 @@
 //!
 //! A launch is as slow as the slower of memory and arithmetic; on top come a constant, every block's reading of all
 //! activations, and each further pass over K. The constants were fitted together with those of the tiled plans, to the
-//! plans of ten matrices at 8, 16 and 32 tokens and of nine more at 1 to 16, on an H100 SXM (`docs/performance-log.md`). They need not be exact: a
-//! wrong choice costs time, never a bit of the result.
+//! plans of ten matrices at 8, 16 and 32 tokens and of nine more at 1 to 16, on an H100 SXM (`docs/performance-log.md`).
+//! They need not be exact: a wrong choice costs time, never a bit of the result.
 
 use liquidgemm_format::brick;
 

@@ -27,7 +27,7 @@ const METHOD: &str = "
 | arm | dequantization of four weights | overlap |
 |---|---|---|
 | baseline | as QServe: multiply, then subtract byte by byte (`vsub4`, five instructions in all) | none: a consumer loads \
- a stage's codes, dequantizes them in registers, multiplies, waits, and goes on to the next |
+ its codes of 128 along K, dequantizes them in registers, multiplies, waits, and goes on to the next |
 | +LiquidQuant | multiply-add and XOR, two instructions | none |
 | +ExCP | LiquidQuant | explicit: for each strip of 64 channels one warpgroup dequantizes into int8 buffers in shared memory, \
  another multiplies from there |

@@ -9,7 +9,7 @@ mod skinny_cost;
 use std::fmt;
 
 use liquidgemm_format::brick;
-use liquidgemm_format::schedule::Schedule;
+use liquidgemm_format::schedule::{MAX_WORKERS, Schedule};
 use liquidgemm_format::tile::{TILE_SHAPES, TileShape};
 
 use crate::Error;
@@ -220,7 +220,8 @@ impl Tiled {
             );
         }
         let tiles = tiles as u32;
-        cut.workers = cut.workers.clamp(1, (tiles * k_steps).div_ceil(MIN_K / cut.shape.stage_k()));
+        let most_workers = (tiles * k_steps).div_ceil(MIN_K / cut.shape.stage_k()).min(MAX_WORKERS);
+        cut.workers = cut.workers.clamp(1, most_workers);
         let last_wave = match tiles % cut.workers {
             0 => cut.workers,
             partial => partial,

@@ -13,6 +13,9 @@
 
 use crate::divisor::Divisor;
 
+/// The most workers of a schedule, more than any GPU has room for.
+pub const MAX_WORKERS: u32 = u16::MAX as u32;
+
 /// The cut of one GEMM, the same on host and device.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,14 +26,18 @@ pub struct Schedule {
     pub token_tiles: u32,
     /// Pipeline steps along K in each tile; at least 1.
     pub k_steps: u32,
-    /// Workers that share the tiles; at least 1.
+    /// Workers that share the tiles; at least 1, at most [`MAX_WORKERS`].
     pub workers: u32,
     /// How many tiles, the last ones, are shared out step by step.
     pub streamed_tiles: u32,
     /// Steps of the stream that every worker has.
     pub stream_share: u32,
-    /// Workers, the first ones, that have one step more.
+    /// Workers that have one step more. They are spread evenly, so that where a tile has a whole number of workers, no worker
+    /// begins in one tile and ends in the next. Where the others have none they are the first ones: an owner waits for all workers
+    /// between its tile's first and itself.
     pub stream_longer: u32,
+    /// How many of them there are for each worker, on the average, times 2¹⁶ and rounded up; 2¹⁶ where the others have none.
+    stream_slope: u32,
     /// Channel tiles that are walked together before the next such group: within one group all token tiles
     /// are visited, so that its weights and the activations stay in the L2 cache. At least 1.
     pub channel_group: u32,
@@ -66,7 +73,8 @@ pub struct TilePosition {
 
 impl Schedule {
     /// A schedule of `channel_tiles` × `token_tiles` tiles of `k_steps` steps each, the last `streamed_tiles` of
-    /// them shared out step by step. Zeros are taken for ones, and too many streamed tiles for all.
+    /// them shared out step by step. Zeros are taken for ones, and too many streamed tiles or workers for as many as there can
+    /// be.
     #[must_use]
     pub const fn new(
         [channel_tiles, token_tiles, k_steps]: [u32; 3],
@@ -80,6 +88,7 @@ impl Schedule {
         let (channel_tiles, token_tiles) = (positive(channel_tiles), positive(token_tiles));
         let (k_steps, workers) = (positive(k_steps), positive(workers));
         let tiles = channel_tiles.saturating_mul(token_tiles);
+        let workers = if workers > MAX_WORKERS { MAX_WORKERS } else { workers };
         let streamed_tiles = if streamed_tiles > tiles { tiles } else { streamed_tiles };
         let stream = streamed_tiles.saturating_mul(k_steps);
         let channel_group = positive(channel_group);
@@ -91,6 +100,11 @@ impl Schedule {
             streamed_tiles,
             stream_share: stream / workers,
             stream_longer: stream % workers,
+            stream_slope: if stream < workers {
+                1 << 16
+            } else {
+                ((stream % workers) << 16).div_ceil(workers)
+            },
             channel_group,
             by_k_steps: Divisor::new(k_steps),
             by_group_tiles: Divisor::new(channel_group.saturating_mul(token_tiles)),
@@ -117,7 +131,9 @@ impl Schedule {
     #[inline(always)]
     #[must_use]
     pub const fn stream_begin(&self, worker: u32) -> u32 {
-        let extra = if worker < self.stream_longer { worker } else { self.stream_longer };
+        // Rounding up adds less than one, as there are fewer than 2¹⁶ workers; so what is whole stays so.
+        let spread = worker.wrapping_mul(self.stream_slope) >> 16;
+        let extra = if spread < self.stream_longer { spread } else { self.stream_longer };
         worker.wrapping_mul(self.stream_share).wrapping_add(extra)
     }
 
@@ -279,6 +295,20 @@ mod tests {
             let shares: Vec<u32> = (0..schedule.workers).map(share).collect();
             prop_assert_eq!(shares.iter().sum::<u32>(), schedule.streamed_tiles * schedule.k_steps);
             prop_assert!(shares.iter().max().unwrap() - shares.iter().min().unwrap() <= 1);
+        }
+
+        #[test]
+        fn tiles_with_a_whole_number_of_workers_share_none(
+            tiles in 1..40u32,
+            parts in 1..5u32,
+            k_steps in 5..60u32,
+        ) {
+            let schedule = Schedule::new([tiles, 1, k_steps], tiles * parts, tiles, 1);
+            for worker in 0..schedule.workers {
+                let segments: Vec<_> = schedule.segments(worker).collect();
+                prop_assert_eq!(segments.len(), 1);
+                prop_assert_eq!(segments[0].tile, worker / parts);
+            }
         }
 
         #[test]

@@ -21,6 +21,8 @@ pub const STRIP_SPAN_BYTES: u32 = SPAN_BRICKS * BRICK_BYTES as u32;
 pub const MAX_SHARED_BYTES: u32 = 232_448;
 /// The most thread blocks of a cluster. Clusters of four leave multiprocessors empty.
 pub const MAX_CLUSTER: u32 = 2;
+/// The most bytes of a stage of two spans: larger ones would be too few.
+const MAX_TWO_SPANS_BYTES: u32 = 36 * 1024;
 /// The most bytes through which the two consumers of a strip exchange sums at a time.
 const MAX_EXCHANGE_BYTES: u32 = 32_768;
 
@@ -147,11 +149,14 @@ impl TileShape {
         if self.tokens == 8 { 8 } else { self.tokens / self.halves }
     }
 
-    /// Spans of a stage: what belongs to a stage besides multiplying costs the consumers of few tokens the more, and large
-    /// stages of many tokens would be too few.
+    /// Spans of a stage: what belongs to a stage besides multiplying costs the consumers of few tokens the more.
     #[must_use]
     pub const fn spans(self) -> u32 {
-        if self.tokens <= 64 { 2 } else { 1 }
+        if 2 * (self.span_bytes() + self.strips * SPAN_BRICKS * BRICK_BYTES as u32) <= MAX_TWO_SPANS_BYTES {
+            2
+        } else {
+            1
+        }
     }
 
     /// Bricks of a strip in a stage, along K.

@@ -130,10 +130,14 @@ fn first_strip(position: TilePosition, shape: TileShape, cluster: Cluster) -> u3
     (position.channel_tile * cluster.blocks + cluster.rank) * shape.strips
 }
 
+/// Bytes of bricks a cycle that a multiprocessor asks for in the ring's first turn, if all take part: a little more than its share of
+/// what memory delivers. What it asked for beyond that would only stand in the way of the first activations.
+const FIRST_TURN_BYTES: u32 = 16;
+
 /// The first producer: keeps the ring full of bricks.
 ///
 /// The weights are there before the launch, so it begins at once, while the launch before this one, which may be
-/// computing the activations, still runs.
+/// computing the activations, still runs. It fills the ring at the pace of memory.
 #[inline(always)]
 pub(crate) unsafe fn produce_bricks<const STAGES: u32>(
     arguments: &GemmArguments,
@@ -144,6 +148,11 @@ pub(crate) unsafe fn produce_bricks<const STAGES: u32>(
     let schedule = arguments.schedule;
     let strip_bytes = arguments.k_blocks as u64 * BRICK_BYTES as u64;
     let mut ring = RingCursor::<STAGES>::start();
+    let begin = thread::clock64() as u32;
+    // Fewer blocks have larger shares.
+    let pace = shape.strips * shape.strip_stage_bytes() * schedule.workers * cluster.blocks
+        / (132 * FIRST_TURN_BYTES);
+    let mut due = 0;
     for segment in schedule.segments(cluster::cluster_idx_x()) {
         let first_strip = first_strip(schedule.position(segment.tile), shape, cluster);
         // The last tiles may have fewer strips: their consumers then work on what happens to lie there, and store
@@ -154,6 +163,10 @@ pub(crate) unsafe fn produce_bricks<const STAGES: u32>(
             arguments.bricks + first_strip as u64 * strip_bytes + block as u64 * BRICK_BYTES as u64;
         for _ in segment.k_begin..segment.k_end {
             let stage = ring.stage();
+            if due < STAGES * pace {
+                while (thread::clock64() as u32).wrapping_sub(begin) < due {}
+                due += pace;
+            }
             // SAFETY: the stage is empty once acquired and holds what is copied; the bricks exist.
             unsafe {
                 shared.acquire_empty(stage, ring.empty_parity());

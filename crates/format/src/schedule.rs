@@ -7,6 +7,7 @@
 //! last steps; the workers with earlier steps are its **contributors**. Sums are integers: any cut gives the
 //! same bits.
 //!
+//! Whole tiles come first, while all workers are at the same place at the same time and share what the L2 cache holds.
 //! A worker goes through its share of the stream backwards. Thus what it contributes to another worker's tile
 //! comes first and what it waits for comes last, and it only ever waits for workers of lower index, which the
 //! hardware has started before it: there is no cycle, whatever number of workers runs at once.
@@ -189,7 +190,7 @@ impl Schedule {
     }
 }
 
-/// The segments of one worker: its share of the stream from the back to the front, then its whole tiles.
+/// The segments of one worker: its whole tiles, then its share of the stream from the back to the front.
 #[derive(Clone, Debug)]
 pub struct Segments {
     schedule: Schedule,
@@ -204,7 +205,11 @@ impl Iterator for Segments {
     #[inline(always)]
     fn next(&mut self) -> Option<Segment> {
         let schedule = &self.schedule;
-        if self.stream_cursor > self.stream_begin {
+        if self.next_whole_tile < schedule.whole_tiles() {
+            let tile = self.next_whole_tile;
+            self.next_whole_tile = tile.wrapping_add(schedule.workers);
+            Some(Segment { tile, k_begin: 0, k_end: schedule.k_steps })
+        } else if self.stream_cursor > self.stream_begin {
             let streamed_tile = schedule.by_k_steps.quotient(self.stream_cursor - 1);
             let tile_begin = streamed_tile.wrapping_mul(schedule.k_steps);
             let first = if self.stream_begin > tile_begin { self.stream_begin } else { tile_begin };
@@ -215,10 +220,6 @@ impl Iterator for Segments {
             };
             self.stream_cursor = first;
             Some(segment)
-        } else if self.next_whole_tile < schedule.whole_tiles() {
-            let tile = self.next_whole_tile;
-            self.next_whole_tile = tile.wrapping_add(schedule.workers);
-            Some(Segment { tile, k_begin: 0, k_end: schedule.k_steps })
         } else {
             None
         }
@@ -257,8 +258,10 @@ mod tests {
         #[test]
         fn a_worker_contributes_at_most_once_and_before_it_waits(schedule in schedules()) {
             for worker in 0..schedule.workers {
-                for (index, segment) in schedule.segments(worker).enumerate() {
-                    prop_assert!(schedule.owns(segment) || index == 0);
+                let mut waits = false;
+                for segment in schedule.segments(worker) {
+                    prop_assert!(schedule.owns(segment) || !waits);
+                    waits |= !schedule.owns(segment) || segment.k_begin > 0;
                 }
             }
         }

@@ -28,11 +28,18 @@ pub unsafe fn stream(source: u64, pieces: u32) {
         mbarrier::fence_init();
         warp::sync_warp();
 
+        let policy = tma::Policy::evict_first();
         let pull = |ring: RingCursor<STREAM_STAGES>, piece: u32| {
             let barrier = barriers + ring.stage() * 8;
             mbarrier::arrive_expect(barrier, STREAM_PIECE_BYTES);
             let from = source + piece as u64 * STREAM_PIECE_BYTES as u64;
-            tma::load_bulk(base + ring.stage() * STREAM_PIECE_BYTES, from, STREAM_PIECE_BYTES, barrier);
+            tma::load_bulk(
+                base + ring.stage() * STREAM_PIECE_BYTES,
+                from,
+                STREAM_PIECE_BYTES,
+                barrier,
+                policy,
+            );
         };
         let blocks = thread::grid_dim_x();
         let mut filled = RingCursor::start();

@@ -6,6 +6,23 @@
 use core::arch::asm;
 use cuda_std::TensorMap;
 
+/// How long the L2 cache keeps what is read.
+#[derive(Clone, Copy)]
+pub struct Policy(u64);
+
+impl Policy {
+    /// For what is read once.
+    #[inline(always)]
+    pub fn evict_first() -> Self {
+        let policy;
+        // SAFETY: makes a number.
+        unsafe {
+            asm!("createpolicy.fractional.L2::evict_first.b64 {}, 1.0;", out(reg64) policy, options(pure, nomem, nostack));
+        }
+        Self(policy)
+    }
+}
+
 /// Fetches a tensor map ahead of its first use.
 ///
 /// # Safety
@@ -66,21 +83,21 @@ pub unsafe fn load_2d_multicast(
     }
 }
 
-/// Copies `bytes` from `source` to `destination`, and counts them on `barrier`.
+/// Copies `bytes` from `source` to `destination`, and counts them on `barrier`; the L2 cache keeps them as `policy` says.
 ///
 /// # Safety
 /// Both are 16-byte aligned and valid for `bytes`, a multiple of 16; `barrier` expects the bytes.
 #[inline(always)]
-pub unsafe fn load_bulk(destination: u32, source: u64, bytes: u32, barrier: u32) {
+pub unsafe fn load_bulk(destination: u32, source: u64, bytes: u32, barrier: u32, policy: Policy) {
     // SAFETY: the caller vouches for the addresses.
     unsafe {
         asm!(
             "{{",
             ".reg .pred elected;",
             "elect.sync _|elected, -1;",
-            "@elected cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [{}], [{}], {}, [{}];",
+            "@elected cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [{}], [{}], {}, [{}], {};",
             "}}",
-            in(reg32) destination, in(reg64) source, in(reg32) bytes, in(reg32) barrier,
+            in(reg32) destination, in(reg64) source, in(reg32) bytes, in(reg32) barrier, in(reg64) policy.0,
             options(nostack)
         );
     }

@@ -62,7 +62,7 @@ const CLUSTER_STEP: f64 = 1.013;
 /// How much longer a step of the stream takes where workers begin and end inside tiles, of blocks on their own and of
 /// clusters: they are no longer at the same place at the same time, and share less of what the L2 cache holds.
 const STAGGERED_STEP: [f64; 2] = [0.093, 0.044];
-/// How much of that a step of a whole tile still feels, which comes after the stream.
+/// How much of that a step of a whole tile feels, which was measured while whole tiles came after the stream.
 const STILL_STAGGERED: f64 = 0.213;
 /// How much longer a step takes in a block on its own once the GPU's power is at its limit: a cluster reads the activations
 /// once for two.

@@ -152,11 +152,7 @@ impl TileShape {
     /// Spans of a stage: what belongs to a stage besides multiplying costs the consumers of few tokens the more.
     #[must_use]
     pub const fn spans(self) -> u32 {
-        if 2 * (self.span_bytes() + self.strips * SPAN_BRICKS * BRICK_BYTES as u32) <= MAX_TWO_SPANS_BYTES {
-            2
-        } else {
-            1
-        }
+        if 2 * (self.span_bytes() + self.strips * STRIP_SPAN_BYTES) <= MAX_TWO_SPANS_BYTES { 2 } else { 1 }
     }
 
     /// Bricks of a strip in a stage, along K.

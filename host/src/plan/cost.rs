@@ -2,8 +2,7 @@
 //!
 //! A launch is as slow as its slower side, memory or the busiest worker; on top come a constant and, where tiles are
 //! shared along K, the handing over of partial sums. The constants were fitted to the plans of ten linear layers
-//! of LLaMA-2 and LLaMA-3 at 8 to 2,048 tokens, and of three of them at 4,096 and 8,192, on an H100 SXM: by least squares,
-//! and from there so that the choices lose least. `docs/performance-log.md` says how much. They need not be exact: a
+//! of LLaMA-2 and LLaMA-3 at 8 to 4,096 tokens on an H100 SXM: by least squares, and from there so that the choices lose least. `docs/performance-log.md` says how much. They need not be exact: a
 //! wrong choice costs time, never a bit of the result.
 
 use liquidgemm_format::tile::TileShape;
@@ -25,60 +24,51 @@ const fn cost(channels: u32, tokens: u32, step: f64, tile: f64) -> ShapeCost {
 }
 
 const SHAPE_COSTS: [ShapeCost; 14] = [
-    cost(128, 8, 0.169, 1.24),
-    cost(64, 16, 0.110, 0.93),
-    cost(128, 16, 0.181, 0.86),
-    cost(192, 16, 0.240, 2.17),
-    cost(64, 32, 0.124, 0.65),
-    cost(128, 32, 0.183, 0.80),
-    cost(192, 32, 0.236, 2.62),
-    cost(64, 64, 0.146, 0.63),
-    cost(128, 64, 0.227, 1.00),
-    cost(192, 64, 0.319, 2.18),
-    cost(64, 128, 0.204, 0.87),
-    cost(128, 128, 0.326, 1.13),
-    cost(192, 128, 0.491, 0.82),
-    cost(128, 256, 0.607, 1.83),
+    cost(128, 8, 0.182, 0.96),
+    cost(64, 16, 0.132, 1.38),
+    cost(128, 16, 0.239, 0.60),
+    cost(192, 16, 0.327, 1.06),
+    cost(64, 32, 0.152, 0.58),
+    cost(128, 32, 0.232, 1.48),
+    cost(192, 32, 0.353, 1.28),
+    cost(64, 64, 0.165, 0.50),
+    cost(128, 64, 0.255, 1.27),
+    cost(192, 64, 0.402, 1.23),
+    cost(64, 128, 0.213, 1.04),
+    cost(128, 128, 0.331, 0.69),
+    cost(192, 128, 0.487, 0.99),
+    cost(128, 256, 0.551, 2.97),
 ];
 
 /// Microseconds of every launch.
-const LAUNCH: f64 = 1.403;
-/// Megabytes that memory delivers in a microsecond to these kernels.
-const MEMORY: f64 = 3.08;
-/// How much longer a long read takes for each multiprocessor, as a share of all, that takes no part …
-const IDLE_MEMORY: f64 = 0.291;
-/// … and the microseconds after which half of that is.
-const LONG_RUN: f64 = 30.0;
+const LAUNCH: f64 = 0.980;
+/// Megabytes that memory delivers in a microsecond: no more than its peak.
+const MEMORY: f64 = 3.35;
 /// Multiprocessors of an H100.
 pub(super) const MULTIPROCESSORS: f64 = 132.0;
-/// Megabytes that the L2 cache delivers in a microsecond.
-const CACHE: f64 = 12.46;
 /// Microseconds for a tile's partial sums: a flag raised, seen and answered.
-const HANDOVER: f64 = 1.353;
+const HANDOVER: f64 = 1.237;
 /// Microseconds for a megabyte of partial sums, written and read.
-const PARTIAL_SUMS: f64 = 0.152;
+const PARTIAL_SUMS: f64 = 0.130;
 /// How much longer a step takes in a cluster of two, which waits for two blocks at every stage.
-const CLUSTER_STEP: f64 = 1.013;
+const CLUSTER_STEP: f64 = 1.060;
 /// How much longer a step of the stream takes where workers begin and end inside tiles, of blocks on their own and of
 /// clusters: they are no longer at the same place at the same time, and share less of what the L2 cache holds.
-const STAGGERED_STEP: [f64; 2] = [0.093, 0.044];
-/// How much of that a step of a whole tile feels, which was measured while whole tiles came after the stream.
-const STILL_STAGGERED: f64 = 0.213;
+const STAGGERED_STEP: [f64; 2] = [0.090, 0.044];
 /// How much longer a step takes in a block on its own once the GPU's power is at its limit: a cluster reads the activations
 /// once for two.
-const HOT_STEP: f64 = 0.064;
+const HOT_STEP: f64 = 0.150;
 /// Microseconds of multiplying after which half of that is felt.
-const HEATING: f64 = 300.0;
+const HEATING: f64 = 160.7;
 /// How much shorter a step is for each multiprocessor, as a share of all, that takes no part: it leaves the others its part
 /// of the L2 cache and of the power.
-const IDLE_STEP: f64 = 0.223;
+const IDLE_STEP: f64 = 0.263;
 /// How sharply the slower of compute and memory hides the other.
 const SHARPNESS: i32 = 5;
 
 impl Tiled {
     /// An estimate of the launch's time in microseconds, for a problem of `[m, n, k]`.
     pub(super) fn estimate_us(&self, problem: [usize; 3]) -> f64 {
-        let k = problem[2] as f64;
         let (shape, schedule) = (self.shape(), self.schedule());
         let costs = shape_cost(shape);
         let (workers, k_steps) = (schedule.workers as f64, (schedule.k_steps * shape.spans()) as f64);
@@ -94,19 +84,12 @@ impl Tiled {
         let cluster = if self.cluster() > 1 { CLUSTER_STEP } else { 1.0 };
         let step = costs.step * cluster * (1.0 - IDLE_STEP * idle);
         let staggered = if splits && !even { STAGGERED_STEP[usize::from(self.cluster() > 1)] } else { 0.0 };
-        let whole_steps = whole * k_steps * step * (1.0 + STILL_STAGGERED * staggered);
-        let steps = whole_steps + stream_steps * step * (1.0 + staggered);
+        let steps = whole * k_steps * step + stream_steps * step * (1.0 + staggered);
         let compute = steps + (whole + stream_tiles) * costs.tile;
         let heat = if self.cluster() > 1 { 0.0 } else { HOT_STEP * compute / (compute + HEATING) };
         let compute = compute * (1.0 + heat);
 
         let from_memory = moved_megabytes(problem) / MEMORY;
-        let from_memory = from_memory * (1.0 + IDLE_MEMORY * idle * from_memory / (from_memory + LONG_RUN));
-        // Every tile reads its weights and its activations anew.
-        let tiles = schedule.tiles() as f64;
-        let tile_weights = (shape.channels() * self.cluster()) as f64 * k * 17.0 / 32.0;
-        let tile_activations = shape.tokens as f64 * k;
-        let from_cache = megabytes(tiles * (tile_weights + tile_activations)) / CACHE;
 
         let handover = if splits {
             let parts = (workers / streamed).max(1.0);
@@ -115,7 +98,7 @@ impl Tiled {
         } else {
             0.0
         };
-        slower_of(compute.max(from_cache), from_memory) + LAUNCH + handover
+        slower_of(compute, from_memory) + LAUNCH + handover
     }
 }
 

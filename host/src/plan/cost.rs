@@ -2,8 +2,9 @@
 //!
 //! A launch is as slow as its slower side, memory or the busiest worker; on top come a constant and, where tiles are
 //! shared along K, the handing over of partial sums. The constants were fitted to the plans of ten linear layers
-//! of LLaMA-2 and LLaMA-3 at 8 to 4,096 tokens on an H100 SXM: by least squares, and from there so that the choices lose least. `docs/performance-log.md` says how much. They need not be exact: a
-//! wrong choice costs time, never a bit of the result.
+//! of LLaMA-2 and LLaMA-3 at 16 to 1,024 tokens, and of some of them at 8, 32, 2,048 and 4,096, on an H100 SXM: by least
+//! squares, and from there so that the choices lose least. `docs/performance-log.md` says how much. They need not be
+//! exact: a wrong choice costs time, never a bit of the result.
 
 use liquidgemm_format::tile::TileShape;
 
@@ -90,7 +91,6 @@ impl Tiled {
         let compute = compute * (1.0 + heat);
 
         let from_memory = moved_megabytes(problem) / MEMORY;
-
         let handover = if splits {
             let parts = (workers / streamed).max(1.0);
             let sums = megabytes(shape.partial_bytes() as f64 * (self.cut.workers * self.cut.cluster) as f64);

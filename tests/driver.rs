@@ -31,8 +31,8 @@ const CHECKS: [Check; 13] = [
     ("a_broken_driver_is_told_from_a_missing_one", Library::Broken, broken_driver),
     ("a_driver_before_cuda_12_is_too_old", Library::Fake(&[("FAKE_CUDA_VERSION", "11080")]), driver_too_old),
     (
-        "a_driver_of_cuda_12_0_is_new_enough",
-        Library::Fake(&[("FAKE_CUDA_VERSION", "12000")]),
+        "a_driver_of_cuda_12_1_is_new_enough",
+        Library::Fake(&[("FAKE_CUDA_VERSION", "12010")]),
         driver_just_new,
     ),
     ("a_driver_that_finds_no_gpu_is_named_so", Library::Fake(&[("FAKE_CUDA_DEVICES", "0")]), no_device),
@@ -196,7 +196,7 @@ fn driver_too_old() -> Result<(), Failed> {
     let error = unusable()?;
     let GpuError::DriverTooOld { found, needed } = &error else { return Err(format!("{error:?}").into()) };
     check(
-        (found.major, found.minor) == (11, 8) && (needed.major, needed.minor) == (12, 0),
+        (found.major, found.minor) == (11, 8) && (needed.major, needed.minor) == (12, 1),
         error.to_string(),
     )?;
     check(error.to_string().contains("update the driver"), error.to_string())
@@ -204,7 +204,7 @@ fn driver_too_old() -> Result<(), Failed> {
 
 fn driver_just_new() -> Result<(), Failed> {
     let gpu = Gpu::new()?;
-    check(gpu.description() == "Fake GPU, 132 multiprocessors, driver for CUDA 12.0", gpu.description())
+    check(gpu.description() == "Fake GPU, 132 multiprocessors, driver for CUDA 12.1", gpu.description())
 }
 
 fn no_device() -> Result<(), Failed> {

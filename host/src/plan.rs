@@ -47,13 +47,15 @@ pub struct Tiled {
 pub struct Cut {
     /// The token tile and the depth of its ring.
     pub shape: TileShape,
-    /// Thread blocks that share each activation tile: a power of two, at most
-    /// [`TileShape::max_cluster`](liquidgemm_format::tile::TileShape::max_cluster).
+    /// Thread blocks of a cluster, which share each activation tile: a power of two, at most
+    /// [`TileShape::max_cluster`](liquidgemm_format::tile::TileShape::max_cluster). Where the shape says that blocks share a tile's K, a
+    /// cluster is those blocks, whatever is asked for.
     pub cluster: u32,
     /// Clusters that share the work.
     pub workers: u32,
     /// Waves whose tiles are shared out step by step, counted from the last, which may be a partial one. 0 leaves every
-    /// tile whole: some workers then have less to do, but there are no partial sums to add.
+    /// tile whole: some workers then have less to do, but there are no partial sums to add. Tiles whose K is shared by a cluster's
+    /// blocks are never shared further.
     pub streamed_waves: u32,
 }
 
@@ -88,7 +90,12 @@ impl Plan {
         shape: TileShape,
         multiprocessors: u32,
     ) -> Result<Self, Error> {
-        Self::with_cut(m, n, k, Cut { shape, cluster: 1, workers: multiprocessors, streamed_waves: 1 })
+        Self::with_cut(
+            m,
+            n,
+            k,
+            Cut { shape, cluster: 1, workers: multiprocessors / shape.split.max(1), streamed_waves: 1 },
+        )
     }
 
     /// The plan with everything chosen by the caller. Values beyond what the shape or the problem can use are
@@ -114,7 +121,7 @@ impl Plan {
                 continue;
             }
             for cluster in [1, 2] {
-                if cluster > shape.max_cluster().min(multiprocessors) {
+                if cluster > shape.max_cluster().min(multiprocessors) || cluster < shape.split {
                     continue;
                 }
                 let most = (multiprocessors / cluster).max(1);
@@ -138,6 +145,9 @@ impl Plan {
                 };
                 // Whole tiles, as even as can be.
                 consider(tiles.div_ceil(tiles.div_ceil(most)), 0)?;
+                if shape.split > 1 {
+                    continue;
+                }
                 if tiles < most {
                     // Every tile in the same number of equal parts.
                     consider(tiles * (most / tiles), 1)?;
@@ -203,15 +213,18 @@ impl Tiled {
     /// Cuts a problem, and brings the cut's values down to what it can use.
     fn new(m: usize, n: usize, k: usize, mut cut: Cut) -> Result<Self, Error> {
         check_problem(m, n, k)?;
-        let Some(shape) = TileShape::find(cut.shape.strips, cut.shape.tokens, cut.shape.halves) else {
+        let Some(shape) = Self::known_shape(cut.shape) else {
             return Err(GpuError::UnknownTile { shape: cut.shape }.into());
         };
         cut.shape = shape;
-        cut.cluster = 1 << cut.cluster.clamp(1, cut.shape.max_cluster().max(1)).ilog2();
-        let cluster_channels = cut.shape.channels() * cut.cluster;
+        cut.cluster = 1 << cut.cluster.clamp(shape.split, shape.max_cluster().max(1)).ilog2();
+        if shape.split > 1 {
+            cut.streamed_waves = 0;
+        }
+        let cluster_channels = shape.channels() * cut.cluster / shape.split;
         let channel_tiles = n.div_ceil(cluster_channels as usize) as u32;
         let token_tiles = m.div_ceil(cut.shape.tokens as usize) as u32;
-        let k_steps = brick::k_blocks(k).div_ceil(cut.shape.stage_bricks() as usize) as u32;
+        let k_steps = brick::k_blocks(k).div_ceil((cut.shape.stage_bricks() * shape.split) as usize) as u32;
         let tiles = channel_tiles as u64 * token_tiles as u64;
         if tiles * k_steps as u64 > u32::MAX as u64 {
             let limit = u32::MAX as usize / k_steps as usize;
@@ -254,6 +267,16 @@ impl Tiled {
         self.cut.cluster
     }
 
+    /// Output channels that a cluster computes at a time.
+    #[must_use]
+    pub fn cluster_channels(&self) -> u32 {
+        self.shape().channels() * self.cluster() / self.shape().split
+    }
+
+    fn known_shape(TileShape { strips, tokens, halves, split, .. }: TileShape) -> Option<TileShape> {
+        TileShape::find(strips, tokens, halves, split)
+    }
+
     /// Who computes what.
     #[must_use]
     pub fn schedule(&self) -> &Schedule {
@@ -293,11 +316,12 @@ impl fmt::Display for Tiled {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Schedule { channel_tiles, token_tiles, k_steps, workers, streamed_tiles, .. } = self.schedule;
         let Cut { shape, cluster, .. } = self.cut;
+        let sharing = if shape.split > 1 { " that share K" } else { "" };
         write!(
             f,
-            "tile {} channels x {} tokens in {cluster} blocks; {channel_tiles} x {token_tiles} tiles of {k_steps} \
-             steps on {workers} workers, {streamed_tiles} tiles shared along K",
-            shape.channels() * cluster,
+            "tile {} channels x {} tokens in {cluster} blocks{sharing}; {channel_tiles} x {token_tiles} tiles of \
+             {k_steps} steps on {workers} workers, {streamed_tiles} tiles shared along K",
+            self.cluster_channels(),
             shape.tokens,
         )
     }

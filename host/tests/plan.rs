@@ -39,10 +39,11 @@ fn check_tiles(plan: &Plan, tiled: &Tiled) -> Result<(), TestCaseError> {
     let covers = |pieces: u32, size: usize, whole: usize| {
         pieces as usize * size >= whole && (pieces as usize - 1) * size < whole
     };
-    let cluster_channels = (tiled.shape().channels() * tiled.cluster()) as usize;
+    let cluster_channels = tiled.cluster_channels() as usize;
     prop_assert!(covers(schedule.channel_tiles, cluster_channels, n), "channels: {plan}");
     prop_assert!(covers(schedule.token_tiles, tiled.shape().tokens as usize, m), "tokens: {plan}");
-    prop_assert!(covers(schedule.k_steps, tiled.shape().stage_k() as usize, k), "K: {plan}");
+    let step_k = tiled.shape().stage_k() * tiled.shape().split;
+    prop_assert!(covers(schedule.k_steps, step_k as usize, k), "K: {plan}");
     prop_assert_eq!(schedule.workers * tiled.cluster(), plan.blocks());
 
     let tiles = schedule.tiles() as usize;
@@ -131,7 +132,7 @@ proptest! {
         let plan = Plan::with_tile(m, n, k, shape, multiprocessors).unwrap();
         prop_assert_eq!(tiled(&plan).shape(), shape);
         check_cover(&plan)?;
-        check_fit(&plan, multiprocessors)?;
+        check_fit(&plan, multiprocessors.max(shape.split))?;
     }
 
     #[test]
@@ -147,7 +148,7 @@ proptest! {
         let plan = Plan::with_cut(m, n, k, Cut { shape, cluster, workers, streamed_waves }).unwrap();
         check_cover(&plan)?;
         prop_assert!(tiled(&plan).cut().workers <= workers.max(1));
-        prop_assert!(tiled(&plan).cluster() <= cluster.max(1));
+        prop_assert!(tiled(&plan).cluster() <= cluster.max(shape.split));
     }
 }
 
@@ -216,8 +217,7 @@ fn a_plan_shows_its_tile_and_workers_on_one_line() {
     let text = plan.to_string();
     assert_eq!(text.lines().count(), 1);
     let tiled = tiled(&plan);
-    let tile =
-        format!("{} channels x {} tokens", tiled.shape().channels() * tiled.cluster(), tiled.shape().tokens);
+    let tile = format!("{} channels x {} tokens", tiled.cluster_channels(), tiled.shape().tokens);
     assert!(text.contains(&tile), "{text}");
     assert!(text.contains(&format!("{} workers", tiled.cut().workers)), "{text}");
 }

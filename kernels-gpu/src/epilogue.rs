@@ -10,7 +10,6 @@ use liquidgemm_format::arguments::{GemmArguments, output_type};
 use liquidgemm_format::brick::BRICK_CHANNELS;
 use liquidgemm_format::tile::{TileShape, WARPGROUP};
 
-use crate::halves::finishes;
 use crate::partials::sync_consumer;
 use crate::pipeline::{Consumer, Shared};
 use crate::ptx::hint::no_unroll;
@@ -22,6 +21,7 @@ use crate::ptx::memory::{
 };
 use crate::ptx::wgmma::{Accumulator, BlockVisitor};
 use crate::ptx::{mbarrier, tma};
+use crate::split::finishes;
 
 /// A bias that changes no value, not even −0.0.
 pub const NO_BIAS: f32 = -0.0;
@@ -137,13 +137,15 @@ impl<'a> Epilogue<'a> {
         }
     }
 
-    /// Writes the tile, whose scales are parked.
+    /// Writes the tile, whose scales are parked, or one of its rounds, which come one after the other.
     ///
     /// # Safety
     /// All threads of the consumer call it, and the arguments' output is valid.
     #[inline(always)]
-    pub unsafe fn store<A: Accumulator>(&self, accumulator: &mut A) {
-        sync_consumer(self.consumer.index);
+    pub unsafe fn store<A: Accumulator>(&self, accumulator: &mut A, only: Option<u32>) {
+        if let None | Some(0) = only {
+            sync_consumer(self.consumer.index);
+        }
         let channel = self.consumer.thread / 32 * 16 + self.consumer.thread % 32 / 4;
         // SAFETY: parked before the barrier.
         let [upper, lower] = unsafe {
@@ -156,29 +158,26 @@ impl<'a> Epilogue<'a> {
         let is_bf16 = output_type == output_type::BF16;
         if self.shape.maps_output() && self.arguments.output_is_mapped != 0 {
             // What large tiles are used for most, each its own code.
-            if self.arguments.bias == 0 {
-                let scaling = Scaling::<false> { epilogue: self, upper, lower };
+            if self.arguments.bias == 0 && self.shape.split == 1 {
+                let scaling = Scaling::<false> { epilogue: self, upper, lower, only };
                 if is_bf16 {
                     accumulator.visit(&mut Transposed::new(scaling, Bf16, Mapped));
                 } else {
                     accumulator.visit(&mut Transposed::new(scaling, F16, Mapped));
                 }
             } else {
-                let scaling = Scaling::<true> { epilogue: self, upper, lower };
+                let scaling = Scaling::<true> { epilogue: self, upper, lower, only };
                 accumulator.visit(&mut Transposed::new(scaling, Either { is_bf16 }, Mapped));
             }
             // Its last barrier has seen everyone read the last scales.
             return;
         }
-        let scaling = Scaling::<true> { epilogue: self, upper, lower };
+        let scaling = Scaling::<true> { epilogue: self, upper, lower, only };
         match output_type {
-            output_type::BF16 | output_type::F16 if self.shape.maps_output() => {
+            output_type::BF16 | output_type::F16 => {
                 accumulator.visit(&mut Transposed::new(scaling, Either { is_bf16 }, Pieces));
             }
-            output_type::BF16 => accumulator.visit(&mut Transposed::new(scaling, Bf16, Pieces)),
-            output_type::F16 => accumulator.visit(&mut Transposed::new(scaling, F16, Pieces)),
-            output_type::F32 => accumulator.visit(&mut Direct::<true> { scaling }),
-            _ => accumulator.visit(&mut Direct::<false> { scaling }),
+            _ => accumulator.visit(&mut Direct { scaling, is_scaled: output_type == output_type::F32 }),
         }
         // The next tile's scales may overwrite these.
         sync_consumer(self.consumer.index);
@@ -200,9 +199,18 @@ struct Scaling<'a, 'b, const BIAS: bool> {
     upper: [f32; 2],
     /// And of channel g + 8.
     lower: [f32; 2],
+    /// The round to write, if not all of them.
+    only: Option<u32>,
 }
 
 impl<const BIAS: bool> Scaling<'_, '_, BIAS> {
+    /// Whether the results of block `j` are written, and by this consumer.
+    #[inline(always)]
+    fn writes(&self, j: u32) -> bool {
+        let Epilogue { shape, consumer, .. } = *self.epilogue;
+        self.only.is_none_or(|round| round == shape.round_of_block(j)) && finishes(shape, consumer, j)
+    }
+
     /// The block's four results as f32, in the accumulator's order.
     #[inline(always)]
     fn scaled(&self, j: u32, block: &[i32; 4]) -> [f32; 4] {
@@ -391,8 +399,8 @@ unsafe fn store_one_by_one(mut address: u64, mut shared: u32, mut channel: u32, 
 impl<H: Half, E: Exit, const BIAS: bool> BlockVisitor for Transposed<'_, '_, H, E, BIAS> {
     #[inline(always)]
     fn block(&mut self, j: u32, block: &mut [i32; 4]) {
-        let Epilogue { shape, consumer, first_token, .. } = *self.scaling.epilogue;
-        if !finishes(shape, consumer, j) {
+        let Epilogue { shape, first_token, .. } = *self.scaling.epilogue;
+        if !self.scaling.writes(j) {
             return;
         }
         let [a, b, c, d] = self.scaling.scaled(j, block);
@@ -417,26 +425,25 @@ impl<H: Half, E: Exit, const BIAS: bool> BlockVisitor for Transposed<'_, '_, H, 
     }
 }
 
-/// 32-bit results, from the registers.
-struct Direct<'a, 'b, const SCALED: bool> {
+/// 32-bit results, from the registers: f32, or the sums themselves. One piece of code for both is worth an instruction a result.
+struct Direct<'a, 'b> {
     scaling: Scaling<'a, 'b, true>,
+    is_scaled: bool,
 }
 
-impl<const SCALED: bool> BlockVisitor for Direct<'_, '_, SCALED> {
+impl BlockVisitor for Direct<'_, '_> {
     #[inline(always)]
     fn block(&mut self, j: u32, block: &mut [i32; 4]) {
         let epilogue = self.scaling.epilogue;
-        if !finishes(epilogue.shape, epilogue.consumer, j) {
+        if !self.scaling.writes(j) {
             return;
         }
         let lane = epilogue.consumer.thread % 32;
         let token = epilogue.first_token + 8 * j + lane % 4 * 2;
         let channel = epilogue.first_channel + epilogue.consumer.thread / 32 * 16 + lane / 4;
-        let values = if SCALED {
-            self.scaling.scaled(j, block).map(f32::to_bits)
-        } else {
-            block.map(|sum| sum as u32)
-        };
+        let [a, b, c, d] = self.scaling.scaled(j, block);
+        let value = |scaled: f32, sum: i32| if self.is_scaled { scaled.to_bits() } else { sum as u32 };
+        let values = [value(a, block[0]), value(b, block[1]), value(c, block[2]), value(d, block[3])];
         let store = |token: u32, channel: u32, value: u32| {
             if token < epilogue.arguments.m && channel < epilogue.arguments.n {
                 // SAFETY: inside the output.

@@ -12,7 +12,7 @@ use cuda_std::{TensorMap, cluster, shared, thread, warp};
 use liquidgemm_format::arguments::GemmArguments;
 use liquidgemm_format::brick::BRICK_BYTES;
 use liquidgemm_format::ring::RingCursor;
-use liquidgemm_format::schedule::{Segment, TilePosition};
+use liquidgemm_format::schedule::{Schedule, Segment, TilePosition};
 use liquidgemm_format::tile::{SPAN_BRICKS, SPAN_K, STRIP_SPAN_BYTES, TileShape};
 
 use crate::dequant::{BrickShare, Dequantization, SharePlace};
@@ -21,6 +21,7 @@ use crate::pipeline::{Cluster, Consumer, Shared};
 use crate::ptx::tma::Policy;
 use crate::ptx::wgmma::{Accumulator, DESCRIPTOR_K32};
 use crate::ptx::{grid, registers, tma, wgmma};
+use crate::split::Exchange;
 use crate::{halves, partials};
 
 /// A consumer's main loop, on its way through a segment. The library's is [`StageWalk`]; the ablation compares it with
@@ -62,20 +63,29 @@ pub trait MainLoop: Sized {
 /// 16-bit output with boxes of 64 channels × [`TileShape::epilogue_tokens`] and the same swizzle, if
 /// `output_is_mapped` says so.
 #[inline(always)]
-pub unsafe fn gemm<A: Accumulator, L: MainLoop, const STRIPS: u32, const HALVES: u32, const STAGES: u32>(
+pub unsafe fn gemm<
+    A: Accumulator,
+    L: MainLoop,
+    const STRIPS: u32,
+    const HALVES: u32,
+    const SPLIT: u32,
+    const STAGES: u32,
+>(
     activations: *const TensorMap,
     output: *const TensorMap,
     arguments: &GemmArguments,
 ) {
-    let shape = const { TileShape { strips: STRIPS, tokens: A::TOKENS, halves: HALVES, stages: STAGES } };
+    let shape = const {
+        TileShape { strips: STRIPS, tokens: A::TOKENS, halves: HALVES, split: SPLIT, stages: STAGES }
+    };
     let shared = Shared::new(shared::dynamic_shared_mem(), shape);
     let thread = thread::thread_idx_x();
     let warp = warp::broadcast(thread / warp::WARP_SIZE);
     let warpgroup = warp / 4;
-    let cluster = Cluster { blocks: cluster::blocks(), rank: cluster::block_rank() };
+    let cluster = Cluster::of_block(shape);
 
     if thread == 0 {
-        // SAFETY: the map is a parameter; the barrier below orders the barriers' making.
+        // SAFETY: the maps are parameters; the barrier below orders the barriers' making.
         unsafe {
             tma::prefetch_map(activations);
             if shape.maps_output() {
@@ -85,6 +95,9 @@ pub unsafe fn gemm<A: Accumulator, L: MainLoop, const STRIPS: u32, const HALVES:
         }
     }
     sync(cluster);
+    if shape.split > 1 {
+        cluster::arrive_relaxed();
+    }
 
     let consumers = STRIPS * HALVES;
     if warpgroup == consumers {
@@ -106,8 +119,19 @@ pub unsafe fn gemm<A: Accumulator, L: MainLoop, const STRIPS: u32, const HALVES:
             unsafe { registers::increase::<STRIPS, HALVES>() };
         }
         let consumer = Consumer::of_warpgroup(warpgroup, thread, shape);
+        if shape.split > 1 {
+            // The other block's barriers are made.
+            cluster::wait();
+        }
         // SAFETY: the whole warpgroup is here; the caller vouches for the arguments.
         unsafe { consume::<A, L>(arguments, output, shared, shape, cluster, consumer) };
+    }
+    if shape.split > 1 {
+        if warpgroup == consumers {
+            cluster::wait();
+        }
+        // The other block may still arrive on the barriers here.
+        cluster::sync_cluster_relaxed();
     }
     if cluster.blocks > 1 {
         // The others may still send activations here, or arrive on the barriers.
@@ -151,7 +175,7 @@ pub(crate) unsafe fn produce_bricks<const STAGES: u32>(
     let strip_bytes = arguments.k_blocks as u64 * BRICK_BYTES as u64;
     let mut ring = RingCursor::<STAGES>::start();
     let begin = thread::clock64() as u32;
-    let blocks = schedule.workers * cluster.blocks;
+    let blocks = schedule.workers * cluster.blocks * shape.split;
     let pace = shape.strips * shape.strip_stage_bytes() * blocks / FIRST_TURN_BYTES;
     let mut due = 0;
     let policy = Policy::evict_first();
@@ -160,7 +184,7 @@ pub(crate) unsafe fn produce_bricks<const STAGES: u32>(
         // The last tiles may have fewer strips: their consumers then work on what happens to lie there, and store
         // nothing.
         let strips = arguments.strips.saturating_sub(first_strip).min(shape.strips);
-        let mut block = segment.k_begin * shape.stage_bricks();
+        let mut block = (first_step(schedule, cluster) + segment.k_begin) * shape.stage_bricks();
         let mut source =
             arguments.bricks + first_strip as u64 * strip_bytes + block as u64 * BRICK_BYTES as u64;
         for _ in segment.k_begin..segment.k_end {
@@ -180,7 +204,7 @@ pub(crate) unsafe fn produce_bricks<const STAGES: u32>(
                         let full = shared.announce(stage, SPAN, strips * bytes);
                         let offset = SPAN * STRIP_SPAN_BYTES;
                         seq_macro::seq!(STRIP in 0..3 {
-                            if STRIP < shape.strips && STRIP < strips && (SPAN == 0 || bytes > 0) {
+                            if STRIP < shape.strips && STRIP < strips && (SPAN == 0 && shape.split == 1 || bytes > 0) {
                                 let from = source + STRIP * strip_bytes + offset as u64;
                                 tma::load_bulk(shared.bricks(stage, STRIP) + offset, from, bytes, full, policy);
                             }
@@ -209,12 +233,13 @@ pub(crate) unsafe fn produce_activations<const STAGES: u32>(
     let part_tokens = shape.tokens >> cluster.blocks.trailing_zeros();
     let part_offset = cluster.rank * part_tokens * SPAN_K;
     let every_block = (1 << cluster.blocks) - 1;
+    let first_step = first_step(schedule, cluster);
     let mut ring = RingCursor::<STAGES>::start();
     grid::await_previous();
     for segment in schedule.segments(cluster::cluster_idx_x()) {
         let position = schedule.position(segment.tile);
         let token = position.token_tile * shape.tokens + cluster.rank * part_tokens;
-        for step in segment.k_begin..segment.k_end {
+        for step in first_step + segment.k_begin..first_step + segment.k_end {
             let stage = ring.stage();
             let destination = shared.activations(stage) + part_offset;
             // SAFETY: the stage is empty once acquired and holds what is copied; so do the other blocks', as their
@@ -225,7 +250,9 @@ pub(crate) unsafe fn produce_activations<const STAGES: u32>(
                     if SPAN < shape.spans() {
                         let full = shared.announce(stage, SPAN, shape.span_bytes());
                         let (to, k) = (destination + SPAN * shape.span_bytes(), step * shape.stage_k() + SPAN * SPAN_K);
-                        if cluster.blocks > 1 {
+                        if shape.split > 1 {
+                            load_parts(to, activations, k, token, full, shape, cluster);
+                        } else if cluster.blocks > 1 {
                             tma::load_2d_multicast(to, activations, k, token, full, every_block);
                         } else {
                             tma::load_2d(to, activations, k, token, full);
@@ -236,6 +263,37 @@ pub(crate) unsafe fn produce_activations<const STAGES: u32>(
             ring = ring.next();
         }
     }
+}
+
+/// The first step that is this block's, where two share a tile's K.
+#[inline(always)]
+fn first_step(schedule: Schedule, cluster: Cluster) -> u32 {
+    cluster.part * schedule.k_steps
+}
+
+/// Loads an activation tile with the tokens that this block's consumers finish before those that the other block's do: of every two
+/// boxes, the second block has the second one first.
+///
+/// # Safety
+/// As for [`tma::load_2d`], for all boxes of the tile from `token` on.
+#[inline(always)]
+unsafe fn load_parts(
+    to: u32,
+    activations: *const TensorMap,
+    k: u32,
+    token: u32,
+    full: u32,
+    shape: TileShape,
+    cluster: Cluster,
+) {
+    let tokens = shape.finished_tokens();
+    seq_macro::seq!(PART in 0..4 {
+        if PART * tokens < shape.tokens {
+            let first = token + (PART ^ cluster.part) * tokens;
+            // SAFETY: the caller vouches for the tile.
+            unsafe { tma::load_2d(to + PART * tokens * SPAN_K, activations, k, first, full) };
+        }
+    });
 }
 
 /// A consumer: a 64-channel strip of every tile, or one half of its K.
@@ -252,6 +310,8 @@ pub(crate) unsafe fn consume<A: Accumulator, L: MainLoop>(
     let worker = cluster::cluster_idx_x();
     let slots = partials::Slots { shape, cluster, consumer };
     let mut position = L::START;
+    let exchange = Exchange::new(shared, shape, cluster, consumer);
+    let mut parity = 0;
     // A small tile waits for its first stage anyway, and has no registers to spare during the main loop.
     let parks_early = !shape.moves_registers();
     let mut segments = schedule.segments(worker);
@@ -271,6 +331,9 @@ pub(crate) unsafe fn consume<A: Accumulator, L: MainLoop>(
             }
             let walk = L::accumulate(&mut accumulator, position, current, shared, shape, cluster, consumer);
             // While the last MMAs run:
+            if shape.split > 1 {
+                exchange.open(parity);
+            }
             if !parks_early {
                 epilogue.park(scales);
             }
@@ -282,10 +345,19 @@ pub(crate) unsafe fn consume<A: Accumulator, L: MainLoop>(
             }
             position = walk.leave();
             halves::exchange(&mut accumulator, shared, shape, consumer);
-            if schedule.owns(current) {
+            if shape.split > 1 {
+                exchange.give(&mut accumulator);
+                seq_macro::seq!(ROUND in 0..2 {
+                    if ROUND < shape.epilogue_rounds() {
+                        exchange.take(&mut accumulator, ROUND, parity);
+                        epilogue.store(&mut accumulator, Some(ROUND));
+                    }
+                });
+                parity ^= 1;
+            } else if schedule.owns(current) {
                 let first = schedule.first_contributor(worker, current);
                 slots.collect(&mut accumulator, arguments, first..worker);
-                epilogue.store(&mut accumulator);
+                epilogue.store(&mut accumulator, None);
             } else {
                 slots.contribute(&mut accumulator, arguments, worker);
             }
@@ -313,7 +385,9 @@ fn epilogue_of<'a>(
     };
     let position = arguments.schedule.position(tile);
     let strip = first_strip(position, shape, cluster) + consumer.strip;
-    Epilogue::new(arguments, output, shared, shape, [strip, position.token_tile * shape.tokens], consumer)
+    // Where two blocks share the tile, the second one's tokens come second, but lie first in its accumulators.
+    let token = position.token_tile * shape.tokens + cluster.part * shape.finished_tokens();
+    Epilogue::new(arguments, output, shared, shape, [strip, token], consumer)
 }
 
 /// The library's main loop: a consumer's way through the stages of a segment.

@@ -1,20 +1,20 @@
 //! Two consumers that share a strip's K: each hands the other the sums of one half of the tokens and adds what it
-//! gets to its own half, which it then finishes alone. The sums are int32, so the order is of no consequence.
+//! gets to its own half, which it keeps. The sums are int32, so the order is of no consequence.
 
 use cuda_std::thread;
 use liquidgemm_format::tile::{TileShape, WARPGROUP};
 
 use crate::pipeline::{Consumer, Shared};
-use crate::ptx::memory::{load_shared_x4, store_shared_x4};
+use crate::ptx::memory::{load_shared_x4_if, store_shared_x4_if};
 use crate::ptx::wgmma::{Accumulator, BlockVisitor};
 
 /// The first named barrier of the strips; those before are the block's and the consumers'.
 const FIRST_BARRIER: u32 = 8;
 
-/// Whether a consumer finishes the eight tokens of block `j` of its accumulator.
+/// Whether a consumer keeps the eight tokens of block `j` of its accumulator.
 #[inline(always)]
-pub fn finishes(shape: TileShape, consumer: Consumer, j: u32) -> bool {
-    shape.halves == 1 || j * 8 / shape.finished_tokens() == consumer.half
+pub fn keeps(shape: TileShape, consumer: Consumer, j: u32) -> bool {
+    shape.halves == 1 || j * 8 / shape.kept_tokens() == consumer.half
 }
 
 /// Exchanges the sums of a strip's two consumers, if it has two.
@@ -65,11 +65,10 @@ struct Give {
 impl BlockVisitor for Give {
     #[inline(always)]
     fn block(&mut self, j: u32, block: &mut [i32; 4]) {
-        if let Some(address) = place(self.shape, self.buffer, self.round, j)
-            && !finishes(self.shape, self.consumer, j)
-        {
+        if let Some(address) = place(self.shape, self.buffer, self.round, j) {
+            let given = !keeps(self.shape, self.consumer, j);
             // SAFETY: inside the strip's exchange buffer.
-            unsafe { store_shared_x4(address, block.map(|sum| sum as u32)) };
+            unsafe { store_shared_x4_if(given, address, block.map(|sum| sum as u32)) };
         }
     }
 }
@@ -84,15 +83,19 @@ struct Take {
 impl BlockVisitor for Take {
     #[inline(always)]
     fn block(&mut self, j: u32, block: &mut [i32; 4]) {
-        if let Some(address) = place(self.shape, self.buffer, self.round, j)
-            && finishes(self.shape, self.consumer, j)
-        {
+        if let Some(address) = place(self.shape, self.buffer, self.round, j) {
             // SAFETY: the other consumer wrote it before the barrier.
-            let other = unsafe { load_shared_x4(address) };
-            block[0] = block[0].wrapping_add(other[0] as i32);
-            block[1] = block[1].wrapping_add(other[1] as i32);
-            block[2] = block[2].wrapping_add(other[2] as i32);
-            block[3] = block[3].wrapping_add(other[3] as i32);
+            let other = unsafe { load_shared_x4_if(keeps(self.shape, self.consumer, j), address) };
+            add(block, other);
         }
     }
+}
+
+/// Adds sums to sums.
+#[inline(always)]
+pub fn add(block: &mut [i32; 4], other: [i32; 4]) {
+    block[0] = block[0].wrapping_add(other[0]);
+    block[1] = block[1].wrapping_add(other[1]);
+    block[2] = block[2].wrapping_add(other[2]);
+    block[3] = block[3].wrapping_add(other[3]);
 }

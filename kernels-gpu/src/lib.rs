@@ -17,6 +17,7 @@ pub mod pipeline;
 pub mod probes;
 pub mod ptx;
 pub mod skinny;
+pub mod split;
 
 use cuda_std::kernel;
 use liquidgemm_format::arguments::{GemmArguments, SkinnyArguments};
@@ -27,16 +28,16 @@ use dequant::LiquidQuant;
 use gemm::StageWalk;
 use ptx::wgmma;
 
-/// The shape of so many strips, tokens and halves.
-const fn shape(strips: u32, tokens: u32, halves: u32) -> TileShape {
-    match TileShape::find(strips, tokens, halves) {
+/// The shape of so many strips, tokens, halves and blocks that share K.
+const fn shape(strips: u32, tokens: u32, halves: u32, split: u32) -> TileShape {
+    match TileShape::find(strips, tokens, halves, split) {
         Some(shape) => shape,
         None => panic!("no such tile shape"),
     }
 }
 
 macro_rules! gemm_kernel {
-    ($name:ident, $strips:literal, $accumulator:ident, $halves:literal, $threads:literal) => {
+    ($name:ident, $strips:literal, $accumulator:ident, $halves:literal, $split:literal, $threads:literal) => {
         #[doc = concat!("[`gemm::gemm`] for ", $strips, " strips and [`wgmma::", stringify!($accumulator), "`].")]
         ///
         /// # Safety
@@ -48,7 +49,7 @@ macro_rules! gemm_kernel {
             arguments: GemmArguments,
         ) {
             const TOKENS: u32 = <wgmma::$accumulator as wgmma::Accumulator>::TOKENS;
-            const SHAPE: TileShape = shape($strips, TOKENS, $halves);
+            const SHAPE: TileShape = shape($strips, TOKENS, $halves, $split);
             const _: () = assert!(SHAPE.threads() == $threads);
             // SAFETY: the launcher vouches for the arguments.
             unsafe {
@@ -57,6 +58,7 @@ macro_rules! gemm_kernel {
                     StageWalk<LiquidQuant, { SHAPE.stages }>,
                     $strips,
                     $halves,
+                    $split,
                     { SHAPE.stages },
                 >(activations, output, &arguments)
             }
@@ -64,20 +66,23 @@ macro_rules! gemm_kernel {
     };
 }
 
-gemm_kernel!(gemm_128x8, 2, Accumulator8, 1, 320);
-gemm_kernel!(gemm_64x16, 1, Accumulator16, 2, 320);
-gemm_kernel!(gemm_128x16, 2, Accumulator16, 1, 320);
-gemm_kernel!(gemm_192x16, 3, Accumulator16, 1, 448);
-gemm_kernel!(gemm_64x32, 1, Accumulator32, 2, 320);
-gemm_kernel!(gemm_128x32, 2, Accumulator32, 1, 320);
-gemm_kernel!(gemm_192x32, 3, Accumulator32, 1, 448);
-gemm_kernel!(gemm_64x64, 1, Accumulator64, 2, 320);
-gemm_kernel!(gemm_128x64, 2, Accumulator64, 1, 320);
-gemm_kernel!(gemm_192x64, 3, Accumulator64, 1, 448);
-gemm_kernel!(gemm_64x128, 1, Accumulator128, 2, 384);
-gemm_kernel!(gemm_128x128, 2, Accumulator128, 1, 384);
-gemm_kernel!(gemm_192x128, 3, Accumulator128, 1, 512);
-gemm_kernel!(gemm_128x256, 2, Accumulator256, 1, 384);
+gemm_kernel!(gemm_128x8, 2, Accumulator8, 1, 1, 320);
+gemm_kernel!(gemm_64x16, 1, Accumulator16, 2, 1, 320);
+gemm_kernel!(gemm_128x16, 2, Accumulator16, 1, 1, 320);
+gemm_kernel!(gemm_192x16, 3, Accumulator16, 1, 1, 448);
+gemm_kernel!(gemm_64x32, 1, Accumulator32, 2, 1, 320);
+gemm_kernel!(gemm_128x32, 2, Accumulator32, 1, 1, 320);
+gemm_kernel!(gemm_192x32, 3, Accumulator32, 1, 1, 448);
+gemm_kernel!(gemm_64x64, 1, Accumulator64, 2, 1, 320);
+gemm_kernel!(gemm_128x64, 2, Accumulator64, 1, 1, 320);
+gemm_kernel!(gemm_192x64, 3, Accumulator64, 1, 1, 448);
+gemm_kernel!(gemm_64x128, 1, Accumulator128, 2, 1, 384);
+gemm_kernel!(gemm_128x128, 2, Accumulator128, 1, 1, 384);
+gemm_kernel!(gemm_192x128, 3, Accumulator128, 1, 1, 512);
+gemm_kernel!(gemm_64x128_split, 1, Accumulator128, 2, 2, 384);
+gemm_kernel!(gemm_128x128_split, 2, Accumulator128, 1, 2, 384);
+gemm_kernel!(gemm_192x128_split, 3, Accumulator128, 1, 2, 512);
+gemm_kernel!(gemm_128x256, 2, Accumulator256, 1, 1, 384);
 
 /// The shape for few tokens of so many units and groups of 8 tokens.
 const fn skinny_shape(units: u32, groups: u32) -> SkinnyShape {

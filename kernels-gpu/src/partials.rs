@@ -10,10 +10,10 @@ use cuda_std::thread;
 use liquidgemm_format::arguments::GemmArguments;
 use liquidgemm_format::tile::{TileShape, WARPGROUP};
 
-use crate::halves::finishes;
 use crate::pipeline::{Cluster, Consumer};
 use crate::ptx::memory::{await_flag, load_global_x4_if, raise_flag, store_global_x4};
 use crate::ptx::wgmma::{Accumulator, BlockVisitor};
+use crate::split::finishes;
 
 /// The named barrier of one consumer.
 #[inline(always)]

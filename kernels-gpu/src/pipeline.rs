@@ -2,8 +2,9 @@
 //!
 //! The layout is `liquidgemm_format::tile`'s, from which the host takes the size.
 
+use cuda_std::cluster;
 use liquidgemm_format::brick::{BRICK_BYTES, BRICK_CHANNELS};
-use liquidgemm_format::tile::{TileShape, WARPGROUP};
+use liquidgemm_format::tile::{SPLIT_BARRIERS_BYTES, TileShape, WARPGROUP};
 
 use crate::ptx::{mbarrier, wgmma};
 
@@ -13,10 +14,42 @@ const PRODUCERS: u32 = 2;
 /// Where a block stands in its cluster.
 #[derive(Clone, Copy)]
 pub struct Cluster {
-    /// The cluster's blocks.
+    /// The cluster's blocks that share activations; 1 where they share K.
     pub blocks: u32,
     /// This block's rank among them.
     pub rank: u32,
+    /// Which part of its tiles' K the block multiplies, where blocks share that; else 0.
+    pub part: u32,
+}
+
+impl Cluster {
+    /// Of this block, whose tile has a shape.
+    #[inline(always)]
+    pub fn of_block(shape: TileShape) -> Self {
+        if shape.split > 1 {
+            Self { blocks: 1, rank: 0, part: cluster::block_rank() }
+        } else {
+            Self { blocks: cluster::blocks(), rank: cluster::block_rank(), part: 0 }
+        }
+    }
+}
+
+/// The barriers of a consumer's exchange with the other block that shares its tile's K.
+#[derive(Clone, Copy)]
+pub struct SplitBarriers(u32);
+
+impl SplitBarriers {
+    /// The sums of this round of the epilogue, the first or the second, are here.
+    #[inline(always)]
+    pub fn arrived(self, round: u32) -> u32 {
+        self.0 + round * 8
+    }
+
+    /// The other block has taken those from here.
+    #[inline(always)]
+    pub fn taken(self) -> u32 {
+        self.0 + 16
+    }
 }
 
 /// Which of a block's consumers a warpgroup is, and which of its threads a thread.
@@ -101,6 +134,18 @@ impl Shared {
         self.base + self.shape.exchange_offset() + strip * self.shape.exchange_bytes()
     }
 
+    /// The buffer in which a consumer gets the other block's sums, where two share a tile's K.
+    #[inline(always)]
+    pub fn other_sums(self, consumer: Consumer) -> u32 {
+        self.base + self.shape.split_offset() + consumer.index * self.shape.split_bytes()
+    }
+
+    /// The barriers of that exchange, of a consumer by its index.
+    #[inline(always)]
+    pub fn split_barriers(self, consumer: u32) -> SplitBarriers {
+        SplitBarriers(self.base + self.shape.split_barriers_offset() + consumer * SPLIT_BARRIERS_BYTES)
+    }
+
     /// A consumer's copy of the tile's token scales.
     #[inline(always)]
     pub fn token_scales(self, consumer: Consumer) -> u32 {
@@ -146,6 +191,17 @@ impl Shared {
                 mbarrier::init(self.empty(stage), empty_arrivals);
             }
             stage += 1;
+        }
+        let mut consumer = 0;
+        while consumer < consumers && self.shape.split > 1 {
+            let barriers = self.split_barriers(consumer);
+            // SAFETY: as above.
+            unsafe {
+                mbarrier::init(barriers.arrived(0), 1);
+                mbarrier::init(barriers.arrived(1), 1);
+                mbarrier::init(barriers.taken(), WARPGROUP / 32);
+            }
+            consumer += 1;
         }
         // SAFETY: this thread made the barriers.
         unsafe { mbarrier::fence_init() }

@@ -134,12 +134,16 @@ impl Place {
     /// The whole warp calls it, once.
     #[inline(always)]
     unsafe fn init_barriers(self, shape: SkinnyShape) {
-        // SAFETY: one lane makes each barrier, before the warp's barrier; no other warp uses them.
-        unsafe {
-            if self.lane < shape.activation_stages {
-                mbarrier::init(self.barrier(shape, self.lane), 1);
-                mbarrier::fence_init();
+        // One lane makes all of them: by a lane each it would be a loop over the lanes.
+        if self.lane == 0 {
+            let mut stage = 0;
+            while stage < shape.activation_stages {
+                // SAFETY: the barrier is made before the warp's; no other warp uses it.
+                unsafe { mbarrier::init(self.barrier(shape, stage), 1) };
+                stage += 1;
             }
+            // SAFETY: this thread made the barriers.
+            unsafe { mbarrier::fence_init() };
         }
         warp::sync_warp();
     }

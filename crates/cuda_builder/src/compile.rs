@@ -18,7 +18,7 @@ use crate::toolchain::Toolchain;
 const TARGET: &str = "nvptx64-nvidia-cuda";
 
 /// The PTX version that the kernels' instructions ask for.
-const PTX_FEATURE: &str = "+ptx80";
+const PTX_FEATURE: &str = "+ptx81";
 
 /// What rustc says about that feature, once a crate. It is as stable as the pinned compiler.
 const KNOWN_WARNING: &str = "unstable feature specified for `-Ctarget-feature`";

@@ -116,7 +116,7 @@ pub fn finish(text: &str, target: &str) -> Result<Vec<Kernel>, FinishError> {
         .into_iter()
         .map(|entry| {
             entry.refuse_local_memory()?;
-            let body = stable_labels(&compact(&entry.body));
+            let body = short_registers(&stable_labels(&compact(&entry.body)));
             let text = format!("{preamble}\n\n{}\n{body}\n", entry.head.trim_end());
             Ok(Kernel { entry: entry.name, text })
         })
@@ -366,6 +366,28 @@ fn stable_labels(body: &str) -> String {
         result.push_str(LABEL);
         let rest = part.trim_start_matches(|c: char| c.is_ascii_digit());
         result.push_str(if rest.starts_with('_') { rest } else { part });
+    }
+    result
+}
+
+/// Takes the `%` out of the names of the virtual registers that the kernel declares, as in `.reg .b32 %r<9>;`: a register's name is most
+/// of the text. Other names keep theirs, and so the special registers do.
+fn short_registers(body: &str) -> String {
+    let declared: BTreeSet<&str> = body
+        .lines()
+        .filter(|line| line.starts_with(".reg "))
+        .filter_map(|line| line.split_once('%')?.1.split_once('<'))
+        .map(|(name, _)| name)
+        .collect();
+    let mut parts = body.split('%');
+    let mut result = parts.next().unwrap_or_default().to_owned();
+    for part in parts {
+        let name = part.split(|c: char| !c.is_ascii_alphabetic()).next().unwrap_or_default();
+        let numbered = part[name.len()..].starts_with(|c: char| c.is_ascii_digit() || c == '<');
+        if !(numbered && declared.contains(name)) {
+            result.push('%');
+        }
+        result.push_str(part);
     }
     result
 }

@@ -29,6 +29,20 @@ pub fn blocks() -> u32 {
     count
 }
 
+/// Arrives at the cluster's barrier, without waiting; [`wait`] must follow. It orders no memory accesses.
+#[inline(always)]
+pub fn arrive_relaxed() {
+    // SAFETY: the barrier touches no memory of its own.
+    unsafe { asm!("barrier.cluster.arrive.relaxed.aligned;", options(nostack)) }
+}
+
+/// Waits until every thread of every block of the cluster has arrived.
+#[inline(always)]
+pub fn wait() {
+    // SAFETY: the barrier touches no memory of its own.
+    unsafe { asm!("barrier.cluster.wait.aligned;", options(nostack)) }
+}
+
 /// Waits for every thread of every block of the cluster. It orders no memory accesses: what others must see needs a fence
 /// of its own.
 #[inline(always)]

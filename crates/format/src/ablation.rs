@@ -13,7 +13,7 @@ pub const fn tile(tokens: u32) -> Option<TileShape> {
     let mut index = 0;
     while index < TOKENS.len() {
         if TOKENS[index] == tokens {
-            return TileShape::find(2, tokens, 1);
+            return TileShape::find(2, tokens, 1, 1);
         }
         index += 1;
     }

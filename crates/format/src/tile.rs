@@ -3,7 +3,8 @@
 //!
 //! A thread block computes `strips` × 64 channels and `tokens` tokens of the output. Each strip has one consumer
 //! warpgroup, or two that share its K: the one takes the first brick of every span, the other the second, and in the
-//! end each adds up half of the tokens. A pipeline stage holds one or two spans of 128 of K: the activation tile of each,
+//! end each adds up half of the tokens. Two blocks can share a tile's K, too: the one takes the first half of the steps, the other
+//! the second, and in the end each adds up half of the tokens. A pipeline stage holds one or two spans of 128 of K: the activation tile of each,
 //! then each strip's bricks. The blocks of a cluster lie side by side along the channels and share the activation
 //! tiles: each loads its part of them for all.
 
@@ -23,6 +24,9 @@ pub const MAX_SHARED_BYTES: u32 = 232_448;
 pub const MAX_CLUSTER: u32 = 2;
 /// The most bytes of a stage of two spans: larger ones would be too few.
 const MAX_TWO_SPANS_BYTES: u32 = 36 * 1024;
+/// Bytes of the barriers of a consumer's exchange with another block: its sums of two rounds are there, and the other block has taken
+/// those from here.
+pub const SPLIT_BARRIERS_BYTES: u32 = 3 * 8;
 /// The most bytes through which the two consumers of a strip exchange sums at a time.
 const MAX_EXCHANGE_BYTES: u32 = 32_768;
 
@@ -35,33 +39,38 @@ pub struct TileShape {
     pub tokens: u32,
     /// Consumers that share a strip's K: 1 or 2.
     pub halves: u32,
+    /// Thread blocks, a cluster, that share a tile's K and exchange sums through distributed shared memory: 1 or 2.
+    pub split: u32,
     /// Stages of the ring.
     pub stages: u32,
 }
 
 /// The shape with the deepest ring that fits: what the ring holds is on its way while a launch before this one ends.
-const fn shape(strips: u32, tokens: u32, halves: u32) -> TileShape {
-    let flat = TileShape { strips, tokens, halves, stages: 0 };
+const fn shape(strips: u32, tokens: u32, halves: u32, split: u32) -> TileShape {
+    let flat = TileShape { strips, tokens, halves, split, stages: 0 };
     let stages = (MAX_SHARED_BYTES - flat.shared_bytes()) / flat.stage_bytes();
     TileShape { stages, ..flat }
 }
 
 /// Every tile shape that has a kernel, by tokens and then by channels.
-pub const TILE_SHAPES: [TileShape; 14] = [
-    shape(2, 8, 1),
-    shape(1, 16, 2),
-    shape(2, 16, 1),
-    shape(3, 16, 1),
-    shape(1, 32, 2),
-    shape(2, 32, 1),
-    shape(3, 32, 1),
-    shape(1, 64, 2),
-    shape(2, 64, 1),
-    shape(3, 64, 1),
-    shape(1, 128, 2),
-    shape(2, 128, 1),
-    shape(3, 128, 1),
-    shape(2, 256, 1),
+pub const TILE_SHAPES: [TileShape; 17] = [
+    shape(2, 8, 1, 1),
+    shape(1, 16, 2, 1),
+    shape(2, 16, 1, 1),
+    shape(3, 16, 1, 1),
+    shape(1, 32, 2, 1),
+    shape(2, 32, 1, 1),
+    shape(3, 32, 1, 1),
+    shape(1, 64, 2, 1),
+    shape(2, 64, 1, 1),
+    shape(3, 64, 1, 1),
+    shape(1, 128, 2, 1),
+    shape(2, 128, 1, 1),
+    shape(3, 128, 1, 1),
+    shape(1, 128, 2, 2),
+    shape(2, 128, 1, 2),
+    shape(3, 128, 1, 2),
+    shape(2, 256, 1, 1),
 ];
 
 impl TileShape {
@@ -78,13 +87,17 @@ impl TileShape {
         None
     }
 
-    /// The shape of this many strips, tokens and halves.
+    /// The shape of this many strips, tokens, halves and blocks that share a tile's K.
     #[must_use]
-    pub const fn find(strips: u32, tokens: u32, halves: u32) -> Option<Self> {
+    pub const fn find(strips: u32, tokens: u32, halves: u32, split: u32) -> Option<Self> {
         let mut index = 0;
         while index < TILE_SHAPES.len() {
             let shape = TILE_SHAPES[index];
-            if shape.strips == strips && shape.tokens == tokens && shape.halves == halves {
+            if shape.strips == strips
+                && shape.tokens == tokens
+                && shape.halves == halves
+                && shape.split == split
+            {
                 return Some(shape);
             }
             index += 1;
@@ -136,17 +149,34 @@ impl TileShape {
         self.consumers() * WARPGROUP + if self.moves_registers() { WARPGROUP } else { 64 }
     }
 
-    /// The largest cluster: every block must load whole groups of eight tokens, which the swizzle permutes.
+    /// The largest cluster: every block must load whole groups of eight tokens, which the swizzle permutes. Where blocks share a tile's K,
+    /// it is the only one.
     #[must_use]
     pub const fn max_cluster(self) -> u32 {
+        if self.split > 1 {
+            return self.split;
+        }
         if self.tokens / 8 < MAX_CLUSTER { self.tokens / 8 } else { MAX_CLUSTER }
     }
 
-    /// Tokens of the tile that one consumer finishes: all of its strip's, or half of them. Of a tile of eight the
-    /// first half finishes all.
+    /// Tokens of the tile that one consumer adds up: all of its strip's, or half of them. Of a tile of eight the first half has
+    /// all.
+    #[must_use]
+    pub const fn kept_tokens(self) -> u32 {
+        if self.tokens == 8 { 8 } else { self.tokens / self.halves }
+    }
+
+    /// And those that it finishes, half of them where two blocks share the tile's K.
     #[must_use]
     pub const fn finished_tokens(self) -> u32 {
-        if self.tokens == 8 { 8 } else { self.tokens / self.halves }
+        self.kept_tokens() / self.split
+    }
+
+    /// Tokens of an activation box, for clusters of so many blocks. Where blocks share activations, each loads a part of the tile's tokens
+    /// for all; where they share K, each puts the tokens that it finishes first.
+    #[must_use]
+    pub const fn box_tokens(self, cluster: u32) -> u32 {
+        if self.split > 1 { self.finished_tokens() } else { self.tokens / cluster }
     }
 
     /// Spans of a stage: what belongs to a stage besides multiplying costs the consumers of few tokens the more.
@@ -211,10 +241,22 @@ impl TileShape {
         if self.finished_tokens() < 32 { self.finished_tokens() } else { 32 }
     }
 
+    /// Rounds in which a consumer transposes its results.
+    #[must_use]
+    pub const fn epilogue_rounds(self) -> u32 {
+        self.finished_tokens() / self.epilogue_tokens()
+    }
+
+    /// The round to which the eight tokens of an accumulator's block `j` belong, in the consumer that finishes them.
+    #[must_use]
+    pub const fn round_of_block(self, j: u32) -> u32 {
+        j * 8 % self.finished_tokens() / self.epilogue_tokens()
+    }
+
     /// Transposition buffers of a consumer: while one is stored, the next is filled.
     #[must_use]
     pub const fn epilogue_buffers(self) -> u32 {
-        if self.finished_tokens() > self.epilogue_tokens() { 2 } else { 1 }
+        if self.epilogue_rounds() > 1 { 2 } else { 1 }
     }
 
     /// Bytes of one transposition buffer: 64 channels of 2 bytes a token.
@@ -259,10 +301,22 @@ impl TileShape {
         self.epilogue_offset() + self.consumers() * self.epilogue_bytes()
     }
 
+    /// Bytes of the sums that a consumer gets from the other block, where two share a tile's K.
+    #[must_use]
+    pub const fn split_bytes(self) -> u32 {
+        if self.split == 1 { 0 } else { BRICK_CHANNELS as u32 * self.finished_tokens() * 4 }
+    }
+
+    /// Offset of the buffers in which consumers get them.
+    #[must_use]
+    pub const fn split_offset(self) -> u32 {
+        self.exchange_offset() + self.strips * self.exchange_bytes()
+    }
+
     /// Offset of the consumers' token scales, `tokens` f32 each.
     #[must_use]
     pub const fn token_scales_offset(self) -> u32 {
-        self.exchange_offset() + self.strips * self.exchange_bytes()
+        self.split_offset() + self.consumers() * self.split_bytes()
     }
 
     /// Offset of the consumers' channel scales and biases, two f32 a channel.
@@ -271,10 +325,17 @@ impl TileShape {
         self.token_scales_offset() + self.consumers() * self.tokens * 4
     }
 
+    /// Offset of the barriers of that exchange, [`SPLIT_BARRIERS_BYTES`] for each consumer.
+    #[must_use]
+    pub const fn split_barriers_offset(self) -> u32 {
+        self.channels_offset() + self.consumers() * BRICK_CHANNELS as u32 * 8
+    }
+
     /// Dynamic shared memory of a thread block.
     #[must_use]
     pub const fn shared_bytes(self) -> u32 {
-        self.channels_offset() + self.consumers() * BRICK_CHANNELS as u32 * 8
+        self.split_barriers_offset()
+            + if self.split == 1 { 0 } else { self.consumers() * SPLIT_BARRIERS_BYTES }
     }
 
     /// Bytes of the int32 partial sums that a block hands to a tile's owner.
@@ -318,15 +379,15 @@ mod tests {
     #[test]
     fn the_tile_of_a_cluster_divides_into_whole_swizzle_atoms() {
         for shape in TILE_SHAPES {
-            assert_eq!(shape.tokens / shape.max_cluster() % 8, 0);
+            assert_eq!(shape.box_tokens(shape.max_cluster()) % 8, 0);
         }
     }
 
     #[test]
     fn shapes_are_found_by_what_tells_them_apart() {
         for shape in TILE_SHAPES {
-            assert_eq!(TileShape::find(shape.strips, shape.tokens, shape.halves), Some(shape));
+            assert_eq!(TileShape::find(shape.strips, shape.tokens, shape.halves, shape.split), Some(shape));
         }
-        assert_eq!(TileShape::find(7, 8, 1), None);
+        assert_eq!(TileShape::find(7, 8, 1, 1), None);
     }
 }

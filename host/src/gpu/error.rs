@@ -29,7 +29,7 @@ pub enum GpuError {
 
     /// The driver can't compile the kernels' PTX.
     #[error(
-        "the NVIDIA driver supports CUDA {found}, but the kernels need {needed}; update the driver to 525 or newer"
+        "the NVIDIA driver supports CUDA {found}, but the kernels need {needed}; update the driver to 530 or newer"
     )]
     DriverTooOld {
         /// What the driver supports.
@@ -78,7 +78,7 @@ pub enum GpuError {
     },
 
     /// The driver lacks a function.
-    #[error("the NVIDIA driver has no {name}; update it to 525 or newer")]
+    #[error("the NVIDIA driver has no {name}; update it to 530 or newer")]
     MissingFunction {
         /// The function's name.
         name: &'static str,

@@ -233,7 +233,7 @@ impl Gpu {
     ) -> Result<(), GpuError> {
         let shape = plan.shape();
         let mut activations =
-            self.activation_map(weights, operands, [shape.tokens / plan.cluster(), SPAN_K])?;
+            self.activation_map(weights, operands, [shape.box_tokens(plan.cluster()), SPAN_K])?;
         let is_mapped = shape.maps_output() && operands.output_has_16_byte_rows(weights.n());
         let mut output = if is_mapped {
             TensorMap::of_halves(

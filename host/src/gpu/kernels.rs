@@ -45,6 +45,9 @@ const GEMM: [KernelSource; TILE_SHAPES.len()] = [
     source!("gemm_64x128"),
     source!("gemm_128x128"),
     source!("gemm_192x128"),
+    source!("gemm_64x128_split"),
+    source!("gemm_128x128_split"),
+    source!("gemm_192x128_split"),
     source!("gemm_128x256"),
 ];
 

@@ -37,8 +37,8 @@ pub use memory::{DeviceSpan, DeviceWeights, Workspace};
 use crate::{ActivationsView, Error, Output, PackedWeights, Plan};
 use memory::copy_to_device;
 
-/// The CUDA version that first understands the kernels' PTX (ISA 8.0).
-const NEEDED_CUDA: cuda_driver::CudaVersion = cuda_driver::CudaVersion { major: 12, minor: 0 };
+/// The CUDA version that first understands the kernels' PTX (ISA 8.1).
+const NEEDED_CUDA: cuda_driver::CudaVersion = cuda_driver::CudaVersion { major: 12, minor: 1 };
 
 /// A Hopper GPU, ready to multiply.
 #[derive(Debug)]

@@ -14,6 +14,7 @@ use super::Tiled;
 struct ShapeCost {
     channels: u32,
     tokens: u32,
+    split: u32,
     /// Microseconds for 128 along K.
     step: f64,
     /// Microseconds for what a tile needs besides its steps: scales, epilogue, refilling the pipeline.
@@ -21,10 +22,14 @@ struct ShapeCost {
 }
 
 const fn cost(channels: u32, tokens: u32, step: f64, tile: f64) -> ShapeCost {
-    ShapeCost { channels, tokens, step, tile }
+    ShapeCost { channels, tokens, split: 1, step, tile }
 }
 
-const SHAPE_COSTS: [ShapeCost; 14] = [
+const fn split_cost(channels: u32, tokens: u32, step: f64, tile: f64) -> ShapeCost {
+    ShapeCost { channels, tokens, split: 2, step, tile }
+}
+
+const SHAPE_COSTS: [ShapeCost; 17] = [
     cost(128, 8, 0.182, 0.96),
     cost(64, 16, 0.132, 1.38),
     cost(128, 16, 0.239, 0.60),
@@ -38,6 +43,9 @@ const SHAPE_COSTS: [ShapeCost; 14] = [
     cost(64, 128, 0.213, 1.04),
     cost(128, 128, 0.331, 0.69),
     cost(192, 128, 0.487, 0.99),
+    split_cost(64, 128, 0.213, 2.4),
+    split_cost(128, 128, 0.331, 2.4),
+    split_cost(192, 128, 0.487, 3.5),
     cost(128, 256, 0.551, 2.97),
 ];
 
@@ -82,12 +90,13 @@ impl Tiled {
         let even = splits && schedule.workers.is_multiple_of(schedule.streamed_tiles);
         let stream_tiles = (stream_steps / k_steps).ceil() + if splits && !even { 1.0 } else { 0.0 };
         let idle = (1.0 - workers * self.cluster() as f64 / MULTIPROCESSORS).max(0.0);
-        let cluster = if self.cluster() > 1 { CLUSTER_STEP } else { 1.0 };
+        let shares_activations = self.cluster() > shape.split;
+        let cluster = if shares_activations { CLUSTER_STEP } else { 1.0 };
         let step = costs.step * cluster * (1.0 - IDLE_STEP * idle);
         let staggered = if splits && !even { STAGGERED_STEP[usize::from(self.cluster() > 1)] } else { 0.0 };
         let steps = whole * k_steps * step + stream_steps * step * (1.0 + staggered);
         let compute = steps + (whole + stream_tiles) * costs.tile;
-        let heat = if self.cluster() > 1 { 0.0 } else { HOT_STEP * compute / (compute + HEATING) };
+        let heat = if shares_activations { 0.0 } else { HOT_STEP * compute / (compute + HEATING) };
         let compute = compute * (1.0 + heat);
 
         let from_memory = moved_megabytes(problem) / MEMORY;
@@ -118,7 +127,9 @@ pub(super) fn slower_of(compute: f64, memory: f64) -> f64 {
 }
 
 fn shape_cost(shape: TileShape) -> &'static ShapeCost {
-    let matches = |cost: &&ShapeCost| cost.channels == shape.channels() && cost.tokens == shape.tokens;
+    let matches = |cost: &&ShapeCost| {
+        (cost.channels, cost.tokens, cost.split) == (shape.channels(), shape.tokens, shape.split)
+    };
     // Every shape has its line, as the test below makes sure.
     SHAPE_COSTS.iter().find(matches).unwrap_or(&SHAPE_COSTS[0])
 }
@@ -133,7 +144,10 @@ mod tests {
     fn every_tile_shape_has_its_cost() {
         for shape in TILE_SHAPES {
             let cost = shape_cost(shape);
-            assert_eq!((cost.channels, cost.tokens), (shape.channels(), shape.tokens));
+            assert_eq!(
+                (cost.channels, cost.tokens, cost.split),
+                (shape.channels(), shape.tokens, shape.split)
+            );
         }
     }
 

@@ -25,7 +25,7 @@ const STRIPS: u32 = 2;
 
 /// The block with a ring of so many stages and so many buffers.
 const fn shape(tokens: u32, stages: u32, buffers: u32) -> ExplicitShape {
-    ExplicitShape { tile: TileShape { strips: STRIPS, tokens, halves: 1, stages }, buffers }
+    ExplicitShape { tile: TileShape { strips: STRIPS, tokens, halves: 1, split: 1, stages }, buffers }
 }
 
 /// The kernel's body.
@@ -45,7 +45,7 @@ pub unsafe fn gemm<A: Accumulator, D: Dequantization, const STAGES: u32, const B
     let thread = thread::thread_idx_x();
     let warp = warp::broadcast(thread / WARP_SIZE);
     let warpgroup = warp / 4;
-    let cluster = Cluster { blocks: cluster::blocks(), rank: cluster::block_rank() };
+    let cluster = Cluster::of_block(tile);
 
     if thread == 0 {
         // SAFETY: the maps are parameters; the barrier below orders the barriers' making.

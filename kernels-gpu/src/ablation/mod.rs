@@ -72,6 +72,7 @@ macro_rules! ablation_kernel {
                     $main_loop<$dequantization, { SHAPE.stages }>,
                     { SHAPE.strips },
                     { SHAPE.halves },
+                    { SHAPE.split },
                     { SHAPE.stages },
                 >(activations, output, &arguments)
             }

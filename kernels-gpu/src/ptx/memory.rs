@@ -105,18 +105,49 @@ pub unsafe fn store_shared(address: u32, value: u32) {
     unsafe { asm!("st.shared.u32 [{}], {};", in(reg32) address, in(reg32) value, options(nostack)) }
 }
 
-/// Stores 16 bytes to shared memory.
+/// 16 bytes of shared memory if `valid`, else zeros; no branch.
 ///
 /// # Safety
-/// `address` is 16-byte aligned in the block's shared memory.
+/// If `valid`, `address` is 16-byte aligned in the block's shared memory.
 #[inline(always)]
-pub unsafe fn store_shared_x4(address: u32, values: [u32; 4]) {
+pub unsafe fn load_shared_x4_if(valid: bool, address: u32) -> [i32; 4] {
+    let (a, b, c, d);
+    // SAFETY: the caller vouches for the address.
+    unsafe {
+        asm!(
+            "{{",
+            ".reg .pred valid;",
+            "setp.ne.u32 valid, {5}, 0;",
+            "mov.b32 {0}, 0;",
+            "mov.b32 {1}, 0;",
+            "mov.b32 {2}, 0;",
+            "mov.b32 {3}, 0;",
+            "@valid ld.shared.v4.u32 {{{0}, {1}, {2}, {3}}}, [{4}];",
+            "}}",
+            out(reg32) a, out(reg32) b, out(reg32) c, out(reg32) d,
+            in(reg32) address, in(reg32) valid as u32,
+            options(nostack)
+        );
+    }
+    [a, b, c, d]
+}
+
+/// Stores 16 bytes to shared memory if `valid`; no branch.
+///
+/// # Safety
+/// If `valid`, `address` is 16-byte aligned in the block's shared memory.
+#[inline(always)]
+pub unsafe fn store_shared_x4_if(valid: bool, address: u32, values: [u32; 4]) {
     let [a, b, c, d] = values;
     // SAFETY: the caller vouches for the address.
     unsafe {
         asm!(
-            "st.shared.v4.u32 [{}], {{{}, {}, {}, {}}};",
-            in(reg32) address, in(reg32) a, in(reg32) b, in(reg32) c, in(reg32) d,
+            "{{",
+            ".reg .pred valid;",
+            "setp.ne.u32 valid, {5}, 0;",
+            "@valid st.shared.v4.u32 [{4}], {{{0}, {1}, {2}, {3}}};",
+            "}}",
+            in(reg32) a, in(reg32) b, in(reg32) c, in(reg32) d, in(reg32) address, in(reg32) valid as u32,
             options(nostack)
         );
     }
@@ -271,4 +302,31 @@ pub unsafe fn await_flag(address: u64) {
     }
     // SAFETY: as above.
     unsafe { store_global(address, 0) }
+}
+
+/// Stores 16 bytes, asynchronously, at `address` in the shared memory of the cluster's block `rank`, and counts them on the barrier that
+/// lies at `barrier` there; if `valid`, and without a branch.
+///
+/// # Safety
+/// Both are valid in that block, `address` on 16 bytes; nobody else uses the bytes until the barrier's phase ends, and the block has not
+/// ended.
+#[inline(always)]
+pub unsafe fn store_remote_x4_if(valid: bool, address: u32, values: [u32; 4], barrier: u32, rank: u32) {
+    let [a, b, c, d] = values;
+    // SAFETY: the caller vouches for the addresses.
+    unsafe {
+        asm!(
+            "{{",
+            ".reg .pred valid;",
+            ".reg .b32 there, counted;",
+            "setp.ne.u32 valid, {7}, 0;",
+            "mapa.shared::cluster.u32 there, {4}, {6};",
+            "mapa.shared::cluster.u32 counted, {5}, {6};",
+            "@valid st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [there], {{{0}, {1}, {2}, {3}}}, [counted];",
+            "}}",
+            in(reg32) a, in(reg32) b, in(reg32) c, in(reg32) d,
+            in(reg32) address, in(reg32) barrier, in(reg32) rank, in(reg32) valid as u32,
+            options(nostack)
+        );
+    }
 }

@@ -6,7 +6,7 @@ use liquidgemm_format::tile::TileShape;
 
 /// The counts depend on the consumers alone.
 const fn shape(strips: u32, halves: u32) -> TileShape {
-    TileShape { strips, tokens: 256, halves, stages: 1 }
+    TileShape { strips, tokens: 256, halves, split: 1, stages: 1 }
 }
 
 /// Gives registers back: this warpgroup keeps what a producer beside `STRIPS` × `HALVES` consumers needs.

@@ -129,3 +129,10 @@ fn cut_off_and_empty_modules_are_refused() {
     let empty = finish(".version 8.0\n.target sm_90\n.address_size 64\n", "sm_90a").unwrap_err();
     assert_eq!(empty, FinishError::NoKernel);
 }
+
+#[test]
+fn declared_registers_lose_their_percent_sign_and_special_ones_keep_it() {
+    let body = "{\n.reg .b32 %r<9>;\n.reg .b64 %rd<3>;\nmov.u32 %r8, %tid.x;\nmov.u64 %rd2, %clock64;\nadd.s32 %q1, %r8, %r1;\n}";
+    let short = "{\n.reg .b32 r<9>;\n.reg .b64 rd<3>;\nmov.u32 r8, %tid.x;\nmov.u64 rd2, %clock64;\nadd.s32 %q1, r8, r1;\n}";
+    assert_eq!(short_registers(body), short);
+}

@@ -44,6 +44,12 @@ pub unsafe fn exchange<A: Accumulator>(
     }
 }
 
+/// Whether to go on with every block, for nothing with half of them, rather than to branch at each: that pays for many blocks.
+#[inline(always)]
+fn is_branchless(shape: TileShape) -> bool {
+    shape.tokens >= 128
+}
+
 /// Where block `j` lies in the buffer, if it is exchanged in this round.
 #[inline(always)]
 fn place(shape: TileShape, buffer: u32, round: u32, j: u32) -> Option<u32> {
@@ -67,8 +73,10 @@ impl BlockVisitor for Give {
     fn block(&mut self, j: u32, block: &mut [i32; 4]) {
         if let Some(address) = place(self.shape, self.buffer, self.round, j) {
             let given = !keeps(self.shape, self.consumer, j);
-            // SAFETY: inside the strip's exchange buffer.
-            unsafe { store_shared_x4_if(given, address, block.map(|sum| sum as u32)) };
+            if given || is_branchless(self.shape) {
+                // SAFETY: inside the strip's exchange buffer.
+                unsafe { store_shared_x4_if(given, address, block.map(|sum| sum as u32)) };
+            }
         }
     }
 }
@@ -84,9 +92,11 @@ impl BlockVisitor for Take {
     #[inline(always)]
     fn block(&mut self, j: u32, block: &mut [i32; 4]) {
         if let Some(address) = place(self.shape, self.buffer, self.round, j) {
-            // SAFETY: the other consumer wrote it before the barrier.
-            let other = unsafe { load_shared_x4_if(keeps(self.shape, self.consumer, j), address) };
-            add(block, other);
+            let kept = keeps(self.shape, self.consumer, j);
+            if kept || is_branchless(self.shape) {
+                // SAFETY: the other consumer wrote it before the barrier.
+                add(block, unsafe { load_shared_x4_if(kept, address) });
+            }
         }
     }
 }

@@ -43,7 +43,7 @@ const SHAPE_COSTS: [ShapeCost; 17] = [
     cost(64, 128, 0.213, 1.04),
     cost(128, 128, 0.331, 0.69),
     cost(192, 128, 0.487, 0.99),
-    split_cost(64, 128, 0.213, 2.4),
+    split_cost(64, 128, 0.213, 2.25),
     split_cost(128, 128, 0.331, 2.4),
     split_cost(192, 128, 0.487, 3.5),
     cost(128, 256, 0.551, 2.97),
@@ -64,6 +64,8 @@ const CLUSTER_STEP: f64 = 1.060;
 /// How much longer a step of the stream takes where workers begin and end inside tiles, of blocks on their own and of
 /// clusters: they are no longer at the same place at the same time, and share less of what the L2 cache holds.
 const STAGGERED_STEP: [f64; 2] = [0.090, 0.044];
+/// How much longer still where the GPU's power is at its limit: what is fetched once more costs power.
+const HOT_STAGGERED_STEP: f64 = 0.35;
 /// How much longer a step takes in a block on its own once the GPU's power is at its limit: a cluster reads the activations
 /// once for two.
 const HOT_STEP: f64 = 0.150;
@@ -93,16 +95,23 @@ impl Tiled {
         let shares_activations = self.cluster() > shape.split;
         let cluster = if shares_activations { CLUSTER_STEP } else { 1.0 };
         let step = costs.step * cluster * (1.0 - IDLE_STEP * idle);
-        let staggered = if splits && !even { STAGGERED_STEP[usize::from(self.cluster() > 1)] } else { 0.0 };
-        let steps = whole * k_steps * step + stream_steps * step * (1.0 + staggered);
-        let compute = steps + (whole + stream_tiles) * costs.tile;
-        let heat = if shares_activations { 0.0 } else { HOT_STEP * compute / (compute + HEATING) };
+        let compute = |stream_step: f64| {
+            whole * k_steps * step + stream_steps * stream_step + (whole + stream_tiles) * costs.tile
+        };
+        let staggered = if splits && !even {
+            STAGGERED_STEP[usize::from(self.cluster() > 1)]
+                + HOT_STAGGERED_STEP * hotness(compute(step)).powi(2)
+        } else {
+            0.0
+        };
+        let compute = compute(step * (1.0 + staggered));
+        let heat = if shares_activations { 0.0 } else { HOT_STEP * hotness(compute) };
         let compute = compute * (1.0 + heat);
 
         let from_memory = moved_megabytes(problem) / MEMORY;
         let handover = if splits {
             let parts = (workers / streamed).max(1.0);
-            let sums = megabytes(shape.partial_bytes() as f64 * (self.cut.workers * self.cut.cluster) as f64);
+            let sums = megabytes(shape.partial_bytes() as f64 * workers * self.cluster() as f64);
             HANDOVER + PARTIAL_SUMS * sums * parts
         } else {
             0.0
@@ -119,6 +128,11 @@ pub(super) fn megabytes(bytes: f64) -> f64 {
 pub(super) fn moved_megabytes(problem: [usize; 3]) -> f64 {
     let [m, n, k] = problem.map(|extent| extent as f64);
     megabytes(n * k * 17.0 / 32.0 + m * k + 2.0 * m * n)
+}
+
+/// How much of the power limit is felt in a launch that multiplies for so many microseconds, from 0 to 1.
+fn hotness(compute: f64) -> f64 {
+    compute / (compute + HEATING)
 }
 
 /// A little more than the longer of two times that overlap.

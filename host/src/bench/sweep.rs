@@ -1,12 +1,15 @@
 //! Every plan of a problem, measured: what a planner's choice should be judged by.
 
 use std::cmp::Ordering;
+use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
+use super::record::read_json;
 use super::replay::Pace;
 use super::run::{Observer, Stage};
 use super::shapes::Case;
+use super::statistics::geometric_mean;
 use crate::gpu::Gpu;
 use crate::{Cut, Method, Plan};
 
@@ -24,6 +27,8 @@ pub struct Sweep {
     pub n: usize,
     /// Elements a channel.
     pub k: usize,
+    /// Multiprocessors of the GPU.
+    pub multiprocessors: u32,
     /// The slower of the two probes, in microseconds.
     pub floor: f64,
     /// Every plan, the fastest first.
@@ -117,10 +122,29 @@ fn one(stage: &Stage<'_>, bed: &super::run::Bed, m: usize, multiprocessors: u32)
         });
     }
     plans.sort_by(|a, b| a.us.partial_cmp(&b.us).unwrap_or(Ordering::Equal));
-    Ok(Sweep { m, n, k, floor, plans })
+    Ok(Sweep { m, n, k, multiprocessors, floor, plans })
 }
 
 impl Sweep {
+    /// Reads what a sweep wrote, and marks what today's planner would choose.
+    ///
+    /// # Errors
+    /// If the file can't be read or holds something else, or a problem that can't be planned.
+    pub fn load(path: &Path) -> anyhow::Result<Vec<Self>> {
+        let mut sweeps: Vec<Self> = read_json(path, "sweep")?;
+        for sweep in &mut sweeps {
+            let chosen = Plan::new(sweep.m, sweep.n, sweep.k, sweep.multiprocessors)?.to_string();
+            sweep.plans.iter_mut().for_each(|plan| plan.chosen = plan.plan == chosen);
+        }
+        Ok(sweeps)
+    }
+
+    /// The time of the planner's choice over that of the fastest plan; none where its choice was not timed, or only estimated.
+    pub fn loss(&self) -> Option<f64> {
+        let us = |plan: Option<&PlanTime>| plan.map(|plan| plan.us);
+        Some(us(self.plans.iter().find(|plan| plan.chosen && !plan.estimated))? / us(self.plans.first())?)
+    }
+
     /// The outcome as text: a line for the problem and one for each of the fastest plans, the planner's choice and any
     /// wrong one.
     pub fn report(&self) -> String {
@@ -143,13 +167,30 @@ impl Sweep {
     }
 }
 
+/// What the planner's choices lose to always taking the fastest plan, in a sentence.
+pub fn verdict(sweeps: &[Sweep]) -> String {
+    let percent = |loss: f64| (loss - 1.0) * 100.0;
+    let losses = || sweeps.iter().filter_map(|sweep| Some((sweep.loss()?, sweep)));
+    let Some(mean) = geometric_mean(losses().map(|(loss, _)| loss)) else {
+        return "No choice of the planner was timed.".into();
+    };
+    let mut text = format!("The planner's choices take {:.2} % longer than the fastest plans", percent(mean));
+    if let Some((most, Sweep { m, n, k, .. })) = losses().max_by(|(a, _), (b, _)| a.total_cmp(b)) {
+        let most = percent(most);
+        text += &format!(" (geometric mean), {most:.1} % at the most (M = {m}, N = {n}, K = {k})");
+    }
+    match sweeps.len() - losses().count() {
+        0 => text + ".",
+        missing => text + &format!("; of {missing} of {} problems they were not timed.", sweeps.len()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    #[test]
-    fn report_marks_the_planners_choice_and_estimates() {
-        let plan = |us, chosen, estimated| PlanTime {
+    fn plan(us: f64, chosen: bool, estimated: bool) -> PlanTime {
+        PlanTime {
             plan: "tile".into(),
             tokens: 8,
             cluster: 1,
@@ -159,10 +200,49 @@ mod tests {
             estimated,
             chosen,
             mismatch: None,
-        };
+        }
+    }
+
+    fn sweep_of(plans: Vec<PlanTime>) -> Sweep {
+        Sweep { m: 1, n: 2, k: 3, multiprocessors: 132, floor: 5.0, plans }
+    }
+
+    #[test]
+    fn verdict_names_the_mean_loss_the_worst_and_what_is_missing() {
+        let sweeps = [
+            sweep_of(vec![plan(10.0, true, false), plan(12.0, false, false)]),
+            Sweep { m: 7, ..sweep_of(vec![plan(10.0, false, false), plan(12.1, true, false)]) },
+            sweep_of(vec![plan(10.0, false, false), plan(90.0, true, true)]),
+        ];
+        let text = verdict(&sweeps);
+        assert!(text.contains("take 10.00 % longer"), "{text}");
+        assert!(text.contains("21.0 % at the most (M = 7, N = 2, K = 3)"), "{text}");
+        assert!(text.contains("1 of 3 problems"), "{text}");
+        assert!(verdict(&sweeps[2..]).contains("No choice"));
+    }
+
+    #[test]
+    fn a_loaded_sweep_is_judged_by_todays_planner() {
+        let (m, n, k) = (64, 4096, 4096);
+        let plans: Vec<PlanTime> = Plan::candidates(m, n, k, 132)
+            .unwrap()
+            .iter()
+            .map(|candidate| PlanTime { plan: candidate.to_string(), ..plan(1.0, true, false) })
+            .collect();
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("sweep.json");
+        crate::bench::record::write_json(&path, &[Sweep { m, n, k, ..sweep_of(plans) }]).unwrap();
+        let loaded = Sweep::load(&path).unwrap();
+        let chosen: Vec<&str> =
+            loaded[0].plans.iter().filter(|plan| plan.chosen).map(|plan| plan.plan.as_str()).collect();
+        assert_eq!(chosen, [Plan::new(m, n, k, 132).unwrap().to_string()]);
+    }
+
+    #[test]
+    fn report_marks_the_planners_choice_and_estimates() {
         let mut plans: Vec<PlanTime> = (10..50).map(|us| plan(us.into(), false, us > 20)).collect();
         plans[39].chosen = true;
-        let sweep = Sweep { m: 1, n: 2, k: 3, floor: 5.0, plans };
+        let sweep = sweep_of(plans);
         let lines: Vec<String> = sweep.report().lines().map(str::to_owned).collect();
         assert_eq!(lines.len(), 1 + REPORTED + 1);
         assert!(lines[1].contains("10.00 µs  score 0.500   tile"), "{}", lines[1]);

@@ -10,6 +10,7 @@ use liquidgemm::bench::ablation::Ablation;
 use liquidgemm::bench::record::Run;
 use liquidgemm::bench::run::{Observer, Options};
 use liquidgemm::bench::shapes::{self, Case, Matrix};
+use liquidgemm::bench::sweep::Sweep;
 use liquidgemm::bench::{self, markdown, plots, table, targets};
 use liquidgemm::gpu::Gpu;
 use liquidgemm_format::tile::{TILE_SHAPES, TileShape};
@@ -44,8 +45,9 @@ pub(super) struct Arguments {
     /// Use this token tile for every problem
     #[arg(long, value_name = "TOKENS", value_parser = parse_tile)]
     tile: Option<TileShape>,
-    /// Instead measure every plan of each problem, without cuBLASLt
-    #[arg(long, conflicts_with_all = ["tile", "from", "plots", "markdown"])]
+    /// Instead measure every plan of each problem, without cuBLASLt, and say what the planner's choices lose; with --from, what
+    /// today's planner would lose
+    #[arg(long, conflicts_with_all = ["tile", "plots", "markdown"])]
     sweep: bool,
     /// Instead measure what each idea of the kernel is worth: the arms of the paper's figure 13, by default on the
     /// feed-forward matrices of LLaMA-2-7B and -70B at M = 1 … 1024
@@ -160,6 +162,23 @@ fn measure(arguments: &Arguments) -> anyhow::Result<Run> {
 }
 
 fn sweep(arguments: &Arguments) -> anyhow::Result<Report> {
+    let (sweeps, mut text) = match &arguments.from {
+        Some(path) => {
+            let sweeps = Sweep::load(path)?;
+            let text = sweeps.iter().map(Sweep::report).collect();
+            (sweeps, text)
+        }
+        None => (measure_sweep(arguments)?, String::new()),
+    };
+    if sweeps.iter().flat_map(|sweep| &sweep.plans).any(|plan| plan.mismatch.is_some()) {
+        bail!("results differ from the CPU backend's");
+    }
+    text += &bench::sweep::verdict(&sweeps);
+    text.push('\n');
+    Ok(Report { text, success: true })
+}
+
+fn measure_sweep(arguments: &Arguments) -> anyhow::Result<Vec<Sweep>> {
     let gpu = Gpu::new()?;
     let cases = arguments.cases();
     let mut screen = Screen::new(&cases, None);
@@ -176,10 +195,7 @@ fn sweep(arguments: &Arguments) -> anyhow::Result<Report> {
         Ok(())
     })?;
     bar.finish_and_clear();
-    if sweeps.iter().flat_map(|sweep| &sweep.plans).any(|plan| plan.mismatch.is_some()) {
-        bail!("results differ from the CPU backend's");
-    }
-    Ok(Report { text: String::new(), success: true })
+    Ok(sweeps)
 }
 
 fn ablation(arguments: &Arguments) -> anyhow::Result<Report> {

@@ -213,7 +213,8 @@ impl Tiled {
     /// Cuts a problem, and brings the cut's values down to what it can use.
     fn new(m: usize, n: usize, k: usize, mut cut: Cut) -> Result<Self, Error> {
         check_problem(m, n, k)?;
-        let Some(shape) = Self::known_shape(cut.shape) else {
+        let TileShape { strips, tokens, halves, split, .. } = cut.shape;
+        let Some(shape) = TileShape::find(strips, tokens, halves, split) else {
             return Err(GpuError::UnknownTile { shape: cut.shape }.into());
         };
         cut.shape = shape;
@@ -271,10 +272,6 @@ impl Tiled {
     #[must_use]
     pub fn cluster_channels(&self) -> u32 {
         self.shape().channels() * self.cluster() / self.shape().split
-    }
-
-    fn known_shape(TileShape { strips, tokens, halves, split, .. }: TileShape) -> Option<TileShape> {
-        TileShape::find(strips, tokens, halves, split)
     }
 
     /// Who computes what.

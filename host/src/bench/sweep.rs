@@ -141,8 +141,8 @@ impl Sweep {
 
     /// The time of the planner's choice over that of the fastest plan; none where its choice was not timed, or only estimated.
     pub fn loss(&self) -> Option<f64> {
-        let us = |plan: Option<&PlanTime>| plan.map(|plan| plan.us);
-        Some(us(self.plans.iter().find(|plan| plan.chosen && !plan.estimated))? / us(self.plans.first())?)
+        let chosen = self.plans.iter().find(|plan| plan.chosen && !plan.estimated)?;
+        Some(chosen.us / self.plans.first()?.us)
     }
 
     /// The outcome as text: a line for the problem and one for each of the fastest plans, the planner's choice and any

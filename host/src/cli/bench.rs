@@ -77,8 +77,9 @@ fn parse_tokens(text: &str) -> anyhow::Result<Tokens> {
 
 fn parse_tile(text: &str) -> anyhow::Result<TileShape> {
     let shape = text.parse().ok().and_then(TileShape::with_tokens);
-    let known = TILE_SHAPES.map(|shape| shape.tokens.to_string()).join(", ");
-    shape.with_context(|| format!("there is no kernel with that tile; there are {known}"))
+    let mut known = TILE_SHAPES.map(|shape| shape.tokens.to_string()).to_vec();
+    known.dedup();
+    shape.with_context(|| format!("there is no kernel with that tile; there are {}", known.join(", ")))
 }
 
 impl Arguments {

@@ -143,9 +143,9 @@ pub enum GpuError {
 
     /// A tile shape that has no kernel.
     #[error(
-        "there is no kernel for tiles of {} channels x {} tokens with {} consumers a strip; \
+        "there is no kernel for tiles of {} channels x {} tokens with {} consumers a strip and K shared by {} blocks; \
          liquidgemm_format::tile::TILE_SHAPES lists those that there are",
-        shape.channels(), shape.tokens, shape.halves
+        shape.channels(), shape.tokens, shape.halves, shape.split
     )]
     UnknownTile {
         /// What was asked for.

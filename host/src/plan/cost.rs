@@ -3,7 +3,8 @@
 //! A launch is as slow as its slower side, memory or the busiest worker; on top come a constant and, where tiles are
 //! shared along K, the handing over of partial sums. The constants were fitted to the plans of ten linear layers
 //! of LLaMA-2 and LLaMA-3 at 16 to 1,024 tokens, and of some of them at 8, 32, 2,048 and 4,096, on an H100 SXM: by least
-//! squares, and from there so that the choices lose least. `docs/performance-log.md` says how much. They need not be
+//! squares, and from there so that the choices lose least; the lines of tiles whose K two blocks share, and what streams cost
+//! at the power limit, were set by hand. `docs/performance-log.md` says how much. They need not be
 //! exact: a wrong choice costs time, never a bit of the result.
 
 use liquidgemm_format::tile::TileShape;
@@ -14,6 +15,7 @@ use super::Tiled;
 struct ShapeCost {
     channels: u32,
     tokens: u32,
+    /// Blocks that share a tile's K.
     split: u32,
     /// Microseconds for 128 along K.
     step: f64,
@@ -26,7 +28,7 @@ const fn cost(channels: u32, tokens: u32, step: f64, tile: f64) -> ShapeCost {
 }
 
 const fn split_cost(channels: u32, tokens: u32, step: f64, tile: f64) -> ShapeCost {
-    ShapeCost { channels, tokens, split: 2, step, tile }
+    ShapeCost { split: 2, ..cost(channels, tokens, step, tile) }
 }
 
 const SHAPE_COSTS: [ShapeCost; 17] = [

@@ -59,7 +59,7 @@ pub trait MainLoop: Sized {
 ///
 /// # Safety
 /// The arguments describe memory as their documentation says; `activations` is a map of int8 `[m, k]` with
-/// boxes of [`SPAN_K`] × a cluster block's part of the tile's tokens and 128-byte swizzle. `output` is one of the
+/// boxes of [`SPAN_K`] × [`TileShape::box_tokens`] and 128-byte swizzle. `output` is one of the
 /// 16-bit output with boxes of 64 channels × [`TileShape::epilogue_tokens`] and the same swizzle, if
 /// `output_is_mapped` says so.
 #[inline(always)]
@@ -126,15 +126,11 @@ pub unsafe fn gemm<
         // SAFETY: the whole warpgroup is here; the caller vouches for the arguments.
         unsafe { consume::<A, L>(arguments, output, shared, shape, cluster, consumer) };
     }
-    if shape.split > 1 {
-        if warpgroup == consumers {
-            cluster::wait();
-        }
-        // The other block may still arrive on the barriers here.
-        cluster::sync_cluster_relaxed();
+    if shape.split > 1 && warpgroup == consumers {
+        cluster::wait();
     }
-    if cluster.blocks > 1 {
-        // The others may still send activations here, or arrive on the barriers.
+    if shape.split > 1 || cluster.blocks > 1 {
+        // The others may still send activations or sums here, or arrive on the barriers.
         cluster::sync_cluster_relaxed();
     }
 }
@@ -198,7 +194,8 @@ pub(crate) unsafe fn produce_bricks<const STAGES: u32>(
                 shared.acquire_empty(stage, ring.empty_parity());
                 seq_macro::seq!(SPAN in 0..2 {
                     if SPAN < shape.spans() {
-                        // Past the last brick the activations are zeros, so stale bricks add nothing.
+                        // Past the last brick the activations are zeros, so stale bricks add nothing. Where two blocks
+                        // share K, the second one's last step may have none at all.
                         let left = arguments.k_blocks.saturating_sub(block + SPAN * SPAN_BRICKS);
                         let bytes = left.min(SPAN_BRICKS) * BRICK_BYTES as u32;
                         let full = shared.announce(stage, SPAN, strips * bytes);

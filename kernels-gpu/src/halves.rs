@@ -6,7 +6,7 @@ use liquidgemm_format::tile::{TileShape, WARPGROUP};
 
 use crate::pipeline::{Consumer, Shared};
 use crate::ptx::memory::{load_shared_x4_if, store_shared_x4_if};
-use crate::ptx::wgmma::{Accumulator, BlockVisitor};
+use crate::ptx::wgmma::{Accumulator, BlockVisitor, add_sums};
 
 /// The first named barrier of the strips; those before are the block's and the consumers'.
 const FIRST_BARRIER: u32 = 8;
@@ -95,17 +95,8 @@ impl BlockVisitor for Take {
             let kept = keeps(self.shape, self.consumer, j);
             if kept || is_branchless(self.shape) {
                 // SAFETY: the other consumer wrote it before the barrier.
-                add(block, unsafe { load_shared_x4_if(kept, address) });
+                add_sums(block, unsafe { load_shared_x4_if(kept, address) });
             }
         }
     }
-}
-
-/// Adds sums to sums.
-#[inline(always)]
-pub fn add(block: &mut [i32; 4], other: [i32; 4]) {
-    block[0] = block[0].wrapping_add(other[0]);
-    block[1] = block[1].wrapping_add(other[1]);
-    block[2] = block[2].wrapping_add(other[2]);
-    block[3] = block[3].wrapping_add(other[3]);
 }

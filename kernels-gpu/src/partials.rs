@@ -12,7 +12,7 @@ use liquidgemm_format::tile::{TileShape, WARPGROUP};
 
 use crate::pipeline::{Cluster, Consumer};
 use crate::ptx::memory::{await_flag, load_global_x4_if, raise_flag, store_global_x4};
-use crate::ptx::wgmma::{Accumulator, BlockVisitor};
+use crate::ptx::wgmma::{Accumulator, BlockVisitor, add_sums};
 use crate::split::finishes;
 
 /// The named barrier of one consumer.
@@ -193,11 +193,7 @@ impl<const TOGETHER: usize, const AHEAD: usize> BlockVisitor for Add<TOGETHER, A
         let place = j as usize % AHEAD;
         seq_macro::seq!(I in 0..4 {
             if I < TOGETHER {
-                let other = self.asked_for[place][I];
-                block[0] = block[0].wrapping_add(other[0]);
-                block[1] = block[1].wrapping_add(other[1]);
-                block[2] = block[2].wrapping_add(other[2]);
-                block[3] = block[3].wrapping_add(other[3]);
+                add_sums(block, self.asked_for[place][I]);
             }
         });
         self.asked_for[place] = self.source.load(j + AHEAD as u32);

@@ -9,11 +9,11 @@
 use cuda_std::warp::{self, WARP_SIZE};
 use liquidgemm_format::tile::{TileShape, WARPGROUP};
 
-use crate::halves::{add, keeps};
+use crate::halves::keeps;
 use crate::pipeline::{Cluster, Consumer, Shared, SplitBarriers};
 use crate::ptx::mbarrier;
 use crate::ptx::memory::{load_shared_x4_if, store_remote_x4_if};
-use crate::ptx::wgmma::{Accumulator, BlockVisitor};
+use crate::ptx::wgmma::{Accumulator, BlockVisitor, add_sums};
 
 /// Whether a consumer finishes the eight tokens of block `j` of its accumulator.
 #[inline(always)]
@@ -135,7 +135,7 @@ impl BlockVisitor for Take {
         let Exchange { shape, consumer, .. } = self.exchange;
         if is_finished_half(shape, j) && shape.round_of_block(j) == self.round {
             // SAFETY: the other block's sums are there.
-            add(block, unsafe { load_shared_x4_if(keeps(shape, consumer, j), self.exchange.place(j)) });
+            add_sums(block, unsafe { load_shared_x4_if(keeps(shape, consumer, j), self.exchange.place(j)) });
         }
     }
 }

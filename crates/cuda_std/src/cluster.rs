@@ -47,8 +47,6 @@ pub fn wait() {
 /// of its own.
 #[inline(always)]
 pub fn sync_cluster_relaxed() {
-    // SAFETY: the barrier touches no memory of its own.
-    unsafe {
-        asm!("barrier.cluster.arrive.relaxed.aligned;", "barrier.cluster.wait.aligned;", options(nostack))
-    }
+    arrive_relaxed();
+    wait();
 }

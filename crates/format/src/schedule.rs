@@ -25,7 +25,7 @@ pub struct Schedule {
     pub channel_tiles: u32,
     /// Tiles along the tokens.
     pub token_tiles: u32,
-    /// Pipeline steps along K in each tile; at least 1.
+    /// Pipeline steps along K in each tile; at least 1. Of one block's part, where blocks share a tile's K.
     pub k_steps: u32,
     /// Workers that share the tiles; at least 1, at most [`MAX_WORKERS`].
     pub workers: u32,

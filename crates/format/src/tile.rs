@@ -5,7 +5,7 @@
 //! warpgroup, or two that share its K: the one takes the first brick of every span, the other the second, and in the
 //! end each adds up half of the tokens. Two blocks can share a tile's K, too: the one takes the first half of the steps, the other
 //! the second, and in the end each adds up half of the tokens. A pipeline stage holds one or two spans of 128 of K: the activation tile of each,
-//! then each strip's bricks. The blocks of a cluster lie side by side along the channels and share the activation
+//! then each strip's bricks. The blocks of a cluster that don't share K lie side by side along the channels and share the activation
 //! tiles: each loads its part of them for all.
 
 use crate::brick::{BRICK_BYTES, BRICK_CHANNELS, BRICK_K};
@@ -356,6 +356,9 @@ mod tests {
             assert_eq!(shape.span_bytes() % 1024, 0, "128-byte swizzle repeats every 1,024 bytes");
             assert_eq!(shape.bricks_offset() % 16, 0, "bulk copies land on 16 bytes");
             assert_eq!(shape.exchange_offset() % 16, 0, "sums are exchanged 16 bytes at a time");
+            assert_eq!(shape.split_offset() % 16, 0, "between blocks, too");
+            assert_eq!(shape.split_barriers_offset() % 8, 0);
+            assert!(shape.split == 1 || shape.epilogue_rounds() <= 2, "there are barriers for two rounds");
             assert_eq!(shape.barriers_offset() % 8, 0);
         }
     }

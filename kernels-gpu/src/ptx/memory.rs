@@ -3,6 +3,28 @@
 use core::arch::asm;
 use cuda_std::thread;
 
+/// 16 bytes by the load instruction if `valid`, else zeros; no branch. The address has a register of class `$class`.
+macro_rules! load_x4_if {
+    ($load:literal, $class:ident, $valid:expr, $address:expr) => {{
+        let (a, b, c, d);
+        asm!(
+            "{{",
+            ".reg .pred valid;",
+            "setp.ne.u32 valid, {5}, 0;",
+            "mov.b32 {0}, 0;",
+            "mov.b32 {1}, 0;",
+            "mov.b32 {2}, 0;",
+            "mov.b32 {3}, 0;",
+            concat!("@valid ", $load, " {{{0}, {1}, {2}, {3}}}, [{4}];"),
+            "}}",
+            out(reg32) a, out(reg32) b, out(reg32) c, out(reg32) d,
+            in($class) $address, in(reg32) $valid as u32,
+            options(nostack)
+        );
+        [a, b, c, d]
+    }};
+}
+
 /// Polls after which a wait on another block is taken for a deadlock: about ten seconds of cycles.
 const DEADLOCK_CYCLES: u64 = 20_000_000_000;
 
@@ -111,25 +133,8 @@ pub unsafe fn store_shared(address: u32, value: u32) {
 /// If `valid`, `address` is 16-byte aligned in the block's shared memory.
 #[inline(always)]
 pub unsafe fn load_shared_x4_if(valid: bool, address: u32) -> [i32; 4] {
-    let (a, b, c, d);
     // SAFETY: the caller vouches for the address.
-    unsafe {
-        asm!(
-            "{{",
-            ".reg .pred valid;",
-            "setp.ne.u32 valid, {5}, 0;",
-            "mov.b32 {0}, 0;",
-            "mov.b32 {1}, 0;",
-            "mov.b32 {2}, 0;",
-            "mov.b32 {3}, 0;",
-            "@valid ld.shared.v4.u32 {{{0}, {1}, {2}, {3}}}, [{4}];",
-            "}}",
-            out(reg32) a, out(reg32) b, out(reg32) c, out(reg32) d,
-            in(reg32) address, in(reg32) valid as u32,
-            options(nostack)
-        );
-    }
-    [a, b, c, d]
+    unsafe { load_x4_if!("ld.shared.v4.u32", reg32, valid, address) }
 }
 
 /// Stores 16 bytes to shared memory if `valid`; no branch.
@@ -188,25 +193,8 @@ pub unsafe fn load_global_f32_if(valid: bool, address: u64, otherwise: f32) -> f
 /// If `valid`, `address` is, and it is 16-byte aligned.
 #[inline(always)]
 pub unsafe fn load_global_x4_if(valid: bool, address: u64) -> [i32; 4] {
-    let (a, b, c, d);
     // SAFETY: the caller vouches for the address.
-    unsafe {
-        asm!(
-            "{{",
-            ".reg .pred valid;",
-            "setp.ne.u32 valid, {5}, 0;",
-            "mov.b32 {0}, 0;",
-            "mov.b32 {1}, 0;",
-            "mov.b32 {2}, 0;",
-            "mov.b32 {3}, 0;",
-            "@valid ld.global.cg.v4.u32 {{{0}, {1}, {2}, {3}}}, [{4}];",
-            "}}",
-            out(reg32) a, out(reg32) b, out(reg32) c, out(reg32) d,
-            in(reg64) address, in(reg32) valid as u32,
-            options(nostack)
-        );
-    }
-    [a, b, c, d]
+    unsafe { load_x4_if!("ld.global.cg.v4.u32", reg64, valid, address) }
 }
 
 /// Stores 16 bytes to global memory.
@@ -308,7 +296,7 @@ pub unsafe fn await_flag(address: u64) {
 /// lies at `barrier` there; if `valid`, and without a branch.
 ///
 /// # Safety
-/// Both are valid in that block, `address` on 16 bytes; nobody else uses the bytes until the barrier's phase ends, and the block has not
+/// If `valid`, both addresses are valid in that block, `address` on 16 bytes; nobody else uses the bytes until the barrier's phase ends, and the block has not
 /// ended.
 #[inline(always)]
 pub unsafe fn store_remote_x4_if(valid: bool, address: u32, values: [u32; 4], barrier: u32, rank: u32) {

@@ -110,6 +110,15 @@ pub trait BlockVisitor {
     fn block(&mut self, j: u32, block: &mut [i32; 4]);
 }
 
+/// Adds sums of the same block that were computed elsewhere.
+#[inline(always)]
+pub fn add_sums(block: &mut [i32; 4], other: [i32; 4]) {
+    block[0] = block[0].wrapping_add(other[0]);
+    block[1] = block[1].wrapping_add(other[1]);
+    block[2] = block[2].wrapping_add(other[2]);
+    block[3] = block[3].wrapping_add(other[3]);
+}
+
 macro_rules! accumulator {
     ($name:ident, $tokens:tt, $blocks:tt) => {
         #[doc = concat!("64 channels × ", $tokens, " tokens.")]

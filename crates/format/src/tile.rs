@@ -53,7 +53,7 @@ const fn shape(strips: u32, tokens: u32, halves: u32, split: u32) -> TileShape {
 }
 
 /// Every tile shape that has a kernel, by tokens and then by channels.
-pub const TILE_SHAPES: [TileShape; 17] = [
+pub const TILE_SHAPES: [TileShape; 19] = [
     shape(2, 8, 1, 1),
     shape(1, 16, 2, 1),
     shape(2, 16, 1, 1),
@@ -61,9 +61,11 @@ pub const TILE_SHAPES: [TileShape; 17] = [
     shape(1, 32, 2, 1),
     shape(2, 32, 1, 1),
     shape(3, 32, 1, 1),
+    shape(1, 32, 2, 2),
     shape(1, 64, 2, 1),
     shape(2, 64, 1, 1),
     shape(3, 64, 1, 1),
+    shape(1, 64, 2, 2),
     shape(1, 128, 2, 1),
     shape(2, 128, 1, 1),
     shape(3, 128, 1, 1),

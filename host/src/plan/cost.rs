@@ -31,7 +31,7 @@ const fn split_cost(channels: u32, tokens: u32, step: f64, tile: f64) -> ShapeCo
     ShapeCost { split: 2, ..cost(channels, tokens, step, tile) }
 }
 
-const SHAPE_COSTS: [ShapeCost; 17] = [
+const SHAPE_COSTS: [ShapeCost; 19] = [
     cost(128, 8, 0.182, 0.96),
     cost(64, 16, 0.132, 1.38),
     cost(128, 16, 0.239, 0.60),
@@ -39,9 +39,11 @@ const SHAPE_COSTS: [ShapeCost; 17] = [
     cost(64, 32, 0.152, 0.58),
     cost(128, 32, 0.232, 1.48),
     cost(192, 32, 0.353, 1.28),
+    split_cost(64, 32, 0.152, 1.1),
     cost(64, 64, 0.165, 0.50),
     cost(128, 64, 0.255, 1.27),
     cost(192, 64, 0.402, 1.23),
+    split_cost(64, 64, 0.165, 1.2),
     cost(64, 128, 0.213, 1.04),
     cost(128, 128, 0.331, 0.69),
     cost(192, 128, 0.487, 0.99),

@@ -55,7 +55,7 @@ pub struct Cut {
     pub workers: u32,
     /// Waves whose tiles are shared out step by step, counted from the last, which may be a partial one. 0 leaves every
     /// tile whole: some workers then have less to do, but there are no partial sums to add. Tiles whose K is shared by a cluster's
-    /// blocks are never shared further.
+    /// blocks are never shared further, and those of 192 channels × 256 tokens not at all.
     pub streamed_waves: u32,
 }
 
@@ -145,7 +145,7 @@ impl Plan {
                 };
                 // Whole tiles, as even as can be.
                 consider(tiles.div_ceil(tiles.div_ceil(most)), 0)?;
-                if shape.split > 1 {
+                if !shape.can_stream() {
                     continue;
                 }
                 if tiles < most {
@@ -219,7 +219,7 @@ impl Tiled {
         };
         cut.shape = shape;
         cut.cluster = 1 << cut.cluster.clamp(shape.split, shape.max_cluster().max(1)).ilog2();
-        if shape.split > 1 {
+        if !shape.can_stream() {
             cut.streamed_waves = 0;
         }
         let cluster_channels = shape.channels() * cut.cluster / shape.split;

@@ -12,6 +12,7 @@ use liquidgemm_format::tile::{TileShape, WARPGROUP};
 
 use crate::partials::sync_consumer;
 use crate::pipeline::{Consumer, Shared};
+use crate::ptx::copy::{copy_4_if, end_group};
 use crate::ptx::hint::no_unroll;
 use crate::ptx::integer::{add_bias, pack_bf16, pack_f16, scale};
 use crate::ptx::matrix::{store_transposed_x2, store_transposed_x4};
@@ -135,6 +136,43 @@ impl<'a> Epilogue<'a> {
                 store_shared_f32(self.channels + self.consumer.thread * 8 + 4, scales.channel[1]);
             }
         }
+    }
+
+    /// Copies the tile's scales and biases to where [`park`](Self::park) puts them, without registers: they are there when the thread's
+    /// copies are done, for the consumer after a barrier.
+    ///
+    /// # Safety
+    /// As for [`fetch`](Self::fetch) and [`park`](Self::park).
+    #[inline(always)]
+    pub unsafe fn copy_scales(&self) {
+        let arguments = self.arguments;
+        let thread = self.consumer.thread;
+        // SAFETY: the arrays have n, n and m elements, and there is a place for each token and channel.
+        unsafe {
+            seq_macro::seq!(HALF in 0..2 {
+                let token = thread + HALF * WARPGROUP;
+                let global = self.first_token + token;
+                copy_4_if(
+                    arguments.token_scales != 0 && token < self.shape.tokens && global < arguments.m,
+                    self.token_scales + token * 4,
+                    arguments.token_scales + global as u64 * 4,
+                );
+            });
+            let channel = self.first_channel + thread;
+            let valid = thread < BRICK_CHANNELS as u32 && channel < arguments.n;
+            let place = self.channels + thread * 8;
+            copy_4_if(
+                valid && arguments.channel_scales != 0,
+                place,
+                arguments.channel_scales + channel as u64 * 4,
+            );
+            if arguments.bias != 0 {
+                copy_4_if(valid, place + 4, arguments.bias + channel as u64 * 4);
+            } else if thread < BRICK_CHANNELS as u32 {
+                store_shared_f32(place + 4, NO_BIAS);
+            }
+        }
+        end_group();
     }
 
     /// Writes the tile, whose scales are parked, or one of its rounds, which come one after the other.
@@ -271,8 +309,8 @@ impl Half for Either {
 
 /// How the transposition buffer's contents go to the output.
 trait Exit {
-    /// Before the barrier that makes a filled buffer visible.
-    fn before_barrier(&self);
+    /// Before the barrier that makes a filled buffer, of so many, visible.
+    fn before_barrier(&self, buffers: u32);
 
     /// Copies the buffer at `address`, which holds the tokens from `first_token`, to the output.
     fn leave(&self, epilogue: &Epilogue<'_>, first_token: u32, address: u32);
@@ -283,11 +321,15 @@ struct Mapped;
 
 impl Exit for Mapped {
     #[inline(always)]
-    fn before_barrier(&self) {
+    fn before_barrier(&self, buffers: u32) {
         // SAFETY: the barrier follows.
         unsafe { mbarrier::fence_async() };
-        // There are two buffers at the most: the one that is filled next, stored last, must have left.
-        tma::await_stores::<0>();
+        // The one that is filled next, stored longest ago, must have left.
+        if buffers > 2 {
+            tma::await_stores::<1>();
+        } else {
+            tma::await_stores::<0>();
+        }
     }
 
     #[inline(always)]
@@ -306,7 +348,7 @@ struct Pieces;
 
 impl Exit for Pieces {
     #[inline(always)]
-    fn before_barrier(&self) {}
+    fn before_barrier(&self, _: u32) {}
 
     #[inline(always)]
     fn leave(&self, epilogue: &Epilogue<'_>, first_token: u32, address: u32) {
@@ -372,7 +414,7 @@ impl<'a, 'b, H: Half, E: Exit, const BIAS: bool> Transposed<'a, 'b, H, E, BIAS> 
     #[inline(always)]
     fn flush(&self, first_token: u32, offset: u32) {
         let epilogue = self.scaling.epilogue;
-        self.exit.before_barrier();
+        self.exit.before_barrier(epilogue.shape.epilogue_buffers());
         sync_consumer(epilogue.consumer.index);
         self.exit.leave(epilogue, first_token, epilogue.buffer + offset);
     }

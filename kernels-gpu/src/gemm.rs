@@ -147,7 +147,7 @@ pub(crate) fn sync(cluster: Cluster) {
 
 /// The first strip of a block's tile.
 #[inline(always)]
-fn first_strip(position: TilePosition, shape: TileShape, cluster: Cluster) -> u32 {
+pub(crate) fn first_strip(position: TilePosition, shape: TileShape, cluster: Cluster) -> u32 {
     (position.channel_tile * cluster.blocks + cluster.rank) * shape.strips
 }
 

@@ -18,6 +18,7 @@ pub mod probes;
 pub mod ptx;
 pub mod skinny;
 pub mod split;
+pub mod wide;
 
 use cuda_std::kernel;
 use liquidgemm_format::arguments::{GemmArguments, SkinnyArguments};
@@ -85,6 +86,22 @@ gemm_kernel!(gemm_64x128_split, 1, Accumulator128, 2, 2, 384);
 gemm_kernel!(gemm_128x128_split, 2, Accumulator128, 1, 2, 384);
 gemm_kernel!(gemm_192x128_split, 3, Accumulator128, 1, 2, 512);
 gemm_kernel!(gemm_128x256, 2, Accumulator256, 1, 1, 384);
+
+/// [`wide::gemm`] for 3 strips and [`wgmma::Accumulator256`].
+///
+/// # Safety
+/// See there.
+#[kernel(max_threads = 384, min_blocks = 1)]
+pub unsafe fn gemm_192x256(
+    #[grid_constant] activations: cuda_std::TensorMap,
+    #[grid_constant] output: cuda_std::TensorMap,
+    arguments: GemmArguments,
+) {
+    const SHAPE: TileShape = shape(3, 256, 1, 1);
+    const _: () = assert!(SHAPE.threads() == 384);
+    // SAFETY: the launcher vouches for the arguments.
+    unsafe { wide::gemm::<wgmma::Accumulator256, 3, { SHAPE.stages }>(activations, output, &arguments) }
+}
 
 /// The shape for few tokens of so many units and groups of 8 tokens.
 const fn skinny_shape(units: u32, groups: u32) -> SkinnyShape {

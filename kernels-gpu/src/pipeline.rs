@@ -8,9 +8,6 @@ use liquidgemm_format::tile::{SPLIT_BARRIERS_BYTES, TileShape, WARPGROUP};
 
 use crate::ptx::{mbarrier, wgmma};
 
-/// Warps that fill the ring: one copies bricks, one activations. Each arrives at a span's full barrier.
-const PRODUCERS: u32 = 2;
-
 /// Where a block stands in its cluster.
 #[derive(Clone, Copy)]
 pub struct Cluster {
@@ -158,8 +155,9 @@ impl Shared {
         self.base + self.shape.channels_offset() + consumer.index * BRICK_CHANNELS as u32 * 8
     }
 
+    /// The full barrier of a span of a stage.
     #[inline(always)]
-    fn full(self, stage: u32, span: u32) -> u32 {
+    pub fn full(self, stage: u32, span: u32) -> u32 {
         self.stage(stage) + self.shape.barriers_offset() + span * 8
     }
 
@@ -185,7 +183,7 @@ impl Shared {
             unsafe {
                 let mut span = 0;
                 while span < self.shape.spans() {
-                    mbarrier::init(self.full(stage, span), PRODUCERS);
+                    mbarrier::init(self.full(stage, span), self.shape.full_arrivals());
                     span += 1;
                 }
                 mbarrier::init(self.empty(stage), empty_arrivals);

@@ -353,7 +353,7 @@ fn has_word(text: &str, word: &str) -> bool {
 /// two around every inline assembly, and white space before and between words beyond one space.
 fn compact(body: &str) -> String {
     let lines = body.lines().map(str::trim).filter(|line| !line.starts_with("//"));
-    let words = |line: &str| line.split_whitespace().collect::<Vec<_>>().join(" ");
+    let words = |line: &str| line.split_whitespace().collect::<Vec<_>>().join(" ").replace(", ", ",");
     lines.map(words).collect::<Vec<_>>().join("\n")
 }
 

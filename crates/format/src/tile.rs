@@ -53,7 +53,7 @@ const fn shape(strips: u32, tokens: u32, halves: u32, split: u32) -> TileShape {
 }
 
 /// Every tile shape that has a kernel, by tokens and then by channels.
-pub const TILE_SHAPES: [TileShape; 19] = [
+pub const TILE_SHAPES: [TileShape; 20] = [
     shape(2, 8, 1, 1),
     shape(1, 16, 2, 1),
     shape(2, 16, 1, 1),
@@ -73,6 +73,7 @@ pub const TILE_SHAPES: [TileShape; 19] = [
     shape(2, 128, 1, 2),
     shape(3, 128, 1, 2),
     shape(2, 256, 1, 1),
+    shape(3, 256, 1, 1),
 ];
 
 impl TileShape {
@@ -123,7 +124,26 @@ impl TileShape {
     /// need it, or just its two warps.
     #[must_use]
     pub const fn moves_registers(self) -> bool {
-        self.tokens >= 128
+        self.tokens >= 128 && self.has_producers()
+    }
+
+    /// Whether two warps of their own fill the ring, one with bricks and one with activations. Three consumers of 256 tokens leave them no
+    /// registers: one of their own warps does it.
+    #[must_use]
+    pub const fn has_producers(self) -> bool {
+        self.consumers() < 3 || self.tokens < 256
+    }
+
+    /// Arrivals at a span's full barrier: one of each warp that fills it.
+    #[must_use]
+    pub const fn full_arrivals(self) -> u32 {
+        if self.has_producers() { 2 } else { 1 }
+    }
+
+    /// Whether tiles can be shared among workers step by step.
+    #[must_use]
+    pub const fn can_stream(self) -> bool {
+        self.split == 1 && self.has_producers()
     }
 
     /// Registers that a thread of the producer keeps where it gives some away.
@@ -148,7 +168,12 @@ impl TileShape {
     /// Threads of a block.
     #[must_use]
     pub const fn threads(self) -> u32 {
-        self.consumers() * WARPGROUP + if self.moves_registers() { WARPGROUP } else { 64 }
+        let producers = match (self.has_producers(), self.moves_registers()) {
+            (false, _) => 0,
+            (true, false) => 64,
+            (true, true) => WARPGROUP,
+        };
+        self.consumers() * WARPGROUP + producers
     }
 
     /// The largest cluster: every block must load whole groups of eight tokens, which the swizzle permutes. Where blocks share a tile's K,
@@ -255,10 +280,15 @@ impl TileShape {
         j * 8 % self.finished_tokens() / self.epilogue_tokens()
     }
 
-    /// Transposition buffers of a consumer: while one is stored, the next is filled.
+    /// Transposition buffers of a consumer: while one or two are stored, the next is filled.
     #[must_use]
     pub const fn epilogue_buffers(self) -> u32 {
-        if self.epilogue_rounds() > 1 { 2 } else { 1 }
+        match self.epilogue_rounds() {
+            1 => 1,
+            // Shared memory has room for a third besides the deepest ring.
+            _ if !self.has_producers() => 3,
+            _ => 2,
+        }
     }
 
     /// Bytes of one transposition buffer: 64 channels of 2 bytes a token.
@@ -369,7 +399,7 @@ mod tests {
     fn rings_are_as_deep_as_shared_memory_allows() {
         for shape in TILE_SHAPES {
             assert!(shape.shared_bytes() + shape.stage_bytes() > MAX_SHARED_BYTES, "{shape:?}");
-            assert!(shape.stages * shape.spans() >= 5, "{shape:?}");
+            assert!(shape.stages * shape.spans() >= 4, "{shape:?}");
         }
     }
 

@@ -51,6 +51,7 @@ const GEMM: [KernelSource; TILE_SHAPES.len()] = [
     source!("gemm_128x128_split"),
     source!("gemm_192x128_split"),
     source!("gemm_128x256"),
+    source!("gemm_192x256"),
 ];
 
 /// The kernels for few tokens, in the order of [`SKINNY_SHAPES`].

@@ -31,7 +31,7 @@ const fn split_cost(channels: u32, tokens: u32, step: f64, tile: f64) -> ShapeCo
     ShapeCost { split: 2, ..cost(channels, tokens, step, tile) }
 }
 
-const SHAPE_COSTS: [ShapeCost; 19] = [
+const SHAPE_COSTS: [ShapeCost; 20] = [
     cost(128, 8, 0.182, 0.96),
     cost(64, 16, 0.132, 1.38),
     cost(128, 16, 0.239, 0.60),
@@ -51,6 +51,7 @@ const SHAPE_COSTS: [ShapeCost; 19] = [
     split_cost(128, 128, 0.331, 2.4),
     split_cost(192, 128, 0.487, 3.5),
     cost(128, 256, 0.551, 2.97),
+    cost(192, 256, 0.83, 3.7),
 ];
 
 /// Microseconds of every launch.

@@ -27,6 +27,28 @@ pub unsafe fn copy_16_if(valid: bool, destination: u32, source: u64) {
     }
 }
 
+/// Copies 4 bytes from `source` to `destination` if `valid`.
+///
+/// # Safety
+/// If `valid`, both are valid and 4-byte aligned, and nothing reads or writes the destination before the copy is done.
+#[inline(always)]
+pub unsafe fn copy_4_if(valid: bool, destination: u32, source: u64) {
+    // SAFETY: the caller vouches for the addresses.
+    unsafe {
+        asm!(
+            "{{",
+            ".reg .pred valid;",
+            "setp.ne.u32 valid, {2}, 0;",
+            "@valid cp.async.ca.shared.global [{0}], [{1}], 4;",
+            "}}",
+            in(reg32) destination,
+            in(reg64) source,
+            in(reg32) valid as u32,
+            options(nostack)
+        );
+    }
+}
+
 /// Ends a group: all copies of this thread since the last one.
 #[inline(always)]
 pub fn end_group() {

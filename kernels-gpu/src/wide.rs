@@ -1,0 +1,357 @@
+//! The GEMM for the widest tile, 192 channels × 256 tokens, whose sums leave no registers to a producer: three consumers fill
+//! the ring themselves. An activation that reaches a multiprocessor is multiplied by half as many channels more than in the tile of 128 × 256,
+//! which saves what costs the most where the GPU's power is the limit.
+//!
+//! The first warp refills a stage while it waits for its own products of the next, so that no consumer is kept from it.
+//! Everything else is as in [`gemm`](mod@crate::gemm), but that a tile is never shared along K, and that each brick is a wgmma group
+//! of its own: there are registers for the operands of one.
+
+use cuda_std::{TensorMap, cluster, shared, thread, warp};
+use liquidgemm_format::arguments::GemmArguments;
+use liquidgemm_format::brick::BRICK_BYTES;
+use liquidgemm_format::ring::RingCursor;
+use liquidgemm_format::tile::{SPAN_BRICKS, SPAN_K, STRIP_SPAN_BYTES, TileShape};
+
+use crate::dequant::{BrickShare, LiquidQuant, SharePlace};
+use crate::epilogue::Epilogue;
+use crate::gemm::{first_strip, sync};
+use crate::pipeline::{Cluster, Consumer, Shared};
+use crate::ptx::tma::Policy;
+use crate::ptx::wgmma::{Accumulator, DESCRIPTOR_K32};
+use crate::ptx::{copy, grid, tma, wgmma};
+
+/// The kernel's body, for the token tile of `A`, `STRIPS` strips with a consumer each, and a ring of `STAGES`.
+///
+/// # Safety
+/// As for [`gemm`](crate::gemm::gemm); the schedule streams no tile.
+#[inline(always)]
+pub unsafe fn gemm<A: Accumulator, const STRIPS: u32, const STAGES: u32>(
+    activations: *const TensorMap,
+    output: *const TensorMap,
+    arguments: &GemmArguments,
+) {
+    let shape =
+        const { TileShape { strips: STRIPS, tokens: A::TOKENS, halves: 1, split: 1, stages: STAGES } };
+    let shared = Shared::new(shared::dynamic_shared_mem(), shape);
+    let thread = thread::thread_idx_x();
+    let warp = warp::broadcast(thread / warp::WARP_SIZE);
+    let cluster = Cluster::of_block(shape);
+
+    if thread == 0 {
+        // SAFETY: the maps are parameters; the barrier below orders the barriers' making.
+        unsafe {
+            tma::prefetch_map(activations);
+            tma::prefetch_map(output);
+            shared.init_barriers(cluster);
+        }
+    }
+    sync(cluster);
+
+    let schedule = arguments.schedule;
+    let worker = cluster::cluster_idx_x();
+    let consumer = Consumer::of_warpgroup(warp / 4, thread, shape);
+    let fills = warp == 0;
+    let mut filler = Filler::<STAGES>::new(activations, arguments, shared, shape, cluster, worker);
+    grid::admit_next();
+    // SAFETY: one whole warp; the barriers are made.
+    unsafe {
+        if fills {
+            filler.fill_bricks_of_first_turn();
+        }
+        grid::await_previous();
+        if fills {
+            filler.fill_activations_of_first_turn();
+        }
+    }
+
+    let mut walk = Walk::<STAGES> {
+        shared,
+        shape,
+        cluster,
+        place: SharePlace::of_thread(consumer.thread).moved(shared.own_bricks(0, consumer)),
+        lane: thread % warp::WARP_SIZE,
+        ring: RingCursor::start(),
+        fills,
+        is_first_step: true,
+    };
+    let mut tile = worker;
+    while tile < schedule.tiles() {
+        let position = schedule.position(tile);
+        let strip = first_strip(position, shape, cluster) + consumer.strip;
+        let token = position.token_tile * shape.tokens;
+        let epilogue = Epilogue::new(arguments, output, shared, shape, [strip, token], consumer);
+        let mut accumulator = A::zero();
+        // SAFETY: the consumer has left the last tile's epilogue; all its threads are here; the caller vouches for the arguments.
+        unsafe {
+            epilogue.copy_scales();
+            walk.multiply(&mut accumulator, schedule.k_steps, &mut filler);
+            copy::await_groups::<0>();
+            epilogue.store(&mut accumulator, None);
+        }
+        tile += schedule.workers;
+    }
+    // The block's shared memory must last as long as it is read.
+    tma::await_stores::<0>();
+    if cluster.blocks > 1 {
+        // The other block may still send activations here, or arrive on the barriers.
+        cluster::sync_cluster_relaxed();
+    }
+}
+
+/// A consumer's way through the stages of its tiles.
+struct Walk<const STAGES: u32> {
+    shared: Shared,
+    shape: TileShape,
+    cluster: Cluster,
+    /// The thread's share of its consumer's first brick in stage 0.
+    place: SharePlace,
+    lane: u32,
+    /// The stage to multiply next.
+    ring: RingCursor<STAGES>,
+    /// Whether this is the warp that fills the ring.
+    fills: bool,
+    /// Whether no stage has been emptied yet.
+    is_first_step: bool,
+}
+
+impl<const STAGES: u32> Walk<STAGES> {
+    /// Adds the products of a tile's `steps` stages to the accumulator, and refills those that get empty.
+    ///
+    /// # Safety
+    /// The whole consumer calls it; the ring's barriers are made, and it is filled for the same tile.
+    #[inline(always)]
+    unsafe fn multiply<A: Accumulator>(
+        &mut self,
+        accumulator: &mut A,
+        mut steps: u32,
+        filler: &mut Filler<'_, STAGES>,
+    ) {
+        let Self { shared, cluster, .. } = *self;
+        // SAFETY: a stage is read between acquiring and releasing it; no operand's register is written before its group is done.
+        unsafe {
+            shared.acquire_full(self.ring.stage(), 0, self.ring.full_parity());
+            let mut share = self.load(self.ring, 0);
+            while steps > 0 {
+                let (ring, next) = (self.ring, self.ring.next());
+                // The same for all threads, which the compiler can't see.
+                let tile = warp::broadcast(shared.activation_descriptor(ring.stage()));
+                let operands = [share.operand::<LiquidQuant, 0>(), share.operand::<LiquidQuant, 1>()];
+                share = self.load(ring, BRICK_BYTES as u32);
+                wgmma::fence();
+                accumulator.multiply_accumulate_along(operands, tile);
+                wgmma::commit();
+                if self.fills && !self.is_first_step {
+                    filler.fill();
+                }
+                self.is_first_step = false;
+                wgmma::wait::<0>();
+
+                let next_is_full = shared.is_full(next.stage(), 0, next.full_parity());
+                let operands = [share.operand::<LiquidQuant, 0>(), share.operand::<LiquidQuant, 1>()];
+                steps -= 1;
+                if next_is_full && steps > 0 {
+                    share = self.load(next, 0);
+                }
+                wgmma::fence();
+                accumulator.multiply_accumulate_along(operands, tile + 2 * DESCRIPTOR_K32);
+                wgmma::commit();
+                if !next_is_full && steps > 0 {
+                    shared.acquire_full(next.stage(), 0, next.full_parity());
+                    share = self.load(next, 0);
+                }
+                wgmma::wait::<0>();
+                shared.release(ring.stage(), cluster, self.lane);
+                self.ring = next;
+            }
+        }
+    }
+
+    /// Loads the codes of the brick that lies `offset` behind the consumer's first in a stage.
+    ///
+    /// # Safety
+    /// The stage is acquired.
+    #[inline(always)]
+    unsafe fn load(&self, ring: RingCursor<STAGES>, offset: u32) -> BrickShare {
+        // SAFETY: the caller vouches for the stage.
+        unsafe { BrickShare::load(ring.stage() * self.shape.stage_bytes() + offset, self.place) }
+    }
+}
+
+/// What the warp that fills the ring knows of the stage to fill next. The same for all threads, so that it takes none of their
+/// registers.
+#[derive(Clone, Copy)]
+struct Filler<'a, const STAGES: u32> {
+    activations: *const TensorMap,
+    arguments: &'a GemmArguments,
+    shared: Shared,
+    shape: TileShape,
+    cluster: Cluster,
+    ring: RingCursor<STAGES>,
+    tile: u32,
+    step: u32,
+    /// The address of the first strip's bricks.
+    source: u64,
+    /// How many strips of the tile there are.
+    strips: u32,
+    /// The first of the tokens that this block loads.
+    token: u32,
+}
+
+impl<'a, const STAGES: u32> Filler<'a, STAGES> {
+    /// Before the first stage of a worker's first tile.
+    #[inline(always)]
+    fn new(
+        activations: *const TensorMap,
+        arguments: &'a GemmArguments,
+        shared: Shared,
+        shape: TileShape,
+        cluster: Cluster,
+        worker: u32,
+    ) -> Self {
+        let ring = RingCursor::start();
+        let mut filler = Self {
+            activations,
+            arguments,
+            shared,
+            shape,
+            cluster,
+            ring,
+            tile: worker,
+            step: 0,
+            source: 0,
+            strips: 0,
+            token: 0,
+        };
+        filler.enter_tile();
+        filler
+    }
+
+    /// Fills the next stage, if there is one, as soon as it is empty.
+    ///
+    /// # Safety
+    /// One whole warp calls it; the barriers are made.
+    #[inline(always)]
+    unsafe fn fill(&mut self) {
+        if self.is_done() {
+            return;
+        }
+        // SAFETY: the stage is empty once acquired; so are the other blocks', as their consumers arrive here too.
+        unsafe {
+            self.shared.acquire_empty(self.ring.stage(), self.ring.empty_parity());
+            self.fill_bricks();
+            self.fill_activations();
+        }
+        self.advance();
+    }
+
+    /// Announces all that the stages of the ring's first turn will hold, and asks for the bricks among it, which are there before the
+    /// launch.
+    ///
+    /// # Safety
+    /// As for [`fill`](Self::fill).
+    #[inline(always)]
+    unsafe fn fill_bricks_of_first_turn(&self) {
+        let mut ahead = *self;
+        for _ in 0..STAGES {
+            if !ahead.is_done() {
+                // SAFETY: the stage has not been used.
+                unsafe { ahead.fill_bricks() };
+                ahead.advance();
+            }
+        }
+    }
+
+    /// Asks for those stages' activations.
+    ///
+    /// # Safety
+    /// As for [`fill`](Self::fill), after the launch before this one has ended.
+    #[inline(always)]
+    unsafe fn fill_activations_of_first_turn(&mut self) {
+        for _ in 0..STAGES {
+            if !self.is_done() {
+                // SAFETY: the stage has not been used.
+                unsafe { self.fill_activations() };
+                self.advance();
+            }
+        }
+    }
+
+    /// Whether the worker has no further tile.
+    #[inline(always)]
+    fn is_done(&self) -> bool {
+        self.tile >= self.arguments.schedule.tiles()
+    }
+
+    #[inline(always)]
+    fn strip_bytes(&self) -> u64 {
+        self.arguments.k_blocks as u64 * BRICK_BYTES as u64
+    }
+
+    /// A cluster has a power of two of blocks; each loads an equal part of the tile's tokens for all of them.
+    #[inline(always)]
+    fn part_tokens(&self) -> u32 {
+        self.shape.tokens >> self.cluster.blocks.trailing_zeros()
+    }
+
+    /// Announces all that the stage will hold, and asks for its bricks.
+    #[inline(always)]
+    unsafe fn fill_bricks(&self) {
+        let (shared, stage, strips) = (self.shared, self.ring.stage(), self.strips);
+        // Past the last brick the activations are zeros, so stale bricks add nothing.
+        let left = self.arguments.k_blocks - self.step * SPAN_BRICKS;
+        let bytes = left.min(SPAN_BRICKS) * BRICK_BYTES as u32;
+        let policy = Policy::evict_first();
+        // SAFETY: the stage is empty and holds what is copied; the bricks exist.
+        unsafe {
+            let full = shared.announce(stage, 0, strips * bytes + self.shape.span_bytes());
+            seq_macro::seq!(STRIP in 0..3 {
+                if STRIP < self.shape.strips && STRIP < strips {
+                    let from = self.source + STRIP * self.strip_bytes();
+                    tma::load_bulk(shared.bricks(stage, STRIP), from, bytes, full, policy);
+                }
+            });
+        }
+    }
+
+    /// Asks for this block's part of the stage's activations, for all of its cluster.
+    #[inline(always)]
+    unsafe fn fill_activations(&self) {
+        let stage = self.ring.stage();
+        let to = self.shared.activations(stage) + self.cluster.rank * self.part_tokens() * SPAN_K;
+        let full = self.shared.full(stage, 0);
+        let k = self.step * SPAN_K;
+        // SAFETY: the stage is empty in all blocks and holds what is copied.
+        unsafe {
+            if self.cluster.blocks > 1 {
+                let every_block = (1 << self.cluster.blocks) - 1;
+                tma::load_2d_multicast(to, self.activations, k, self.token, full, every_block);
+            } else {
+                tma::load_2d(to, self.activations, k, self.token, full);
+            }
+        }
+    }
+
+    /// Moves on to the next stage.
+    #[inline(always)]
+    fn advance(&mut self) {
+        self.ring = self.ring.next();
+        self.source += STRIP_SPAN_BYTES as u64;
+        self.step += 1;
+        if self.step == self.arguments.schedule.k_steps {
+            self.step = 0;
+            self.tile += self.arguments.schedule.workers;
+            self.enter_tile();
+        }
+    }
+
+    /// Looks up where a tile's bricks and tokens are.
+    #[inline(always)]
+    fn enter_tile(&mut self) {
+        let position = self.arguments.schedule.position(self.tile);
+        let first_strip = first_strip(position, self.shape, self.cluster);
+        // The last tiles may have fewer strips: their consumers then work on what happens to lie there, and store nothing.
+        self.strips = self.arguments.strips.saturating_sub(first_strip).min(self.shape.strips);
+        self.source = self.arguments.bricks + first_strip as u64 * self.strip_bytes();
+        self.token = position.token_tile * self.shape.tokens + self.cluster.rank * self.part_tokens();
+    }
+}

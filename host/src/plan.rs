@@ -61,6 +61,9 @@ pub struct Cut {
 
 /// The least of K that is worth a thread block of its own.
 const MIN_K: u32 = 512;
+/// Percent of the workers that must have a tile in a wave, on the average, for the widest tile to be worth considering: what is left over
+/// can't be shared out.
+const LEAST_OCCUPANCY: u64 = 95;
 /// Channels walked together, so that a wave of 132 blocks covers a near-square piece of the output.
 const GROUP_CHANNELS: u32 = 2048;
 
@@ -129,6 +132,10 @@ impl Plan {
                     let tiled = Tiled::new(m, n, k, Cut { shape, cluster, workers, streamed_waves })?;
                     let tiles = tiled.schedule.tiles();
                     let plan = Self { m, n, k, method: Method::Tiled(tiled) };
+                    let places = tiles.div_ceil(most) as u64 * most as u64;
+                    if !shape.has_producers() && tiles as u64 * 100 < places * LEAST_OCCUPANCY {
+                        return Ok(tiles);
+                    }
                     if !plans.iter().any(|other| other.launches_like(&plan)) {
                         plans.push(plan);
                     }

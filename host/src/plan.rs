@@ -119,8 +119,8 @@ impl Plan {
         let mut plans = Self::skinny_candidates(m, n, k, multiprocessors)?;
         let mut too_many = None;
         for shape in TILE_SHAPES {
-            // A tile more than three quarters empty wastes what a smaller one doesn't; only the smallest two are alike.
-            if shape.tokens > 16 && m <= shape.tokens as usize / 4 {
+            // A tile that is half empty wastes what the next smaller one doesn't; only the smallest two are alike.
+            if shape.tokens > 16 && m <= shape.tokens as usize / 2 {
                 continue;
             }
             for cluster in [1, 2] {

@@ -217,8 +217,8 @@ impl Bed {
 fn plan(m: usize, n: usize, k: usize, multiprocessors: u32) -> anyhow::Result<Plan> {
     let tokens = TOKENS.into_iter().find(|&tokens| m <= tokens as usize).unwrap_or(TOKENS[TOKENS.len() - 1]);
     let tile = tile(tokens).context("the ablation lists a tile that it doesn't have")?;
-    // The planner passes over tiles that are nearly empty, but this is about tiles alike in all arms.
-    let full = m.max(tokens as usize / 4 + 1);
+    // The planner passes over tiles that are half empty, but this is about tiles alike in all arms.
+    let full = m.max(tokens as usize / 2 + 1);
     let candidates = Plan::candidates(full, n, k, multiprocessors)?.into_iter();
     let estimate = |plan: &Plan| plan.estimate_us();
     let best = candidates

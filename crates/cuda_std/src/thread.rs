@@ -46,13 +46,6 @@ pub fn sync_named<const THREADS: u32>(id: u32) {
     unsafe { asm!("bar.sync {}, {};", in(reg32) id, const THREADS, options(nostack)) }
 }
 
-/// Comes to named barrier `ID` without waiting, for others to [`sync_named`] there.
-#[inline(always)]
-pub fn arrive_named<const THREADS: u32>(id: u32) {
-    // SAFETY: as for `sync_threads`.
-    unsafe { asm!("bar.arrive {}, {};", in(reg32) id, const THREADS, options(nostack)) }
-}
-
 /// The multiprocessor's clock, in cycles.
 #[inline(always)]
 pub fn clock64() -> u64 {

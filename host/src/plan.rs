@@ -346,4 +346,21 @@ mod tests {
             }
         }
     }
+
+    #[test]
+    fn the_widest_tile_is_considered_where_it_fills_its_waves_and_stays_whole() {
+        let Some(widest) = TILE_SHAPES.into_iter().find(|shape| !shape.has_producers()) else {
+            panic!("no shape without producers")
+        };
+        let considered = |m, n, k| {
+            let plans = Plan::candidates(m, n, k, 132).unwrap();
+            plans.iter().filter_map(Plan::tiled).any(|tiled| tiled.shape() == widest)
+        };
+        // 920 tiles in 7 waves of 132, and 108 in one.
+        assert!(considered(2048, 22_016, 4096));
+        assert!(!considered(512, 10_240, 8192));
+        let cut = Cut { shape: widest, cluster: 1, workers: 132, streamed_waves: 2 };
+        let plan = Plan::with_cut(512, 10_240, 8192, cut).unwrap();
+        assert_eq!(plan.tiled().map(|tiled| tiled.schedule().streamed_tiles), Some(0));
+    }
 }

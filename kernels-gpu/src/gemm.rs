@@ -151,6 +151,13 @@ pub(crate) fn first_strip(position: TilePosition, shape: TileShape, cluster: Clu
     (position.channel_tile * cluster.blocks + cluster.rank) * shape.strips
 }
 
+/// How many strips there are of a tile. The last tiles may have fewer: their consumers then work on what happens to lie there, and
+/// store nothing.
+#[inline(always)]
+pub(crate) fn tile_strips(arguments: &GemmArguments, first_strip: u32, shape: TileShape) -> u32 {
+    arguments.strips.saturating_sub(first_strip).min(shape.strips)
+}
+
 /// Bytes of bricks a cycle that the launch asks for in the ring's first turn: a little more than memory delivers, which is 3.35 TB/s
 /// at 1.7 to 1.8 GHz. What it asked for beyond that would only stand in the way of the first activations.
 const FIRST_TURN_BYTES: u32 = 2112;
@@ -177,9 +184,7 @@ pub(crate) unsafe fn produce_bricks<const STAGES: u32>(
     let policy = Policy::evict_first();
     for segment in schedule.segments(cluster::cluster_idx_x()) {
         let first_strip = first_strip(schedule.position(segment.tile), shape, cluster);
-        // The last tiles may have fewer strips: their consumers then work on what happens to lie there, and store
-        // nothing.
-        let strips = arguments.strips.saturating_sub(first_strip).min(shape.strips);
+        let strips = tile_strips(arguments, first_strip, shape);
         let mut block = (first_step(schedule, cluster) + segment.k_begin) * shape.stage_bricks();
         let mut source =
             arguments.bricks + first_strip as u64 * strip_bytes + block as u64 * BRICK_BYTES as u64;
@@ -226,8 +231,7 @@ pub(crate) unsafe fn produce_activations<const STAGES: u32>(
     cluster: Cluster,
 ) {
     let schedule = arguments.schedule;
-    // A cluster has a power of two of blocks; each loads an equal part of the tile's tokens for all of them.
-    let part_tokens = shape.tokens >> cluster.blocks.trailing_zeros();
+    let part_tokens = cluster.part_tokens(shape);
     let part_offset = cluster.rank * part_tokens * SPAN_K;
     let every_block = (1 << cluster.blocks) - 1;
     let first_step = first_step(schedule, cluster);

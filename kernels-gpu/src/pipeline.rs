@@ -29,6 +29,12 @@ impl Cluster {
             Self { blocks: cluster::blocks(), rank: cluster::block_rank(), part: 0 }
         }
     }
+
+    /// Tokens of a tile that each block loads for all of them, an equal part. There is a power of two of blocks.
+    #[inline(always)]
+    pub fn part_tokens(self, shape: TileShape) -> u32 {
+        shape.tokens >> self.blocks.trailing_zeros()
+    }
 }
 
 /// The barriers of a consumer's exchange with the other block that shares its tile's K.

@@ -3,7 +3,7 @@
 //! which saves what costs the most where the GPU's power is the limit.
 //!
 //! The first warp refills a stage while it waits for its own products of the next, so that no consumer is kept from it.
-//! Everything else is as in [`gemm`](mod@crate::gemm), but that a tile is never shared along K, and that each brick is a wgmma group
+//! The host twin is `host/src/gpu/gemm.rs`, as for all tiles. Everything else is as in [`gemm`](mod@crate::gemm), but that a tile is never shared along K, and that each brick is a wgmma group
 //! of its own: there are registers for the operands of one.
 
 use cuda_std::{TensorMap, cluster, shared, thread, warp};
@@ -14,7 +14,7 @@ use liquidgemm_format::tile::{SPAN_BRICKS, SPAN_K, STRIP_SPAN_BYTES, TileShape};
 
 use crate::dequant::{BrickShare, LiquidQuant, SharePlace};
 use crate::epilogue::Epilogue;
-use crate::gemm::{first_strip, sync};
+use crate::gemm::{first_strip, sync, tile_strips};
 use crate::pipeline::{Cluster, Consumer, Shared};
 use crate::ptx::tma::Policy;
 use crate::ptx::wgmma::{Accumulator, DESCRIPTOR_K32};
@@ -287,10 +287,10 @@ impl<'a, const STAGES: u32> Filler<'a, STAGES> {
         self.arguments.k_blocks as u64 * BRICK_BYTES as u64
     }
 
-    /// A cluster has a power of two of blocks; each loads an equal part of the tile's tokens for all of them.
+    /// The first of this block's tokens in a tile.
     #[inline(always)]
-    fn part_tokens(&self) -> u32 {
-        self.shape.tokens >> self.cluster.blocks.trailing_zeros()
+    fn own_tokens(&self) -> u32 {
+        self.cluster.rank * self.cluster.part_tokens(self.shape)
     }
 
     /// Announces all that the stage will hold, and asks for its bricks.
@@ -317,7 +317,7 @@ impl<'a, const STAGES: u32> Filler<'a, STAGES> {
     #[inline(always)]
     unsafe fn fill_activations(&self) {
         let stage = self.ring.stage();
-        let to = self.shared.activations(stage) + self.cluster.rank * self.part_tokens() * SPAN_K;
+        let to = self.shared.activations(stage) + self.own_tokens() * SPAN_K;
         let full = self.shared.full(stage, 0);
         let k = self.step * SPAN_K;
         // SAFETY: the stage is empty in all blocks and holds what is copied.
@@ -349,9 +349,8 @@ impl<'a, const STAGES: u32> Filler<'a, STAGES> {
     fn enter_tile(&mut self) {
         let position = self.arguments.schedule.position(self.tile);
         let first_strip = first_strip(position, self.shape, self.cluster);
-        // The last tiles may have fewer strips: their consumers then work on what happens to lie there, and store nothing.
-        self.strips = self.arguments.strips.saturating_sub(first_strip).min(self.shape.strips);
+        self.strips = tile_strips(self.arguments, first_strip, self.shape);
         self.source = self.arguments.bricks + first_strip as u64 * self.strip_bytes();
-        self.token = position.token_tile * self.shape.tokens + self.cluster.rank * self.part_tokens();
+        self.token = position.token_tile * self.shape.tokens + self.own_tokens();
     }
 }

@@ -350,7 +350,7 @@ fn has_word(text: &str, word: &str) -> bool {
 }
 
 /// Leaves out what the assembler does not read and the library would carry: lines of comments, of which the compiler puts
-/// two around every inline assembly, and white space before and between words beyond one space.
+/// two around every inline assembly, and white space before and between words beyond one space, and behind commas.
 fn compact(body: &str) -> String {
     let lines = body.lines().map(str::trim).filter(|line| !line.starts_with("//"));
     let words = |line: &str| line.split_whitespace().collect::<Vec<_>>().join(" ").replace(", ", ",");

@@ -121,7 +121,7 @@ impl TileShape {
     }
 
     /// Whether the producer is a whole warpgroup that gives registers to the consumers, as large accumulators
-    /// need it, or just its two warps.
+    /// need it, rather than just its two warps, or none at all.
     #[must_use]
     pub const fn moves_registers(self) -> bool {
         self.tokens >= 128 && self.has_producers()
@@ -399,7 +399,9 @@ mod tests {
     fn rings_are_as_deep_as_shared_memory_allows() {
         for shape in TILE_SHAPES {
             assert!(shape.shared_bytes() + shape.stage_bytes() > MAX_SHARED_BYTES, "{shape:?}");
-            assert!(shape.stages * shape.spans() >= 4, "{shape:?}");
+            // The widest tile has stages of 45 KB.
+            let least = if shape.has_producers() { 5 } else { 4 };
+            assert!(shape.stages * shape.spans() >= least, "{shape:?}");
         }
     }
 

@@ -3,8 +3,9 @@
 //! A launch is as slow as its slower side, memory or the busiest worker; on top come a constant and, where tiles are
 //! shared along K, the handing over of partial sums. The constants were fitted to the plans of ten linear layers
 //! of LLaMA-2 and LLaMA-3 at 16 to 1,024 tokens, and of some of them at 8, 32, 2,048 and 4,096, on an H100 SXM: by least
-//! squares, and from there so that the choices lose least; the lines of tiles whose K two blocks share, and what streams cost
-//! at the power limit, were set by hand; the line of 192 × 256 by a sweep of ten matrices at 512 to 4,096 tokens. `docs/performance-log.md` says how much. They need not be
+//! squares, and from there so that the choices lose least; the lines of tiles of 128 tokens whose K two blocks share, and what streams cost
+//! at the power limit, were set by hand; the lines of the smaller such tiles by sweeps of ten more matrices at 12 to 64 tokens, that of 192 × 256 by one
+//! of the first ten at 512 to 4,096. `docs/performance-log.md` says how much. They need not be
 //! exact: a wrong choice costs time, never a bit of the result.
 
 use liquidgemm_format::tile::TileShape;
@@ -177,9 +178,14 @@ mod tests {
             for m in (0..13).map(|power| 1usize << power) {
                 let (fewer, more) = (plan(m), plan(2 * m));
                 // The constants of the kernel for few tokens were fitted apart from those of the tiles.
-                if fewer.tiled().is_some() == more.tiled().is_some() {
-                    assert!(more.estimate_us() > 0.999 * fewer.estimate_us(), "{m} tokens of {n} x {k}");
-                }
+                let same_kind = fewer.tiled().is_some() == more.tiled().is_some();
+                let least = if same_kind { 0.999 } else { 0.9 };
+                assert!(
+                    more.estimate_us() > least * fewer.estimate_us(),
+                    "{m} tokens of {n} x {k}: {} and {}",
+                    fewer.estimate_us(),
+                    more.estimate_us()
+                );
             }
         }
     }

@@ -5,7 +5,7 @@ use cust::memory::DeviceBuffer;
 use cust::sys;
 use libtest_mimic::Failed;
 use liquidgemm::gpu::{DeviceSpan, DeviceWeights, Gpu, Operands};
-use liquidgemm::{Group, OutputType, PackedWeights, Plan, QuantizedActivations, cpu};
+use liquidgemm::{Cut, Group, OutputType, PackedWeights, Plan, QuantizedActivations, cpu};
 use liquidgemm_format::skinny::SKINNY_SHAPES;
 use liquidgemm_format::tile::TILE_SHAPES;
 use liquidgemm_gpu_tests::graph::{Graph, driver};
@@ -15,11 +15,12 @@ use liquidgemm_gpu_tests::{
 use rand::Rng;
 use rand::rngs::StdRng;
 
-const TESTS: [Test; 7] = [
+const TESTS: [Test; 8] = [
     ("a_captured_gemm_replays_with_inputs_that_changed", a_captured_gemm_replays_with_inputs_that_changed),
     ("a_gemm_sees_the_copy_before_it", a_gemm_sees_the_copy_before_it),
     ("a_gemm_sees_what_the_gemm_before_it_wrote", a_gemm_sees_what_the_gemm_before_it_wrote),
     ("a_skinny_gemm_sees_what_the_one_before_it_wrote", a_skinny_gemm_sees_what_the_one_before_it_wrote),
+    ("a_divided_gemm_sees_what_the_one_before_it_wrote", a_divided_gemm_sees_what_the_one_before_it_wrote),
     ("skinny_gemms_and_tiled_ones_in_a_row", skinny_gemms_and_tiled_ones_in_a_row),
     ("different_gemms_in_a_row_share_a_workspace", different_gemms_in_a_row_share_a_workspace),
     (
@@ -269,6 +270,29 @@ fn check_chain(gpu: &Gpu, session: &Session, rng: &mut StdRng, chain: &Chain) ->
         // SAFETY: all that was captured is alive.
         unsafe { graph.replay(&session.stream) }?;
         check(&steps, "in a graph")?;
+    }
+    Ok(())
+}
+
+fn a_divided_gemm_sees_what_the_one_before_it_wrote(gpu: &'static Gpu) -> Result<(), Failed> {
+    let mut rng = rng(27);
+    let session = Session::new(gpu)?;
+    let most = gpu.multiprocessors();
+    for (index, &shape) in TILE_SHAPES.iter().enumerate() {
+        // Both launches share tiles along K, and so the workspace.
+        let cuts = [shape, TILE_SHAPES[(7 * index + 3) % TILE_SHAPES.len()]].map(|shape| Cut {
+            shape,
+            cluster: 1,
+            workers: most,
+            streamed_waves: 1,
+        });
+        let m = shape.tokens as usize + 1;
+        for [middle, k, n] in [[512, 2048, 1000], [256, 4096, 600]] {
+            let plan = |n: usize, k, boundary| Plan::divided(m, n, k, boundary, cuts);
+            let plans = [plan(middle, k, middle / 2)?, plan(n, 4 * middle, 448)?];
+            let chain = Chain::with_plans(gpu, &mut rng, [m, middle, k, n], plans)?;
+            check_chain(gpu, &session, &mut rng, &chain)?;
+        }
     }
     Ok(())
 }

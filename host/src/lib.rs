@@ -52,7 +52,7 @@ pub use error::{Error, FileError};
 pub use float::Float;
 pub use output::{Output, OutputType};
 pub use packed::{Group, PackedWeights, UnpackedCodes};
-pub use plan::{Cut, Method, Plan, Skinny, Tiled};
+pub use plan::{Cut, Divided, Method, Plan, Skinny, Tiled};
 
 /// Compiles and runs the examples in the README.
 #[cfg(doctest)]

@@ -3,6 +3,7 @@
 //! A plan only decides speed: whatever it says, the result has the same bits.
 
 mod cost;
+mod divided;
 mod skinny;
 mod skinny_cost;
 
@@ -15,6 +16,7 @@ use liquidgemm_format::tile::{TILE_SHAPES, TileShape};
 use crate::Error;
 use crate::gpu::GpuError;
 
+pub use divided::Divided;
 pub use skinny::Skinny;
 
 /// How one problem is computed.
@@ -26,11 +28,13 @@ pub struct Plan {
     method: Method,
 }
 
-/// The two ways to compute a problem.
+/// The ways to compute a problem.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Method {
     /// In tiles of channels × tokens, whose K may be shared.
     Tiled(Tiled),
+    /// In tiles of two kinds, by two launches.
+    Divided(Divided),
     /// All tokens at once, each thread block with channels of its own.
     Skinny(Skinny),
 }
@@ -70,6 +74,8 @@ const GROUP_CHANNELS: u32 = 2048;
 impl Plan {
     /// The plan for `Y[m, n] = X[m, k] · W[n, k]ᵀ` on a GPU with `multiprocessors`: of all
     /// [`candidates`](Self::candidates), the one with the lowest [estimate](Self::estimate_us).
+    ///
+    /// Planning takes 10 µs for few tokens and up to half a millisecond for many: what is called again and again keeps its plan.
     ///
     /// # Errors
     /// If a dimension is 0 or too large.
@@ -115,6 +121,13 @@ impl Plan {
     /// # Errors
     /// As [`Plan::new`].
     pub fn candidates(m: usize, n: usize, k: usize, multiprocessors: u32) -> Result<Vec<Self>, Error> {
+        let mut plans = Self::whole_candidates(m, n, k, multiprocessors)?;
+        plans.extend(Self::divided_candidates(m, n, k, multiprocessors)?);
+        Ok(plans)
+    }
+
+    /// Those of one launch.
+    fn whole_candidates(m: usize, n: usize, k: usize, multiprocessors: u32) -> Result<Vec<Self>, Error> {
         check_problem(m, n, k)?;
         let mut plans = Self::skinny_candidates(m, n, k, multiprocessors)?;
         let mut too_many = None;
@@ -179,12 +192,13 @@ impl Plan {
         }
     }
 
-    /// An estimate of the launch's time on an H100, in microseconds. It ranks the plans of one problem; the bench
+    /// An estimate of the time on an H100, in microseconds. It ranks the plans of one problem; the bench
     /// measures.
     #[must_use]
     pub fn estimate_us(&self) -> f64 {
         match self.method {
-            Method::Tiled(tiled) => tiled.estimate_us(self.problem()),
+            Method::Tiled(tiled) => tiled.estimate_us(self.problem(), 0.0),
+            Method::Divided(divided) => divided.estimate_us(self.problem()),
             Method::Skinny(skinny) => skinny.estimate_us(self.problem()),
         }
     }
@@ -203,14 +217,17 @@ impl Plan {
     pub fn tiled(&self) -> Option<&Tiled> {
         match &self.method {
             Method::Tiled(tiled) => Some(tiled),
-            Method::Skinny(_) => None,
+            Method::Divided(_) | Method::Skinny(_) => None,
         }
     }
 
-    /// Thread blocks of the launch.
+    /// Thread blocks of the launch, or of the larger of two.
     pub fn blocks(&self) -> u32 {
         match self.method {
-            Method::Tiled(Tiled { cut, .. }) => cut.workers * cut.cluster,
+            Method::Tiled(tiled) => tiled.blocks(),
+            Method::Divided(divided) => {
+                divided.parts(self.n).map(|(_, tiled)| tiled.blocks()).into_iter().fold(0, u32::max)
+            }
             Method::Skinny(skinny) => skinny.blocks(),
         }
     }
@@ -275,6 +292,12 @@ impl Tiled {
         self.cut.cluster
     }
 
+    /// Thread blocks of the launch.
+    #[must_use]
+    pub fn blocks(&self) -> u32 {
+        self.cut.workers * self.cut.cluster
+    }
+
     /// Output channels that a cluster computes at a time.
     #[must_use]
     pub fn cluster_channels(&self) -> u32 {
@@ -311,6 +334,7 @@ impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.method {
             Method::Tiled(tiled) => tiled.fmt(f),
+            Method::Divided(divided) => divided.fmt(f),
             Method::Skinny(skinny) => skinny.fmt(f),
         }
     }

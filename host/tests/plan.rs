@@ -9,14 +9,33 @@ use proptest::prelude::*;
 fn tiled(plan: &Plan) -> Tiled {
     match plan.method() {
         Method::Tiled(tiled) => *tiled,
-        Method::Skinny(_) => panic!("not in tiles: {plan}"),
+        Method::Divided(_) | Method::Skinny(_) => panic!("not in tiles: {plan}"),
+    }
+}
+
+/// The plan's launches in tiles.
+fn launches(plan: &Plan) -> Vec<Tiled> {
+    match plan.method() {
+        Method::Tiled(tiled) => vec![*tiled],
+        Method::Divided(divided) => divided.parts(plan.problem()[1]).map(|(_, tiled)| tiled).to_vec(),
+        Method::Skinny(_) => vec![],
     }
 }
 
 /// Fails unless the plan covers `[m, n]` and K.
 fn check_cover(plan: &Plan) -> Result<(), TestCaseError> {
     match plan.method() {
-        Method::Tiled(tiled) => check_tiles(plan, tiled),
+        Method::Tiled(tiled) => check_tiles(plan.problem(), tiled),
+        Method::Divided(divided) => {
+            let [m, n, k] = plan.problem();
+            let [(first, _), (second, _)] = divided.parts(n);
+            prop_assert_eq!((first.start, first.end, second.end), (0, second.start, n), "{}", plan);
+            prop_assert!(first.end > 0 && first.end < n && first.end.is_multiple_of(64), "{plan}");
+            divided
+                .parts(n)
+                .iter()
+                .try_for_each(|(channels, tiled)| check_tiles([m, channels.len(), k], tiled))
+        }
         Method::Skinny(skinny) => {
             let [m, n, _] = plan.problem();
             prop_assert!(m <= skinny.shape().tokens as usize, "tokens: {plan}");
@@ -33,40 +52,40 @@ fn check_cover(plan: &Plan) -> Result<(), TestCaseError> {
     }
 }
 
-/// Fails unless the plan's tiles cover `[m, n]` and K, none of them in vain, and each tile's K steps are computed once.
-fn check_tiles(plan: &Plan, tiled: &Tiled) -> Result<(), TestCaseError> {
-    let ([m, n, k], schedule) = (plan.problem(), tiled.schedule());
+/// Fails unless the tiles cover `[m, n]` and K, none of them in vain, and each tile's K steps are computed once.
+fn check_tiles([m, n, k]: [usize; 3], tiled: &Tiled) -> Result<(), TestCaseError> {
+    let schedule = tiled.schedule();
     let covers = |pieces: u32, size: usize, whole: usize| {
         pieces as usize * size >= whole && (pieces as usize - 1) * size < whole
     };
     let cluster_channels = tiled.cluster_channels() as usize;
-    prop_assert!(covers(schedule.channel_tiles, cluster_channels, n), "channels: {plan}");
-    prop_assert!(covers(schedule.token_tiles, tiled.shape().tokens as usize, m), "tokens: {plan}");
+    prop_assert!(covers(schedule.channel_tiles, cluster_channels, n), "channels: {tiled}");
+    prop_assert!(covers(schedule.token_tiles, tiled.shape().tokens as usize, m), "tokens: {tiled}");
     let step_k = tiled.shape().stage_k() * tiled.shape().split;
-    prop_assert!(covers(schedule.k_steps, step_k as usize, k), "K: {plan}");
-    prop_assert_eq!(schedule.workers * tiled.cluster(), plan.blocks());
+    prop_assert!(covers(schedule.k_steps, step_k as usize, k), "K: {tiled}");
+    prop_assert_eq!(schedule.workers * tiled.cluster(), tiled.blocks());
 
     let tiles = schedule.tiles() as usize;
     let mut at = vec![false; tiles];
     for tile in 0..schedule.tiles() {
         let position = schedule.position(tile);
         let index = position.token_tile * schedule.channel_tiles + position.channel_tile;
-        prop_assert!(!std::mem::replace(&mut at[index as usize], true), "tile {tile} twice: {plan}");
+        prop_assert!(!std::mem::replace(&mut at[index as usize], true), "tile {tile} twice: {tiled}");
     }
     // Segments of a tile neither overlap nor leave a gap if, one behind the other, they are as long as the tile.
     let mut segments: Vec<_> = (0..schedule.workers).flat_map(|worker| schedule.segments(worker)).collect();
     segments.sort_by_key(|segment| (segment.tile, segment.k_begin));
     let mut next = (0, 0);
     for segment in segments {
-        prop_assert_eq!((segment.tile, segment.k_begin), next, "{}", plan);
-        prop_assert!(segment.k_end > segment.k_begin && segment.k_end <= schedule.k_steps, "{plan}");
+        prop_assert_eq!((segment.tile, segment.k_begin), next, "{}", tiled);
+        prop_assert!(segment.k_end > segment.k_begin && segment.k_end <= schedule.k_steps, "{tiled}");
         next = if segment.k_end == schedule.k_steps {
             (segment.tile + 1, 0)
         } else {
             (segment.tile, segment.k_end)
         };
     }
-    prop_assert_eq!(next, (schedule.tiles(), 0), "{}", plan);
+    prop_assert_eq!(next, (schedule.tiles(), 0), "{}", tiled);
     Ok(())
 }
 
@@ -78,7 +97,7 @@ fn check_fit(plan: &Plan, multiprocessors: u32) -> Result<(), TestCaseError> {
         "{} blocks on {multiprocessors} multiprocessors: {plan}",
         plan.blocks()
     );
-    if let Method::Tiled(tiled) = plan.method() {
+    for tiled in launches(plan) {
         let cluster = tiled.cluster();
         prop_assert!(cluster.is_power_of_two() && cluster <= tiled.shape().max_cluster().max(1));
     }
@@ -195,7 +214,8 @@ fn a_batch_too_large_for_small_tiles_is_planned_with_larger_ones() {
     let (m, n, k) = (4_000_000, 57_344, 8192);
     let small = TILE_SHAPES[0];
     assert!(matches!(Plan::with_tile(m, n, k, small, 132), Err(Error::Gpu(GpuError::OutOfRange { .. }))));
-    assert!(tiled(&Plan::new(m, n, k, 132).unwrap()).shape().tokens > small.tokens);
+    let plan = Plan::new(m, n, k, 132).unwrap();
+    assert!(launches(&plan).iter().all(|tiled| tiled.shape().tokens > small.tokens), "{plan}");
 }
 
 #[test]

@@ -10,8 +10,8 @@ use super::replay::Pace;
 use super::run::{Observer, Stage};
 use super::shapes::Case;
 use super::statistics::geometric_mean;
+use crate::Plan;
 use crate::gpu::Gpu;
-use crate::{Cut, Method, Plan};
 
 /// A plan whose estimate is this much slower than the fastest one's is not timed in detail.
 const HOPELESS: f64 = 1.3;
@@ -40,14 +40,6 @@ pub struct Sweep {
 pub struct PlanTime {
     /// The plan in words.
     pub plan: String,
-    /// Tokens of the tile.
-    pub tokens: u32,
-    /// Blocks of a cluster.
-    pub cluster: u32,
-    /// Clusters that share the work.
-    pub workers: u32,
-    /// Waves given up for sharing along K.
-    pub streamed_waves: u32,
     /// Microseconds, the median of the replays.
     pub us: f64,
     /// Whether it was only estimated, because it is far behind.
@@ -102,19 +94,8 @@ fn one(stage: &Stage<'_>, bed: &super::run::Bed, m: usize, multiprocessors: u32)
         } else {
             clock.measure(std::slice::from_ref(&contender)).remove(0)?.us
         };
-        let (tokens, cluster, workers, streamed_waves) = match plan.method() {
-            Method::Tiled(tiled) => {
-                let Cut { shape, cluster, workers, streamed_waves } = tiled.cut();
-                (shape.tokens, cluster, workers, streamed_waves)
-            }
-            Method::Skinny(skinny) => (skinny.shape().tokens, 1, skinny.blocks(), 0),
-        };
         plans.push(PlanTime {
             plan: plan.to_string(),
-            tokens,
-            cluster,
-            workers,
-            streamed_waves,
             us,
             estimated: hopeless,
             chosen: plan.launches_like(&chosen),
@@ -190,17 +171,7 @@ mod tests {
     use super::*;
 
     fn plan(us: f64, chosen: bool, estimated: bool) -> PlanTime {
-        PlanTime {
-            plan: "tile".into(),
-            tokens: 8,
-            cluster: 1,
-            workers: 132,
-            streamed_waves: 0,
-            us,
-            estimated,
-            chosen,
-            mismatch: None,
-        }
+        PlanTime { plan: "tile".into(), us, estimated, chosen, mismatch: None }
     }
 
     fn sweep_of(plans: Vec<PlanTime>) -> Sweep {

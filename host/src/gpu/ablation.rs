@@ -147,11 +147,12 @@ impl Gpu {
         }
         self.check_gemm(weights, operands, plan, workspace)?;
         let Method::Tiled(tiled) = plan.method() else {
-            return Err(GpuError::NotInAblation { what: "a plan without tiles" }.into());
+            return Err(GpuError::NotInAblation { what: "a plan that isn't one launch in tiles" }.into());
         };
         let block = self.ablation_block(arm, tiled.shape())?;
+        let launch = self.prepare_tiled(block, weights, operands, 0..weights.n(), tiled, workspace)?;
         // SAFETY: everything is checked; the caller vouches for the memory.
-        unsafe { self.launch_tiled(block, weights, operands, tiled, workspace, stream.into()) }?;
+        unsafe { self.launch_tiled(launch, stream.into()) }?;
         Ok(())
     }
 

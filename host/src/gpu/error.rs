@@ -130,6 +130,17 @@ pub enum GpuError {
         limit: usize,
     },
 
+    /// A problem divided where it can't be.
+    #[error(
+        "{n} channels can't be divided behind the first {boundary}; take a multiple of 64 between 0 and {n}"
+    )]
+    NoSuchBoundary {
+        /// Where it was to be divided.
+        boundary: usize,
+        /// The problem's channels.
+        n: usize,
+    },
+
     /// A shape for few tokens that has no kernel.
     #[error(
         "there is no kernel for passes of {} channels x {} tokens; \

@@ -1,11 +1,12 @@
 //! Checks and launches one GEMM. The device twin is `kernels-gpu/src/gemm.rs`.
 
 use std::ffi::c_void;
+use std::ops::Range;
 
 use cust::stream::Stream;
 use cust::sys::{CUfunction, CUstream};
 use liquidgemm_format::arguments::{GemmArguments, output_type};
-use liquidgemm_format::brick::BRICK_CHANNELS;
+use liquidgemm_format::brick::{self, BRICK_CHANNELS};
 use liquidgemm_format::tile::SPAN_K;
 
 use crate::gpu::Gpu;
@@ -131,11 +132,21 @@ pub(super) struct Block {
     pub(super) shared_bytes: u32,
 }
 
+/// A launch with all that its kernel is given.
+pub(super) struct TiledLaunch {
+    block: Block,
+    blocks: u32,
+    cluster: u32,
+    activations: TensorMap,
+    output: TensorMap,
+    arguments: GemmArguments,
+}
+
 impl Gpu {
     /// Launches `output = epilogue(activations · weightsᵀ)` on `stream` and returns at once.
     ///
     /// Nothing is allocated and nothing waits, so the call can be captured in a CUDA graph (after the first call
-    /// with each tile shape, which compiles its kernel).
+    /// with each tile shape, which compiles its kernel). A [divided](crate::Divided) plan launches twice.
     ///
     /// # Errors
     /// Shapes, strides, sizes and alignments that don't fit together, a plan for another problem, or the driver's
@@ -161,20 +172,31 @@ impl Gpu {
     ) -> Result<(), Error> {
         self.check_gemm(weights, operands, plan, workspace)?;
         let stream = stream.into();
-        // SAFETY: the operands and the plan are checked, the kernel is the plan's; the caller vouches for the rest.
-        unsafe {
-            match plan.method() {
-                Method::Tiled(tiled) => {
-                    let shape = tiled.shape();
-                    let block = Block {
-                        function: self.kernels.gemm(shape)?.function(),
-                        threads: shape.threads(),
-                        shared_bytes: shape.shared_bytes(),
-                    };
-                    self.launch_tiled(block, weights, operands, tiled, workspace, stream)?;
-                }
-                Method::Skinny(skinny) => self.launch_skinny(weights, operands, skinny, stream)?,
+        let tiled = |channels: Range<usize>, tiled: &Tiled| {
+            let shape = tiled.shape();
+            let block = Block {
+                function: self.kernels.gemm(shape)?.function(),
+                threads: shape.threads(),
+                shared_bytes: shape.shared_bytes(),
+            };
+            self.prepare_tiled(block, weights, operands, channels, tiled, workspace)
+        };
+        // Nothing is launched before all launches are known to be possible.
+        let launches = match plan.method() {
+            Method::Tiled(whole) => vec![tiled(0..weights.n(), whole)?],
+            Method::Divided(divided) => {
+                let [(first, whole_waves), (second, rest)] = divided.parts(weights.n());
+                vec![tiled(first, &whole_waves)?, tiled(second, &rest)?]
             }
+            Method::Skinny(skinny) => {
+                // SAFETY: the operands and the plan are checked; the caller vouches for the rest.
+                unsafe { self.launch_skinny(weights, operands, skinny, stream) }?;
+                return Ok(());
+            }
+        };
+        for launch in launches {
+            // SAFETY: as above; the kernel is that of the plan's tile.
+            unsafe { self.launch_tiled(launch, stream) }?;
         }
         Ok(())
     }
@@ -218,31 +240,30 @@ impl Gpu {
         TensorMap::of_bytes(self.encode_tensor_map, boxes)
     }
 
-    /// Launches a kernel that takes a tiled GEMM's parameters.
-    ///
-    /// # Safety
-    /// As for [`Gpu::gemm`]; [`check_gemm`](Self::check_gemm) has passed, and the kernel computes the plan's tile.
-    pub(super) unsafe fn launch_tiled(
+    /// The launch of a kernel that takes a tiled GEMM's parameters, for some of its channels.
+    pub(super) fn prepare_tiled(
         &self,
         block: Block,
         weights: &DeviceWeights,
         operands: &Operands,
+        channels: Range<usize>,
         plan: &Tiled,
         workspace: &Workspace,
-        stream: StreamHandle,
-    ) -> Result<(), GpuError> {
+    ) -> Result<TiledLaunch, GpuError> {
         let shape = plan.shape();
-        let mut activations =
+        let size = operands.output_type.size();
+        let activations =
             self.activation_map(weights, operands, [shape.box_tokens(plan.cluster()), SPAN_K])?;
+        let output_address = operands.output.address() + (channels.start * size) as u64;
         let is_mapped = shape.maps_output() && operands.output_has_16_byte_rows(weights.n());
-        let mut output = if is_mapped {
+        let output = if is_mapped {
             TensorMap::of_halves(
                 self.encode_tensor_map,
                 Boxes {
-                    address: operands.output.address(),
+                    address: output_address,
                     rows: operands.m,
-                    columns: weights.n(),
-                    stride_bytes: operands.output_stride * operands.output_type.size(),
+                    columns: channels.len(),
+                    stride_bytes: operands.output_stride * size,
                     box_rows: shape.epilogue_tokens(),
                     box_columns: BRICK_CHANNELS as u32,
                 },
@@ -250,31 +271,57 @@ impl Gpu {
         } else {
             activations
         };
-        let mut arguments = GemmArguments {
-            bricks: weights.bricks(),
-            channel_scales: weights.channel_scales(),
+        let k_blocks = brick::k_blocks(weights.k());
+        let first_brick = brick::brick_offset(channels.start / BRICK_CHANNELS, 0, k_blocks);
+        let first_f32 = (channels.start * size_of::<f32>()) as u64;
+        let arguments = GemmArguments {
+            bricks: weights.bricks() + first_brick as u64,
+            channel_scales: weights.channel_scales() + first_f32,
             token_scales: operands.token_scales.address(),
-            bias: operands.bias.map_or(0, DeviceSpan::address),
-            output: operands.output.address(),
+            bias: operands.bias.map_or(0, |bias| bias.address() + first_f32),
+            output: output_address,
             partials: workspace.partials(),
             flags: workspace.flags(),
             m: operands.m as u32,
-            n: weights.n() as u32,
-            k_blocks: liquidgemm_format::brick::k_blocks(weights.k()) as u32,
-            strips: liquidgemm_format::brick::strips(weights.n()) as u32,
+            n: channels.len() as u32,
+            k_blocks: k_blocks as u32,
+            strips: brick::strips(channels.len()) as u32,
             output_stride: operands.output_stride as u32,
             output_type: output_code(operands.output_type),
             output_is_mapped: is_mapped.into(),
             schedule: *plan.schedule(),
         };
-        let mut parameters: [*mut c_void; 3] =
-            [activations.as_argument(), output.as_argument(), (&raw mut arguments).cast()];
-        let launch = Launch {
-            function: block.function,
-            blocks: plan.cut().workers * plan.cluster(),
+        Ok(TiledLaunch {
+            block,
+            blocks: plan.blocks(),
             cluster: plan.cluster(),
-            threads: block.threads,
-            shared_bytes: block.shared_bytes,
+            activations,
+            output,
+            arguments,
+        })
+    }
+
+    /// Launches what has been prepared.
+    ///
+    /// # Safety
+    /// As for [`Gpu::gemm`]; [`check_gemm`](Self::check_gemm) has passed, the kernel computes the plan's tile, and the launch's channels
+    /// are the problem's, from a strip's first on.
+    pub(super) unsafe fn launch_tiled(
+        &self,
+        mut prepared: TiledLaunch,
+        stream: StreamHandle,
+    ) -> Result<(), GpuError> {
+        let mut parameters: [*mut c_void; 3] = [
+            prepared.activations.as_argument(),
+            prepared.output.as_argument(),
+            (&raw mut prepared.arguments).cast(),
+        ];
+        let launch = Launch {
+            function: prepared.block.function,
+            blocks: prepared.blocks,
+            cluster: prepared.cluster,
+            threads: prepared.block.threads,
+            shared_bytes: prepared.block.shared_bytes,
             stream: stream.as_raw(),
         };
         // SAFETY: the parameters are the kernel's three; the caller vouches for the memory behind them. The kernel reads

@@ -7,7 +7,7 @@ use cust::sys;
 use liquidgemm_format::tile::{TILE_SHAPES, TileShape};
 
 use crate::gpu::error::{During, GpuError};
-use crate::{Group, Method, PackedWeights, Plan};
+use crate::{Group, Method, PackedWeights, Plan, Tiled};
 
 /// A span of device memory, wherever it comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -169,11 +169,20 @@ impl Workspace {
 
     /// Fails unless there is room for the plan's thread blocks, if they share tiles.
     pub(crate) fn check(&self, plan: &Plan) -> Result<(), GpuError> {
-        let Method::Tiled(tiled) = plan.method() else { return Ok(()) };
+        match plan.method() {
+            Method::Tiled(tiled) => self.check_tiled(tiled),
+            Method::Divided(divided) => {
+                divided.parts(plan.problem()[1]).iter().try_for_each(|(_, tiled)| self.check_tiled(tiled))
+            }
+            Method::Skinny(_) => Ok(()),
+        }
+    }
+
+    fn check_tiled(&self, tiled: &Tiled) -> Result<(), GpuError> {
         if tiled.schedule().streamed_tiles == 0 {
             return Ok(());
         }
-        let blocks = plan.blocks() as usize;
+        let blocks = tiled.blocks() as usize;
         let needed = blocks * tiled.shape().partial_bytes() as usize;
         let room = if blocks * tiled.shape().consumers() as usize <= self.flags.len() {
             self.partials.len()

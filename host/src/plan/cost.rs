@@ -4,8 +4,8 @@
 //! shared along K, the handing over of partial sums. The constants were fitted to the plans of ten linear layers
 //! of LLaMA-2 and LLaMA-3 at 16 to 1,024 tokens, and of some of them at 8, 32, 2,048 and 4,096, on an H100 SXM: by least
 //! squares, and from there so that the choices lose least; the lines of tiles of 128 tokens whose K two blocks share, and what streams cost
-//! at the power limit, were set by hand; the lines of the smaller such tiles by sweeps of ten more matrices at 12 to 64 tokens, that of 192 × 256 by one
-//! of the first ten at 512 to 4,096. `docs/performance-log.md` says how much. They need not be
+//! at the power limit, were set by hand; the lines of the smaller such tiles by sweeps of ten more matrices at 12 to 64 tokens, that of 192 × 256 and what
+//! two launches cost by two of the first ten at 128 to 4,096. `docs/performance-log.md` says how much. They need not be
 //! exact: a wrong choice costs time, never a bit of the result.
 
 use liquidgemm_format::tile::TileShape;
@@ -52,7 +52,7 @@ const SHAPE_COSTS: [ShapeCost; 20] = [
     split_cost(128, 128, 0.331, 2.4),
     split_cost(192, 128, 0.487, 3.5),
     cost(128, 256, 0.551, 2.97),
-    cost(192, 256, 0.800, 3.40),
+    cost(192, 256, 0.810, 4.20),
 ];
 
 /// Microseconds of every launch.
@@ -80,12 +80,16 @@ const HEATING: f64 = 160.7;
 /// How much shorter a step is for each multiprocessor, as a share of all, that takes no part: it leaves the others its part
 /// of the L2 cache and of the power.
 const IDLE_STEP: f64 = 0.263;
+/// Microseconds for each token of a tile at which a launch of another kernel begins: its instructions are no longer where the launch before
+/// left them, and what handles a tile's tokens is unrolled.
+pub(super) const SWITCH: f64 = 0.010;
 /// How sharply the slower of compute and memory hides the other.
 const SHARPNESS: i32 = 5;
 
 impl Tiled {
-    /// An estimate of the launch's time in microseconds, for a problem of `[m, n, k]`.
-    pub(super) fn estimate_us(&self, problem: [usize; 3]) -> f64 {
+    /// An estimate of the launch's time in microseconds, for a problem of `[m, n, k]`, where other launches of the same plan take
+    /// `elsewhere` microseconds.
+    pub(super) fn estimate_us(&self, problem: [usize; 3], elsewhere: f64) -> f64 {
         let (shape, schedule) = (self.shape(), self.schedule());
         let costs = shape_cost(shape);
         let (workers, k_steps) = (schedule.workers as f64, (schedule.k_steps * shape.spans()) as f64);
@@ -106,12 +110,12 @@ impl Tiled {
         };
         let staggered = if splits && !even {
             STAGGERED_STEP[usize::from(self.cluster() > 1)]
-                + HOT_STAGGERED_STEP * hotness(compute(step)).powi(2)
+                + HOT_STAGGERED_STEP * hotness(compute(step) + elsewhere).powi(2)
         } else {
             0.0
         };
         let compute = compute(step * (1.0 + staggered));
-        let heat = if shares_activations { 0.0 } else { HOT_STEP * hotness(compute) };
+        let heat = if shares_activations { 0.0 } else { HOT_STEP * hotness(compute + elsewhere) };
         let compute = compute * (1.0 + heat);
 
         let from_memory = moved_megabytes(problem) / MEMORY;

@@ -10,13 +10,14 @@ use rand::Rng;
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
 
-const TESTS: [Test; 10] = [
+const TESTS: [Test; 11] = [
     ("small_problems_equal_the_cpu_for_every_tile", small_problems_equal_the_cpu_for_every_tile),
     ("every_output_type_equals_the_cpu_for_every_tile", every_output_type_equals_the_cpu_for_every_tile),
     ("random_problems_equal_the_cpu", random_problems_equal_the_cpu),
     ("the_longest_k_equals_the_cpu", the_longest_k_equals_the_cpu),
     ("any_cut_gives_the_same_bits", any_cut_gives_the_same_bits),
     ("any_division_gives_the_same_bits", any_division_gives_the_same_bits),
+    ("workers_with_many_tiles_equal_the_cpu", workers_with_many_tiles_equal_the_cpu),
     ("skinny_problems_equal_the_cpu_for_every_kernel", skinny_problems_equal_the_cpu_for_every_kernel),
     (
         "every_output_type_equals_the_cpu_for_every_skinny_kernel",
@@ -126,6 +127,29 @@ fn any_cut_gives_the_same_bits(gpu: &'static Gpu) -> Result<(), Failed> {
                 for streamed_waves in [0, 1, 2, 100] {
                     let plan = Plan::with_cut(m, n, k, Cut { shape, cluster, workers, streamed_waves })?;
                     problem.check_type(gpu, &session, &plan, OutputType::I32, false, 0)?;
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+fn workers_with_many_tiles_equal_the_cpu(gpu: &'static Gpu) -> Result<(), Failed> {
+    let mut rng = rng(11);
+    let session = Session::new(gpu)?;
+    for shape in TILE_SHAPES {
+        // Few steps a tile, so that what is left of one meets the next; the last tile of tokens is mostly empty.
+        for [m, n, k] in [[shape.tokens as usize * 2 + shape.tokens as usize / 3, 1024, 448], [77, 700, 100]]
+        {
+            let problem = Problem::random(gpu, &mut rng, [m, n, k])?;
+            // Blocks that share a tile's K also hand over, at their own pace.
+            let workers: &[u32] = if shape.split > 1 { &[1, 2, 5, 1, 2, 1, 2] } else { &[1, 2, 5] };
+            for &workers in workers {
+                let plan = Plan::with_cut(m, n, k, Cut { shape, cluster: 1, workers, streamed_waves: 0 })?;
+                for output_type in OutputType::ALL {
+                    for padding in [0, 3] {
+                        problem.check_type(gpu, &session, &plan, output_type, rng.random(), padding)?;
+                    }
                 }
             }
         }

@@ -354,6 +354,9 @@ pub(crate) unsafe fn consume<A: Accumulator, L: MainLoop>(
                         epilogue.store(&mut accumulator, Some(ROUND));
                     }
                 });
+                if segment.is_some() {
+                    exchange.release();
+                }
                 parity ^= 1;
             } else if schedule.owns(current) {
                 let first = schedule.first_contributor(worker, current);

@@ -88,16 +88,24 @@ impl Exchange {
     /// As for [`give`](Self::give); for each round in turn.
     #[inline(always)]
     pub unsafe fn take<A: Accumulator>(self, accumulator: &mut A, round: u32, parity: u32) {
-        // SAFETY: the caller vouches for the barriers; the other block has not ended before this one.
-        unsafe {
-            mbarrier::wait(self.barriers.arrived(round), parity);
-            accumulator.visit(&mut Take { exchange: self, round });
-            if round + 1 == self.shape.epilogue_rounds() {
-                warp::sync_warp();
-                if self.consumer.thread % WARP_SIZE == 0 {
-                    mbarrier::arrive_remote(self.barriers.taken(), self.other);
-                }
-            }
+        // SAFETY: the caller vouches for the barriers.
+        unsafe { mbarrier::wait(self.barriers.arrived(round), parity) };
+        accumulator.visit(&mut Take { exchange: self, round });
+    }
+
+    /// Lets the other block send the next tile's sums.
+    ///
+    /// Behind a barrier of the consumer that comes after the last [`take`](Self::take): an arrival right behind the loads would overtake
+    /// those that wait in the multiprocessor's queue, and the next sums would be where they look.
+    ///
+    /// # Safety
+    /// All threads of the consumer call it, once for each tile that another follows; the other block has not ended before this one.
+    #[inline(always)]
+    pub unsafe fn release(self) {
+        warp::sync_warp();
+        if self.consumer.thread % WARP_SIZE == 0 {
+            // SAFETY: the caller vouches for the barriers.
+            unsafe { mbarrier::arrive_remote_in_order(self.barriers.taken(), self.other) };
         }
     }
 

@@ -122,7 +122,7 @@ impl Plan {
     /// As [`Plan::new`].
     pub fn candidates(m: usize, n: usize, k: usize, multiprocessors: u32) -> Result<Vec<Self>, Error> {
         let mut plans = Self::whole_candidates(m, n, k, multiprocessors)?;
-        plans.extend(Self::divided_candidates(m, n, k, multiprocessors)?);
+        plans.extend(Self::divided_candidates(m, n, k, multiprocessors));
         Ok(plans)
     }
 

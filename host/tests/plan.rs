@@ -211,8 +211,11 @@ fn what_32_bits_cannot_count_is_an_error() {
 
 #[test]
 fn a_batch_too_large_for_small_tiles_is_planned_with_larger_ones() {
-    let (m, n, k) = (4_000_000, 57_344, 8192);
     let small = TILE_SHAPES[0];
+    // Some of the larger tiles are too small for so many tokens, too.
+    let plan = Plan::new(40_000_000, 57_344, 8192, 132).unwrap();
+    assert!(launches(&plan).iter().all(|tiled| tiled.shape().tokens > small.tokens), "{plan}");
+    let (m, n, k) = (4_000_000, 57_344, 8192);
     assert!(matches!(Plan::with_tile(m, n, k, small, 132), Err(Error::Gpu(GpuError::OutOfRange { .. }))));
     let plan = Plan::new(m, n, k, 132).unwrap();
     assert!(launches(&plan).iter().all(|tiled| tiled.shape().tokens > small.tokens), "{plan}");

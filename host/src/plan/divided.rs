@@ -58,12 +58,7 @@ impl Plan {
 
     /// The divided plans that are worth considering: for each large tile that leaves a wave partly empty, the waves that are full, or one
     /// less, and the rest as is estimated to be the fastest.
-    pub(super) fn divided_candidates(
-        m: usize,
-        n: usize,
-        k: usize,
-        multiprocessors: u32,
-    ) -> Result<Vec<Self>, Error> {
+    pub(super) fn divided_candidates(m: usize, n: usize, k: usize, multiprocessors: u32) -> Vec<Self> {
         let mut plans: Vec<Self> = Vec::new();
         let mut rests: Vec<(usize, Option<Tiled>)> = Vec::new();
         let large =
@@ -85,34 +80,31 @@ impl Plan {
                     }
                     let tiles = channel_tiles * token_tiles;
                     let workers = tiles.div_ceil(waves) as u32;
-                    let first =
-                        Tiled::new(m, boundary, k, Cut { shape, cluster, workers, streamed_waves: 0 })?;
+                    let cut = Cut { shape, cluster, workers, streamed_waves: 0 };
+                    // Too many tiles of this shape; a larger one may do.
+                    let Ok(first) = Tiled::new(m, boundary, k, cut) else { continue };
                     let second = match rests.iter().find(|(other, _)| *other == boundary) {
                         Some(&(_, rest)) => rest,
                         None => {
-                            let rest = Self::fastest_tiled(m, n - boundary, k, multiprocessors)?;
+                            let rest = Self::fastest_tiled(m, n - boundary, k, multiprocessors);
                             rests.push((boundary, rest));
                             rest
                         }
                     };
                     let divided = |second| Divided { boundary, parts: [first, second] };
-                    plans.extend(second.map(|second| Self {
-                        m,
-                        n,
-                        k,
-                        method: Method::Divided(divided(second)),
-                    }));
+                    let plan = |second| Self { m, n, k, method: Method::Divided(divided(second)) };
+                    plans.extend(second.map(plan));
                 }
             }
         }
-        Ok(plans)
+        plans
     }
 
-    /// The tiles of one launch that are estimated to be the fastest.
-    fn fastest_tiled(m: usize, n: usize, k: usize, multiprocessors: u32) -> Result<Option<Tiled>, Error> {
-        let plans = Self::whole_candidates(m, n, k, multiprocessors)?;
+    /// The tiles of one launch that are estimated to be the fastest, if any can be counted.
+    fn fastest_tiled(m: usize, n: usize, k: usize, multiprocessors: u32) -> Option<Tiled> {
+        let plans = Self::whole_candidates(m, n, k, multiprocessors).ok()?;
         let timed = plans.iter().filter_map(|plan| Some((plan.estimate_us(), *plan.tiled()?)));
-        Ok(timed.min_by(|a, b| a.0.total_cmp(&b.0)).map(|(_, tiled)| tiled))
+        timed.min_by(|a, b| a.0.total_cmp(&b.0)).map(|(_, tiled)| tiled)
     }
 }
 
@@ -156,7 +148,7 @@ mod tests {
 
     #[test]
     fn both_launches_together_take_longer_than_either() {
-        for plan in Plan::divided_candidates(512, 28_672, 4096, 132).unwrap() {
+        for plan in Plan::divided_candidates(512, 28_672, 4096, 132) {
             let Method::Divided(divided) = plan.method() else { panic!("{plan}") };
             for (channels, tiled) in divided.parts(28_672) {
                 assert!(plan.estimate_us() > tiled.estimate_us([512, channels.len(), 4096], 0.0), "{plan}");

@@ -8,6 +8,7 @@ mod skinny;
 mod skinny_cost;
 
 use std::fmt;
+use std::ops::Range;
 
 use liquidgemm_format::brick;
 use liquidgemm_format::schedule::{MAX_WORKERS, Schedule};
@@ -132,14 +133,10 @@ impl Plan {
         let mut plans = Self::skinny_candidates(m, n, k, multiprocessors)?;
         let mut too_many = None;
         for shape in TILE_SHAPES {
-            // A tile that is half empty wastes what the next smaller one doesn't; only the smallest two are alike.
-            if shape.tokens > 16 && m <= shape.tokens as usize / 2 {
+            if is_half_empty(shape, m) {
                 continue;
             }
-            for cluster in [1, 2] {
-                if cluster > shape.max_cluster().min(multiprocessors) || cluster < shape.split {
-                    continue;
-                }
+            for cluster in clusters(shape, multiprocessors) {
                 let most = (multiprocessors / cluster).max(1);
                 let mut consider = |workers: u32, streamed_waves: u32| -> Result<u32, Error> {
                     let tiled = Tiled::new(m, n, k, Cut { shape, cluster, workers, streamed_waves })?;
@@ -221,12 +218,21 @@ impl Plan {
         }
     }
 
+    /// The launches in tiles in their order, one or two: which channels, in which tiles. A skinny plan has none.
+    pub fn tiled_launches(&self) -> impl Iterator<Item = (Range<usize>, Tiled)> + use<> {
+        let launches = match self.method {
+            Method::Tiled(tiled) => [Some((0..self.n, tiled)), None],
+            Method::Divided(divided) => divided.parts(self.n).map(Some),
+            Method::Skinny(_) => [None, None],
+        };
+        launches.into_iter().flatten()
+    }
+
     /// Thread blocks of the launch, or of the larger of two.
     pub fn blocks(&self) -> u32 {
         match self.method {
-            Method::Tiled(tiled) => tiled.blocks(),
-            Method::Divided(divided) => {
-                divided.parts(self.n).map(|(_, tiled)| tiled.blocks()).into_iter().fold(0, u32::max)
+            Method::Tiled(_) | Method::Divided(_) => {
+                self.tiled_launches().map(|(_, tiled)| tiled.blocks()).fold(0, u32::max)
             }
             Method::Skinny(skinny) => skinny.blocks(),
         }
@@ -309,6 +315,18 @@ impl Tiled {
     pub fn schedule(&self) -> &Schedule {
         &self.schedule
     }
+}
+
+/// Whether a tile would be half empty: that wastes what the next smaller one doesn't. Only the smallest two are alike.
+fn is_half_empty(shape: TileShape, m: usize) -> bool {
+    shape.tokens > 16 && m <= shape.tokens as usize / 2
+}
+
+/// Thread blocks that a cluster may have: one or two, as many as share a tile's K if blocks do.
+fn clusters(shape: TileShape, multiprocessors: u32) -> impl Iterator<Item = u32> {
+    let fits =
+        move |cluster: &u32| (shape.split..=shape.max_cluster().min(multiprocessors)).contains(cluster);
+    [1, 2].into_iter().filter(fits)
 }
 
 /// Fails if a dimension is 0 or larger than the kernels can count.

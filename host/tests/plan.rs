@@ -15,11 +15,7 @@ fn tiled(plan: &Plan) -> Tiled {
 
 /// The plan's launches in tiles.
 fn launches(plan: &Plan) -> Vec<Tiled> {
-    match plan.method() {
-        Method::Tiled(tiled) => vec![*tiled],
-        Method::Divided(divided) => divided.parts(plan.problem()[1]).map(|(_, tiled)| tiled).to_vec(),
-        Method::Skinny(_) => vec![],
-    }
+    plan.tiled_launches().map(|(_, tiled)| tiled).collect()
 }
 
 /// Fails unless the plan covers `[m, n]` and K.

@@ -172,29 +172,23 @@ impl Gpu {
     ) -> Result<(), Error> {
         self.check_gemm(weights, operands, plan, workspace)?;
         let stream = stream.into();
-        let tiled = |channels: Range<usize>, tiled: &Tiled| {
+        if let Method::Skinny(skinny) = plan.method() {
+            // SAFETY: the operands and the plan are checked; the caller vouches for the rest.
+            unsafe { self.launch_skinny(weights, operands, skinny, stream) }?;
+            return Ok(());
+        }
+        // Nothing is launched before all launches are known to be possible.
+        let mut launches = [None, None];
+        for (launch, (channels, tiled)) in launches.iter_mut().zip(plan.tiled_launches()) {
             let shape = tiled.shape();
             let block = Block {
                 function: self.kernels.gemm(shape)?.function(),
                 threads: shape.threads(),
                 shared_bytes: shape.shared_bytes(),
             };
-            self.prepare_tiled(block, weights, operands, channels, tiled, workspace)
-        };
-        // Nothing is launched before all launches are known to be possible.
-        let launches = match plan.method() {
-            Method::Tiled(whole) => vec![tiled(0..weights.n(), whole)?],
-            Method::Divided(divided) => {
-                let [(first, whole_waves), (second, rest)] = divided.parts(weights.n());
-                vec![tiled(first, &whole_waves)?, tiled(second, &rest)?]
-            }
-            Method::Skinny(skinny) => {
-                // SAFETY: the operands and the plan are checked; the caller vouches for the rest.
-                unsafe { self.launch_skinny(weights, operands, skinny, stream) }?;
-                return Ok(());
-            }
-        };
-        for launch in launches {
+            *launch = Some(self.prepare_tiled(block, weights, operands, channels, &tiled, workspace)?);
+        }
+        for launch in launches.into_iter().flatten() {
             // SAFETY: as above; the kernel is that of the plan's tile.
             unsafe { self.launch_tiled(launch, stream) }?;
         }

@@ -7,7 +7,7 @@ use cust::sys;
 use liquidgemm_format::tile::{TILE_SHAPES, TileShape};
 
 use crate::gpu::error::{During, GpuError};
-use crate::{Group, Method, PackedWeights, Plan, Tiled};
+use crate::{Group, PackedWeights, Plan, Tiled};
 
 /// A span of device memory, wherever it comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -169,13 +169,7 @@ impl Workspace {
 
     /// Fails unless there is room for the plan's thread blocks, if they share tiles.
     pub(crate) fn check(&self, plan: &Plan) -> Result<(), GpuError> {
-        match plan.method() {
-            Method::Tiled(tiled) => self.check_tiled(tiled),
-            Method::Divided(divided) => {
-                divided.parts(plan.problem()[1]).iter().try_for_each(|(_, tiled)| self.check_tiled(tiled))
-            }
-            Method::Skinny(_) => Ok(()),
-        }
+        plan.tiled_launches().try_for_each(|(_, tiled)| self.check_tiled(&tiled))
     }
 
     fn check_tiled(&self, tiled: &Tiled) -> Result<(), GpuError> {

@@ -7,7 +7,7 @@ use liquidgemm_format::brick::BRICK_CHANNELS;
 use liquidgemm_format::tile::{TILE_SHAPES, TileShape};
 
 use super::cost::SWITCH;
-use super::{Cut, Method, Plan, Tiled, check_problem};
+use super::{Cut, Method, Plan, Tiled, check_problem, clusters, is_half_empty};
 use crate::Error;
 use crate::gpu::GpuError;
 
@@ -61,13 +61,13 @@ impl Plan {
     pub(super) fn divided_candidates(m: usize, n: usize, k: usize, multiprocessors: u32) -> Vec<Self> {
         let mut plans: Vec<Self> = Vec::new();
         let mut rests: Vec<(usize, Option<Tiled>)> = Vec::new();
-        let large =
-            |shape: &TileShape| shape.tokens.min(shape.channels()) >= LEAST_EXTENT && shape.split == 1;
+        let large = |shape: &TileShape| {
+            shape.tokens.min(shape.channels()) >= LEAST_EXTENT
+                && shape.split == 1
+                && !is_half_empty(*shape, m)
+        };
         for shape in TILE_SHAPES.into_iter().filter(large) {
-            for cluster in [1, 2] {
-                if cluster > shape.max_cluster().min(multiprocessors) || m <= shape.tokens as usize / 2 {
-                    continue;
-                }
+            for cluster in clusters(shape, multiprocessors) {
                 let most = (multiprocessors / cluster).max(1) as usize;
                 let channels = (shape.channels() * cluster) as usize;
                 let token_tiles = m.div_ceil(shape.tokens as usize);

@@ -69,6 +69,22 @@ pub unsafe fn arrive(address: u32) {
     unsafe { asm!("mbarrier.arrive.shared::cta.b64 _, [{}];", in(reg32) address, options(nostack)) }
 }
 
+/// Arrives by `instruction` at the barrier that lies at `address` in the shared memory of the cluster's block `rank`.
+macro_rules! arrive_remote {
+    ($instruction:literal, $address:expr, $rank:expr) => {
+        asm!(
+            "{{",
+            ".reg .b32 remote;",
+            "mapa.shared::cluster.u32 remote, {}, {};",
+            concat!($instruction, " _, [remote];"),
+            "}}",
+            in(reg32) $address,
+            in(reg32) $rank,
+            options(nostack)
+        )
+    };
+}
+
 /// Arrives at the barrier that lies at `address` in the shared memory of the cluster's block `rank`. Loads from shared memory whose values
 /// have not been used yet may come after.
 ///
@@ -77,18 +93,7 @@ pub unsafe fn arrive(address: u32) {
 #[inline(always)]
 pub unsafe fn arrive_remote(address: u32, rank: u32) {
     // SAFETY: the caller vouches for the address.
-    unsafe {
-        asm!(
-            "{{",
-            ".reg .b32 remote;",
-            "mapa.shared::cluster.u32 remote, {}, {};",
-            "mbarrier.arrive.shared::cluster.b64 _, [remote];",
-            "}}",
-            in(reg32) address,
-            in(reg32) rank,
-            options(nostack)
-        );
-    }
+    unsafe { arrive_remote!("mbarrier.arrive.shared::cluster.b64", address, rank) }
 }
 
 /// As [`arrive_remote`], after all that this thread has read and written before, as seen by the whole cluster. It takes as long as a fence.
@@ -98,18 +103,7 @@ pub unsafe fn arrive_remote(address: u32, rank: u32) {
 #[inline(always)]
 pub unsafe fn arrive_remote_in_order(address: u32, rank: u32) {
     // SAFETY: the caller vouches for the address.
-    unsafe {
-        asm!(
-            "{{",
-            ".reg .b32 remote;",
-            "mapa.shared::cluster.u32 remote, {}, {};",
-            "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];",
-            "}}",
-            in(reg32) address,
-            in(reg32) rank,
-            options(nostack)
-        );
-    }
+    unsafe { arrive_remote!("mbarrier.arrive.release.cluster.shared::cluster.b64", address, rank) }
 }
 
 /// Whether the phase of this parity has ended.

@@ -33,6 +33,12 @@ pub trait MainLoop: Sized {
     /// Where it stands before the first.
     const START: Self::Position;
 
+    /// The accumulator to begin a segment with: zeros, unless the first products replace them.
+    #[inline(always)]
+    fn fresh<A: Accumulator>() -> A {
+        A::zero()
+    }
+
     /// Adds a segment's products to the accumulator, the last of which may still be on their way.
     ///
     /// # Safety
@@ -113,6 +119,9 @@ pub unsafe fn gemm<
         } else if warp == consumers * 4 + 1 {
             unsafe { produce_activations::<STAGES>(activations, arguments, shared, shape, cluster) };
         }
+        if shape.split > 1 {
+            cluster::wait();
+        }
     } else {
         if shape.moves_registers() {
             // SAFETY: the whole warpgroup is here.
@@ -125,9 +134,6 @@ pub unsafe fn gemm<
         }
         // SAFETY: the whole warpgroup is here; the caller vouches for the arguments.
         unsafe { consume::<A, L>(arguments, output, shared, shape, cluster, consumer) };
-    }
-    if shape.split > 1 && warpgroup == consumers {
-        cluster::wait();
     }
     if shape.split > 1 || cluster.blocks > 1 {
         // The others may still send activations or sums here, or arrive on the barriers.
@@ -323,7 +329,7 @@ pub(crate) unsafe fn consume<A: Accumulator, L: MainLoop>(
     // SAFETY: the caller vouches for the arguments.
     let mut scales = unsafe { epilogue.fetch() };
     while let Some(current) = segment {
-        let mut accumulator = A::zero();
+        let mut accumulator: A = L::fresh();
         // SAFETY: the caller vouches for the arguments; all threads of the warpgroup go the same way, as
         // every condition depends on the segment alone.
         unsafe {
@@ -421,6 +427,11 @@ impl<D: Dequantization, const STAGES: u32> MainLoop for StageWalk<D, STAGES> {
     type Position = RingCursor<STAGES>;
 
     const START: Self::Position = RingCursor::start();
+
+    #[inline(always)]
+    fn fresh<A: Accumulator>() -> A {
+        A::arbitrary()
+    }
 
     #[inline(always)]
     unsafe fn accumulate<A: Accumulator>(
@@ -529,6 +540,8 @@ impl<D: Dequantization, const STAGES: u32> StageWalk<D, STAGES> {
         let tile = tile + self.consumer.half * 2 * DESCRIPTOR_K32;
         let operands = self.operands();
         let before = self.unreleased;
+        // The segment's first products replace what the accumulator holds.
+        let accumulate = u32::from(span > 0 || before != STAGES);
         if ends {
             self.unreleased = ring.stage();
             self.ring = next;
@@ -543,9 +556,9 @@ impl<D: Dequantization, const STAGES: u32> StageWalk<D, STAGES> {
             }
             wgmma::fence();
             if shape.halves == 1 {
-                accumulator.multiply_accumulate_along(operands, tile);
+                accumulator.multiply_accumulate_along(operands, tile, accumulate);
             } else {
-                accumulator.multiply_accumulate_along([operands[0], operands[1]], tile);
+                accumulator.multiply_accumulate_along([operands[0], operands[1]], tile, accumulate);
             }
             wgmma::commit();
             if !next_is_full && goes_on {

@@ -10,7 +10,7 @@ use cuda_std::{TensorMap, cluster, shared, thread, warp};
 use liquidgemm_format::arguments::GemmArguments;
 use liquidgemm_format::brick::BRICK_BYTES;
 use liquidgemm_format::ring::RingCursor;
-use liquidgemm_format::tile::{SPAN_BRICKS, SPAN_K, STRIP_SPAN_BYTES, TileShape};
+use liquidgemm_format::tile::{SPAN_BRICKS, SPAN_K, STRIP_SPAN_BYTES, TileShape, WARPGROUP};
 
 use crate::dequant::{BrickShare, LiquidQuant, SharePlace};
 use crate::epilogue::Epilogue;
@@ -18,7 +18,7 @@ use crate::gemm::{first_strip, sync, tile_strips};
 use crate::pipeline::{Cluster, Consumer, Shared};
 use crate::ptx::tma::Policy;
 use crate::ptx::wgmma::{Accumulator, DESCRIPTOR_K32};
-use crate::ptx::{copy, grid, tma, wgmma};
+use crate::ptx::{copy, grid, hint, tma, wgmma};
 
 /// The kernel's body, for the token tile of `A`, `STRIPS` strips with a consumer each, and a ring of `STAGES`.
 ///
@@ -79,14 +79,17 @@ pub unsafe fn gemm<A: Accumulator, const STRIPS: u32, const STAGES: u32>(
         let position = schedule.position(tile);
         let strip = first_strip(position, shape, cluster) + consumer.strip;
         let token = position.token_tile * shape.tokens;
-        let epilogue = Epilogue::new(arguments, output, shared, shape, [strip, token], consumer);
-        let mut accumulator = A::zero();
+        let epilogue = |thread: u32| {
+            let consumer = Consumer { thread: thread % WARPGROUP, ..consumer };
+            Epilogue::new(arguments, output, shared, shape, [strip, token], consumer)
+        };
+        let mut accumulator = A::arbitrary();
         // SAFETY: the consumer has left the last tile's epilogue; all its threads are here; the caller vouches for the arguments.
         unsafe {
-            epilogue.copy_scales();
+            epilogue(hint::thread_idx_anew()).copy_scales();
             walk.multiply(&mut accumulator, schedule.k_steps, &mut filler);
             copy::await_groups::<0>();
-            epilogue.store(&mut accumulator, None);
+            epilogue(hint::thread_idx_anew()).store(&mut accumulator, None);
         }
         tile += schedule.workers;
     }
@@ -131,6 +134,8 @@ impl<const STAGES: u32> Walk<STAGES> {
         unsafe {
             shared.acquire_full(self.ring.stage(), 0, self.ring.full_parity());
             let mut share = self.load(self.ring, 0);
+            // Its products replace what the accumulator holds.
+            let first_step = steps;
             while steps > 0 {
                 let (ring, next) = (self.ring, self.ring.next());
                 // The same for all threads, which the compiler can't see.
@@ -138,7 +143,7 @@ impl<const STAGES: u32> Walk<STAGES> {
                 let operands = [share.operand::<LiquidQuant, 0>(), share.operand::<LiquidQuant, 1>()];
                 share = self.load(ring, BRICK_BYTES as u32);
                 wgmma::fence();
-                accumulator.multiply_accumulate_along(operands, tile);
+                accumulator.multiply_accumulate_along(operands, tile, u32::from(steps < first_step));
                 wgmma::commit();
                 if self.fills && !self.is_first_step {
                     filler.fill();
@@ -153,7 +158,7 @@ impl<const STAGES: u32> Walk<STAGES> {
                     share = self.load(next, 0);
                 }
                 wgmma::fence();
-                accumulator.multiply_accumulate_along(operands, tile + 2 * DESCRIPTOR_K32);
+                accumulator.multiply_accumulate_along(operands, tile + 2 * DESCRIPTOR_K32, 1);
                 wgmma::commit();
                 if !next_is_full && steps > 0 {
                     shared.acquire_full(next.stage(), 0, next.full_parity());

@@ -58,7 +58,7 @@ impl<D: Dequantization, const STAGES: u32> MainLoop for InTurn<D, STAGES> {
                             second.operand::<D, 1>(),
                         ];
                         wgmma::fence();
-                        accumulator.multiply_accumulate_along(operands, tile);
+                        accumulator.multiply_accumulate_along(operands, tile, 1);
                         wgmma::commit();
                         wgmma::wait::<0>();
                     }

@@ -69,14 +69,18 @@ pub trait Accumulator {
     /// All zeros.
     fn zero() -> Self;
 
-    /// Issues `self += A · B`, A being 64×32 from the warpgroup's registers.
+    /// Whatever its registers happen to hold, for products that replace it: zeros would have to be written.
+    fn arbitrary() -> Self;
+
+    /// Issues `self += A · B`, A being 64×32 from the warpgroup's registers, or `self = A · B` where `accumulate` is 0 instead of 1.
     ///
     /// # Safety
     /// All threads of the warpgroup call it after [`fence`], and touch neither `self` nor `a`'s registers until
     /// [`wait`] says that the group is done. `descriptor` describes a tile in the block's shared memory.
-    unsafe fn multiply_accumulate(&mut self, a: [u32; 4], descriptor: u32);
+    unsafe fn multiply_accumulate(&mut self, a: [u32; 4], descriptor: u32, accumulate: u32);
 
-    /// Issues the products of up to four such operands, each with the next k32 of the tile from `descriptor` on.
+    /// Issues the products of up to four such operands, each with the next k32 of the tile from `descriptor` on. `accumulate` is the
+    /// first one's; the others are added to it.
     ///
     /// # Safety
     /// As for [`multiply_accumulate`](Self::multiply_accumulate).
@@ -85,19 +89,21 @@ pub trait Accumulator {
         &mut self,
         a: [[u32; 4]; COUNT],
         descriptor: u32,
+        accumulate: u32,
     ) {
         seq!(I in 0..4 {
             if I < COUNT {
+                let accumulate = if I == 0 { accumulate } else { 1 };
                 // SAFETY: the caller vouches for all of them.
-                unsafe { self.multiply_accumulate(a[I], descriptor + I * DESCRIPTOR_K32) };
+                unsafe { self.multiply_accumulate(a[I], descriptor + I * DESCRIPTOR_K32, accumulate) };
             }
         });
     }
 
-    /// As [`multiply_accumulate`](Self::multiply_accumulate), A being a tile in shared memory too, of the same layout.
+    /// Issues `self += A · B`, A being a tile in shared memory too, of the same layout.
     ///
     /// # Safety
-    /// As there; both descriptors describe tiles in the block's shared memory.
+    /// As for [`multiply_accumulate`](Self::multiply_accumulate); both descriptors describe tiles in the block's shared memory.
     unsafe fn multiply_accumulate_shared(&mut self, a: u32, descriptor: u32);
 
     /// Hands each block of four sums, `j` ascending, to `visitor`.
@@ -119,6 +125,24 @@ pub fn add_sums(block: &mut [i32; 4], other: [i32; 4]) {
     block[3] = block[3].wrapping_add(other[3]);
 }
 
+/// Whatever four registers happen to hold.
+#[inline(always)]
+fn arbitrary_block() -> [i32; 4] {
+    let (a, b, c, d): (i32, i32, i32, i32);
+    // SAFETY: a comment does nothing; whatever the registers hold is a valid number.
+    unsafe {
+        asm!(
+            "// {} {} {} {}",
+            out(reg32) a,
+            out(reg32) b,
+            out(reg32) c,
+            out(reg32) d,
+            options(nomem, nostack, preserves_flags)
+        );
+    }
+    [a, b, c, d]
+}
+
 macro_rules! accumulator {
     ($name:ident, $tokens:tt, $blocks:tt) => {
         #[doc = concat!("64 channels × ", $tokens, " tokens.")]
@@ -133,7 +157,16 @@ macro_rules! accumulator {
             }
 
             #[inline(always)]
-            unsafe fn multiply_accumulate(&mut self, a: [u32; 4], descriptor: u32) {
+            fn arbitrary() -> Self {
+                let mut registers = [[0; 4]; $blocks];
+                seq!(J in 0..$blocks {
+                    #( registers[J] = arbitrary_block(); )*
+                });
+                Self(registers)
+            }
+
+            #[inline(always)]
+            unsafe fn multiply_accumulate(&mut self, a: [u32; 4], descriptor: u32, accumulate: u32) {
                 let [x0, x1, x2, x3] = a;
                 seq!(J in 1..$blocks {
                     // SAFETY: the caller vouches for the warpgroup and the descriptor.
@@ -142,7 +175,7 @@ macro_rules! accumulator {
                             "{{",
                             ".reg .pred accumulate;",
                             ".reg .b64 tile;",
-                            "setp.ne.b32 accumulate, 1, 0;",
+                            "setp.ne.b32 accumulate, {accumulate}, 0;",
                             "mov.b64 tile, {{{lower}, {upper}}};",
                             concat!(
                                 "wgmma.mma_async.sync.aligned.m64n", $tokens, "k32.s32.s8.s8 {{{a0}, {b0}, {c0}, {d0}",
@@ -164,6 +197,7 @@ macro_rules! accumulator {
                             x1 = in(reg32) x1,
                             x2 = in(reg32) x2,
                             x3 = in(reg32) x3,
+                            accumulate = in(reg32) accumulate,
                             lower = in(reg32) descriptor,
                             upper = const DESCRIPTOR_UPPER,
                             options(nostack)

@@ -33,13 +33,7 @@ pub trait MainLoop: Sized {
     /// Where it stands before the first.
     const START: Self::Position;
 
-    /// The accumulator to begin a segment with: zeros, unless the first products replace them.
-    #[inline(always)]
-    fn fresh<A: Accumulator>() -> A {
-        A::zero()
-    }
-
-    /// Adds a segment's products to the accumulator, the last of which may still be on their way.
+    /// Adds up a segment's products in the accumulator: the first replace what it holds, the last may still be on their way.
     ///
     /// # Safety
     /// The whole warpgroup calls it; the ring's barriers are made, and its producers fill it for the same segment.
@@ -329,7 +323,7 @@ pub(crate) unsafe fn consume<A: Accumulator, L: MainLoop>(
     // SAFETY: the caller vouches for the arguments.
     let mut scales = unsafe { epilogue.fetch() };
     while let Some(current) = segment {
-        let mut accumulator: A = L::fresh();
+        let mut accumulator = A::arbitrary();
         // SAFETY: the caller vouches for the arguments; all threads of the warpgroup go the same way, as
         // every condition depends on the segment alone.
         unsafe {
@@ -427,11 +421,6 @@ impl<D: Dequantization, const STAGES: u32> MainLoop for StageWalk<D, STAGES> {
     type Position = RingCursor<STAGES>;
 
     const START: Self::Position = RingCursor::start();
-
-    #[inline(always)]
-    fn fresh<A: Accumulator>() -> A {
-        A::arbitrary()
-    }
 
     #[inline(always)]
     unsafe fn accumulate<A: Accumulator>(

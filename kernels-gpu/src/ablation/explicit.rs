@@ -271,9 +271,13 @@ impl<const STAGES: u32, const BUFFERS: u32> FromBuffers<STAGES, BUFFERS> {
             self.shared.acquire_full(stage, span, ring.full_parity());
             mbarrier::wait(self.buffers.full(buffer, strip), drained.full_parity());
             wgmma::fence();
+            let is_first = self.unreleased[0] == BUFFERS;
             seq_macro::seq!(MMA in 0..4 {
-                accumulator
-                    .multiply_accumulate_shared(weights + MMA * DESCRIPTOR_K32, tile + MMA * DESCRIPTOR_K32);
+                accumulator.multiply_accumulate_shared(
+                    weights + MMA * DESCRIPTOR_K32,
+                    tile + MMA * DESCRIPTOR_K32,
+                    u32::from(MMA > 0 || !is_first),
+                );
             });
             wgmma::commit();
             wgmma::wait::<1>();

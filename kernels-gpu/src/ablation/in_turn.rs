@@ -37,7 +37,7 @@ impl<D: Dequantization, const STAGES: u32> MainLoop for InTurn<D, STAGES> {
     ) -> Self {
         let place = SharePlace::of_thread(consumer.thread).moved(shared.own_bricks(0, consumer));
         let mut ring = position;
-        for _ in segment.k_begin..segment.k_end {
+        for step in segment.k_begin..segment.k_end {
             let stage = ring.stage();
             let bricks = stage * shape.stage_bytes();
             let tile = warp::broadcast(shared.activation_descriptor(stage));
@@ -58,7 +58,8 @@ impl<D: Dequantization, const STAGES: u32> MainLoop for InTurn<D, STAGES> {
                             second.operand::<D, 1>(),
                         ];
                         wgmma::fence();
-                        accumulator.multiply_accumulate_along(operands, tile, 1);
+                        let accumulate = u32::from(SPAN > 0 || step > segment.k_begin);
+                        accumulator.multiply_accumulate_along(operands, tile, accumulate);
                         wgmma::commit();
                         wgmma::wait::<0>();
                     }

@@ -100,11 +100,11 @@ pub trait Accumulator {
         });
     }
 
-    /// Issues `self += A · B`, A being a tile in shared memory too, of the same layout.
+    /// As [`multiply_accumulate`](Self::multiply_accumulate), A being a tile in shared memory too, of the same layout.
     ///
     /// # Safety
-    /// As for [`multiply_accumulate`](Self::multiply_accumulate); both descriptors describe tiles in the block's shared memory.
-    unsafe fn multiply_accumulate_shared(&mut self, a: u32, descriptor: u32);
+    /// As there; both descriptors describe tiles in the block's shared memory.
+    unsafe fn multiply_accumulate_shared(&mut self, a: u32, descriptor: u32, accumulate: u32);
 
     /// Hands each block of four sums, `j` ascending, to `visitor`.
     fn visit(&mut self, visitor: &mut impl BlockVisitor);
@@ -207,7 +207,7 @@ macro_rules! accumulator {
             }
 
             #[inline(always)]
-            unsafe fn multiply_accumulate_shared(&mut self, a: u32, descriptor: u32) {
+            unsafe fn multiply_accumulate_shared(&mut self, a: u32, descriptor: u32, accumulate: u32) {
                 seq!(J in 1..$blocks {
                     // SAFETY: the caller vouches for the warpgroup and the descriptors.
                     unsafe {
@@ -215,7 +215,7 @@ macro_rules! accumulator {
                             "{{",
                             ".reg .pred accumulate;",
                             ".reg .b64 weights, tile;",
-                            "setp.ne.b32 accumulate, 1, 0;",
+                            "setp.ne.b32 accumulate, {accumulate}, 0;",
                             "mov.b64 weights, {{{a}, {upper}}};",
                             "mov.b64 tile, {{{lower}, {upper}}};",
                             concat!(
@@ -235,6 +235,7 @@ macro_rules! accumulator {
                                 d~J = inout(reg32) self.0[J][3],
                             )*
                             a = in(reg32) a,
+                            accumulate = in(reg32) accumulate,
                             lower = in(reg32) descriptor,
                             upper = const DESCRIPTOR_UPPER,
                             options(nostack)

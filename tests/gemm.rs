@@ -142,7 +142,7 @@ fn workers_with_many_tiles_equal_the_cpu(gpu: &'static Gpu) -> Result<(), Failed
         for [m, n, k] in [[shape.tokens as usize * 2 + shape.tokens as usize / 3, 1024, 448], [77, 700, 100]]
         {
             let problem = Problem::random(gpu, &mut rng, [m, n, k])?;
-            // Blocks that share a tile's K also hand over, at their own pace.
+            // Blocks that share a tile's K also hand over, each at its own pace, which more runs try more of.
             let workers: &[u32] = if shape.split > 1 { &[1, 2, 5, 1, 2, 1, 2] } else { &[1, 2, 5] };
             for &workers in workers {
                 let plan = Plan::with_cut(m, n, k, Cut { shape, cluster: 1, workers, streamed_waves: 0 })?;

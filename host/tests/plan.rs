@@ -7,10 +7,8 @@ use proptest::prelude::*;
 
 /// The plan's tiles.
 fn tiled(plan: &Plan) -> Tiled {
-    match plan.method() {
-        Method::Tiled(tiled) => *tiled,
-        Method::Divided(_) | Method::Skinny(_) => panic!("not in tiles: {plan}"),
-    }
+    let Some(tiled) = plan.tiled() else { panic!("not one launch in tiles: {plan}") };
+    *tiled
 }
 
 /// The plan's launches in tiles.

@@ -114,6 +114,7 @@ pub unsafe fn gemm<
             unsafe { produce_activations::<STAGES>(activations, arguments, shared, shape, cluster) };
         }
         if shape.split > 1 {
+            // Nobody needs to know here, but whoever has arrived must wait before the cluster meets again.
             cluster::wait();
         }
     } else {
@@ -530,7 +531,7 @@ impl<D: Dequantization, const STAGES: u32> StageWalk<D, STAGES> {
         let operands = self.operands();
         let before = self.unreleased;
         // The segment's first products replace what the accumulator holds.
-        let accumulate = u32::from(span > 0 || before != STAGES);
+        let accumulate = span > 0 || before != STAGES;
         if ends {
             self.unreleased = ring.stage();
             self.ring = next;

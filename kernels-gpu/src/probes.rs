@@ -97,7 +97,7 @@ pub unsafe fn mma(sink: u64, rounds: u32) {
     unsafe {
         loop {
             wgmma::fence();
-            accumulator.multiply_accumulate_along(operands, tile, 1);
+            accumulator.multiply_accumulate_along(operands, tile, true);
             wgmma::commit();
             round += 1;
             if round >= rounds {

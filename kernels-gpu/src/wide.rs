@@ -79,6 +79,7 @@ pub unsafe fn gemm<A: Accumulator, const STRIPS: u32, const STAGES: u32>(
         let position = schedule.position(tile);
         let strip = first_strip(position, shape, cluster) + consumer.strip;
         let token = position.token_tile * shape.tokens;
+        // What is derived from the thread's index has no registers to stay in during the main loop: it is derived anew.
         let epilogue = |thread: u32| {
             let consumer = Consumer { thread: thread % WARPGROUP, ..consumer };
             Epilogue::new(arguments, output, shared, shape, [strip, token], consumer)
@@ -134,8 +135,7 @@ impl<const STAGES: u32> Walk<STAGES> {
         unsafe {
             shared.acquire_full(self.ring.stage(), 0, self.ring.full_parity());
             let mut share = self.load(self.ring, 0);
-            // Its products replace what the accumulator holds.
-            let first_step = steps;
+            let tile_steps = steps;
             while steps > 0 {
                 let (ring, next) = (self.ring, self.ring.next());
                 // The same for all threads, which the compiler can't see.
@@ -143,7 +143,8 @@ impl<const STAGES: u32> Walk<STAGES> {
                 let operands = [share.operand::<LiquidQuant, 0>(), share.operand::<LiquidQuant, 1>()];
                 share = self.load(ring, BRICK_BYTES as u32);
                 wgmma::fence();
-                accumulator.multiply_accumulate_along(operands, tile, u32::from(steps < first_step));
+                // The tile's first products replace what the accumulator holds.
+                accumulator.multiply_accumulate_along(operands, tile, steps < tile_steps);
                 wgmma::commit();
                 if self.fills && !self.is_first_step {
                     filler.fill();
@@ -158,7 +159,7 @@ impl<const STAGES: u32> Walk<STAGES> {
                     share = self.load(next, 0);
                 }
                 wgmma::fence();
-                accumulator.multiply_accumulate_along(operands, tile + 2 * DESCRIPTOR_K32, 1);
+                accumulator.multiply_accumulate_along(operands, tile + 2 * DESCRIPTOR_K32, true);
                 wgmma::commit();
                 if !next_is_full && steps > 0 {
                     shared.acquire_full(next.stage(), 0, next.full_parity());

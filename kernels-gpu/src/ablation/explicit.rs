@@ -276,7 +276,7 @@ impl<const STAGES: u32, const BUFFERS: u32> FromBuffers<STAGES, BUFFERS> {
                 accumulator.multiply_accumulate_shared(
                     weights + MMA * DESCRIPTOR_K32,
                     tile + MMA * DESCRIPTOR_K32,
-                    u32::from(MMA > 0 || !is_first),
+                    MMA > 0 || !is_first,
                 );
             });
             wgmma::commit();

@@ -58,7 +58,7 @@ impl<D: Dequantization, const STAGES: u32> MainLoop for InTurn<D, STAGES> {
                             second.operand::<D, 1>(),
                         ];
                         wgmma::fence();
-                        let accumulate = u32::from(SPAN > 0 || step > segment.k_begin);
+                        let accumulate = SPAN > 0 || step > segment.k_begin;
                         accumulator.multiply_accumulate_along(operands, tile, accumulate);
                         wgmma::commit();
                         wgmma::wait::<0>();

@@ -72,12 +72,12 @@ pub trait Accumulator {
     /// Whatever its registers happen to hold, for products that replace it: zeros would have to be written.
     fn arbitrary() -> Self;
 
-    /// Issues `self += A · B`, A being 64×32 from the warpgroup's registers, or `self = A · B` where `accumulate` is 0 instead of 1.
+    /// Issues `self += A · B`, A being 64×32 from the warpgroup's registers, or without `accumulate` `self = A · B`.
     ///
     /// # Safety
     /// All threads of the warpgroup call it after [`fence`], and touch neither `self` nor `a`'s registers until
     /// [`wait`] says that the group is done. `descriptor` describes a tile in the block's shared memory.
-    unsafe fn multiply_accumulate(&mut self, a: [u32; 4], descriptor: u32, accumulate: u32);
+    unsafe fn multiply_accumulate(&mut self, a: [u32; 4], descriptor: u32, accumulate: bool);
 
     /// Issues the products of up to four such operands, each with the next k32 of the tile from `descriptor` on. `accumulate` is the
     /// first one's; the others are added to it.
@@ -89,11 +89,11 @@ pub trait Accumulator {
         &mut self,
         a: [[u32; 4]; COUNT],
         descriptor: u32,
-        accumulate: u32,
+        accumulate: bool,
     ) {
         seq!(I in 0..4 {
             if I < COUNT {
-                let accumulate = if I == 0 { accumulate } else { 1 };
+                let accumulate = I > 0 || accumulate;
                 // SAFETY: the caller vouches for all of them.
                 unsafe { self.multiply_accumulate(a[I], descriptor + I * DESCRIPTOR_K32, accumulate) };
             }
@@ -104,7 +104,7 @@ pub trait Accumulator {
     ///
     /// # Safety
     /// As there; both descriptors describe tiles in the block's shared memory.
-    unsafe fn multiply_accumulate_shared(&mut self, a: u32, descriptor: u32, accumulate: u32);
+    unsafe fn multiply_accumulate_shared(&mut self, a: u32, descriptor: u32, accumulate: bool);
 
     /// Hands each block of four sums, `j` ascending, to `visitor`.
     fn visit(&mut self, visitor: &mut impl BlockVisitor);
@@ -166,7 +166,7 @@ macro_rules! accumulator {
             }
 
             #[inline(always)]
-            unsafe fn multiply_accumulate(&mut self, a: [u32; 4], descriptor: u32, accumulate: u32) {
+            unsafe fn multiply_accumulate(&mut self, a: [u32; 4], descriptor: u32, accumulate: bool) {
                 let [x0, x1, x2, x3] = a;
                 seq!(J in 1..$blocks {
                     // SAFETY: the caller vouches for the warpgroup and the descriptor.
@@ -197,7 +197,7 @@ macro_rules! accumulator {
                             x1 = in(reg32) x1,
                             x2 = in(reg32) x2,
                             x3 = in(reg32) x3,
-                            accumulate = in(reg32) accumulate,
+                            accumulate = in(reg32) u32::from(accumulate),
                             lower = in(reg32) descriptor,
                             upper = const DESCRIPTOR_UPPER,
                             options(nostack)
@@ -207,7 +207,7 @@ macro_rules! accumulator {
             }
 
             #[inline(always)]
-            unsafe fn multiply_accumulate_shared(&mut self, a: u32, descriptor: u32, accumulate: u32) {
+            unsafe fn multiply_accumulate_shared(&mut self, a: u32, descriptor: u32, accumulate: bool) {
                 seq!(J in 1..$blocks {
                     // SAFETY: the caller vouches for the warpgroup and the descriptors.
                     unsafe {
@@ -235,7 +235,7 @@ macro_rules! accumulator {
                                 d~J = inout(reg32) self.0[J][3],
                             )*
                             a = in(reg32) a,
-                            accumulate = in(reg32) accumulate,
+                            accumulate = in(reg32) u32::from(accumulate),
                             lower = in(reg32) descriptor,
                             upper = const DESCRIPTOR_UPPER,
                             options(nostack)

@@ -173,7 +173,7 @@ impl SkinnyShape {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct UnitShares {
-    /// Units of every block.
+    /// Units of every block; 0 where there are more blocks than units.
     pub each: u32,
     /// Blocks, the first ones, that have one more.
     pub larger: u32,
@@ -251,7 +251,6 @@ mod tests {
         fn every_unit_has_one_block_and_shares_are_even(
             units in 1..100_000u32, blocks in 1..200u32, most in 1..8u32,
         ) {
-            let blocks = blocks.min(units);
             let shares = UnitShares::new(units, blocks, most);
             let mut next = 0;
             for block in 0..blocks {

@@ -5,7 +5,7 @@
 //! of LLaMA-2 and LLaMA-3 at 16 to 1,024 tokens, and of some of them at 8, 32, 2,048 and 4,096, on an H100 SXM: by least
 //! squares, and from there so that the choices lose least; the lines of tiles of 128 tokens whose K two blocks share, and what streams cost
 //! at the power limit, were set by hand; the lines of the smaller such tiles by sweeps of ten more matrices at 12 to 64 tokens, that of 192 × 256 and what
-//! two launches cost by two of the first ten at 128 to 4,096. `docs/performance-log.md` says how much. They need not be
+//! two launches cost by two of the first ten at 128 to 4,096, and what many parts of a tile cost by one of eight small matrices. `docs/performance-log.md` says how much. They need not be
 //! exact: a wrong choice costs time, never a bit of the result.
 
 use liquidgemm_format::tile::TileShape;
@@ -63,6 +63,10 @@ const MEMORY: f64 = 3.35;
 pub(super) const MULTIPROCESSORS: f64 = 132.0;
 /// Microseconds for a tile's partial sums: a flag raised, seen and answered.
 const HANDOVER: f64 = 1.237;
+/// Microseconds for each part of a tile beyond [`FREE_PARTS`]: its owner adds them up one after the other.
+const FURTHER_PART: f64 = 0.2;
+/// Parts of a tile that take no longer than the flag and their sums.
+const FREE_PARTS: f64 = 4.0;
 /// Microseconds for a megabyte of partial sums, written and read.
 const PARTIAL_SUMS: f64 = 0.130;
 /// How much longer a step takes in a cluster of two, which waits for two blocks at every stage.
@@ -122,7 +126,8 @@ impl Tiled {
         let handover = if splits {
             let parts = (workers / streamed).max(1.0);
             let sums = megabytes(shape.partial_bytes() as f64 * workers * self.cluster() as f64);
-            HANDOVER + PARTIAL_SUMS * sums * parts
+            let further = (parts.ceil() - FREE_PARTS).max(0.0);
+            HANDOVER + FURTHER_PART * further + PARTIAL_SUMS * sums * parts
         } else {
             0.0
         };

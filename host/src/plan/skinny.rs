@@ -29,6 +29,12 @@ impl Skinny {
         self.blocks
     }
 
+    /// Thread blocks that have channels.
+    #[must_use]
+    pub fn busy_blocks(&self) -> u32 {
+        if self.shares.each > 0 { self.blocks } else { self.shares.larger }
+    }
+
     /// Which units of 16 channels each block has.
     #[must_use]
     pub fn shares(&self) -> UnitShares {
@@ -49,8 +55,8 @@ impl Skinny {
 }
 
 impl Plan {
-    /// The plan that computes all tokens in one tile, on so many thread blocks (at most as many as there are units
-    /// of 16 channels).
+    /// The plan that computes all tokens in one tile, on so many thread blocks. Those beyond the units of 16 channels have nothing to
+    /// do, but with a block on every multiprocessor the next launch's blocks come to lie as evenly, too.
     ///
     /// # Errors
     /// If a dimension is 0 or too large, there are more tokens than `shape` has, or no kernel has that shape.
@@ -64,7 +70,7 @@ impl Plan {
             return Err(GpuError::OutOfRange { what: "m", value: m, limit }.into());
         }
         let units = n.div_ceil(UNIT_CHANNELS as usize) as u32;
-        let blocks = blocks.clamp(1, units);
+        let blocks = blocks.max(1);
         let shares = UnitShares::new(units, blocks, shape.units);
         Ok(Self { m, n, k, method: Method::Skinny(Skinny { shape, blocks, shares }) })
     }
@@ -104,6 +110,15 @@ impl fmt::Display for Skinny {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn few_channels_leave_blocks_idle_on_as_many_multiprocessors() {
+        for (n, busy) in [(1, 1), (1280, 80), (2112, 132), (2113, 132), (57_344, 132)] {
+            let plan = Plan::skinny(1, n, 8192, SKINNY_SHAPES[0], 132).unwrap();
+            let Method::Skinny(skinny) = plan.method() else { panic!("{plan}") };
+            assert_eq!((skinny.blocks(), skinny.busy_blocks()), (132, busy), "{plan}");
+        }
+    }
 
     #[test]
     fn more_tokens_than_the_kernel_has_and_shapes_without_a_kernel_are_refused() {

@@ -27,7 +27,7 @@ impl Skinny {
     pub(super) fn estimate_us(&self, problem: [usize; 3]) -> f64 {
         let bricks = brick::k_blocks(problem[2]) as f64;
         let [m, _, k] = problem.map(|extent| extent as f64);
-        let (blocks, passes) = (self.blocks() as f64, self.passes() as f64);
+        let (blocks, passes) = (self.busy_blocks() as f64, self.passes() as f64);
 
         let busy_share = (blocks / MULTIPROCESSORS).min(1.0);
         let from_memory = moved_megabytes(problem) / MEMORY / busy_share;

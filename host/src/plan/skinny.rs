@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use liquidgemm_format::schedule::MAX_WORKERS;
 use liquidgemm_format::skinny::{SKINNY_SHAPES, SkinnyShape, UNIT_CHANNELS, UnitShares};
 
 use super::{Method, Plan, check_problem};
@@ -56,7 +57,8 @@ impl Skinny {
 
 impl Plan {
     /// The plan that computes all tokens in one tile, on so many thread blocks. Those beyond the units of 16 channels have nothing to
-    /// do, but with a block on every multiprocessor the next launch's blocks come to lie as evenly, too.
+    /// do, but launches that have a block on every multiprocessor follow one another sooner. A number that no GPU has room for is brought
+    /// down.
     ///
     /// # Errors
     /// If a dimension is 0 or too large, there are more tokens than `shape` has, or no kernel has that shape.
@@ -70,7 +72,7 @@ impl Plan {
             return Err(GpuError::OutOfRange { what: "m", value: m, limit }.into());
         }
         let units = n.div_ceil(UNIT_CHANNELS as usize) as u32;
-        let blocks = blocks.max(1);
+        let blocks = blocks.clamp(1, units.max(MAX_WORKERS));
         let shares = UnitShares::new(units, blocks, shape.units);
         Ok(Self { m, n, k, method: Method::Skinny(Skinny { shape, blocks, shares }) })
     }
@@ -117,6 +119,14 @@ mod tests {
             let plan = Plan::skinny(1, n, 8192, SKINNY_SHAPES[0], 132).unwrap();
             let Method::Skinny(skinny) = plan.method() else { panic!("{plan}") };
             assert_eq!((skinny.blocks(), skinny.busy_blocks()), (132, busy), "{plan}");
+        }
+    }
+
+    #[test]
+    fn a_number_of_blocks_that_no_gpu_has_room_for_is_brought_down() {
+        for (blocks, launched) in [(0, 1), (u32::MAX, MAX_WORKERS)] {
+            let plan = Plan::skinny(1, 1280, 8192, SKINNY_SHAPES[0], blocks).unwrap();
+            assert_eq!(plan.blocks(), launched, "{plan}");
         }
     }
 

@@ -68,7 +68,7 @@ pub struct Cut {
 const MIN_K: u32 = 512;
 /// Percent of the workers that must have a tile in a wave, on the average, for the widest tile to be worth considering: what is left over
 /// can't be shared out.
-const LEAST_OCCUPANCY: u64 = 95;
+const LEAST_OCCUPANCY: u64 = 75;
 /// Channels walked together, so that a wave of 132 blocks covers a near-square piece of the output.
 const GROUP_CHANNELS: u32 = 2048;
 
@@ -137,7 +137,7 @@ impl Plan {
                 continue;
             }
             for cluster in clusters(shape, multiprocessors) {
-                let most = (multiprocessors / cluster).max(1);
+                let most = resident_clusters(multiprocessors, cluster);
                 let mut consider = |workers: u32, streamed_waves: u32| -> Result<u32, Error> {
                     let tiled = Tiled::new(m, n, k, Cut { shape, cluster, workers, streamed_waves })?;
                     let tiles = tiled.schedule.tiles();
@@ -248,7 +248,10 @@ impl Tiled {
             return Err(GpuError::UnknownTile { shape: cut.shape }.into());
         };
         cut.shape = shape;
-        cut.cluster = 1 << cut.cluster.clamp(shape.split, shape.max_cluster().max(1)).ilog2();
+        cut.cluster = match shape.split {
+            1 => 1 << cut.cluster.clamp(1, shape.max_cluster()).ilog2(),
+            split => split,
+        };
         if !shape.can_stream() {
             cut.streamed_waves = 0;
         }
@@ -322,11 +325,23 @@ fn is_half_empty(shape: TileShape, m: usize) -> bool {
     shape.tokens > 16 && m <= shape.tokens as usize / 2
 }
 
+/// Clusters of so many blocks, one block an SM, that the GPU runs at a time. A cluster lies within one of the GPU's eight processing
+/// clusters (GPC), whose number of SMs it may not divide.
+fn resident_clusters(multiprocessors: u32, cluster: u32) -> u32 {
+    match cluster {
+        0..=2 => multiprocessors / cluster.max(1),
+        // As an H100 with 132 SMs has room for: 39 of three and 30 of four blocks.
+        3 => multiprocessors * 39 / 132,
+        _ => multiprocessors * 30 / 132 * 4 / cluster,
+    }
+    .max(1)
+}
+
 /// Thread blocks that a cluster may have: one or two, as many as share a tile's K if blocks do.
 fn clusters(shape: TileShape, multiprocessors: u32) -> impl Iterator<Item = u32> {
     let fits =
         move |cluster: &u32| (shape.split..=shape.max_cluster().min(multiprocessors)).contains(cluster);
-    [1, 2].into_iter().filter(fits)
+    [1, 2, 3, 4, 6, 8].into_iter().filter(fits)
 }
 
 /// Fails if a dimension is 0 or larger than the kernels can count.

@@ -8,7 +8,7 @@ use cuda_std::TensorMap;
 use cuda_std::warp::{self, WARP_SIZE};
 use liquidgemm_format::arguments::{GemmArguments, output_type};
 use liquidgemm_format::brick::BRICK_CHANNELS;
-use liquidgemm_format::tile::{TileShape, WARPGROUP};
+use liquidgemm_format::tile::{MAX_EPILOGUE_TOKENS, TileShape, WARPGROUP};
 
 use crate::partials::sync_consumer;
 use crate::pipeline::{Consumer, Shared};
@@ -221,6 +221,13 @@ impl<'a> Epilogue<'a> {
         sync_consumer(self.consumer.index);
     }
 
+    /// The first token of the round that block `j` belongs to.
+    #[inline(always)]
+    fn round_begin(&self, j: u32) -> u32 {
+        let Self { shape, first_token, .. } = *self;
+        first_token + shape.round_begin(j)
+    }
+
     /// The address of an output element of `size` bytes.
     #[inline(always)]
     fn output(&self, token: u32, channel: u32, size: u64) -> u64 {
@@ -360,16 +367,17 @@ impl Exit for Pieces {
         let whole =
             arguments.output_stride % 8 == 0 && arguments.output % 16 == 0 && channel + 8 <= arguments.n;
         let place = |row: u32| address + row * 128 + (piece ^ (row % 8)) * 16;
-        let mut words = [[0; 4]; 2];
+        const { assert!(MAX_EPILOGUE_TOKENS <= 64) };
+        let mut words = [[0; 4]; 4];
         // SAFETY: the rows lie in the buffer, the elements below m and n in the output.
         unsafe {
-            seq_macro::seq!(R in 0..2 {
+            seq_macro::seq!(R in 0..4 {
                 let row = first_row + 16 * R;
                 if 16 * R < tokens && row < tokens {
                     words[R] = load_shared_x4(place(row));
                 }
             });
-            seq_macro::seq!(R in 0..2 {
+            seq_macro::seq!(R in 0..4 {
                 let row = first_row + 16 * R;
                 if 16 * R < tokens && row < tokens && first_token + row < arguments.m {
                     let address = epilogue.output(first_token + row, channel, 2);
@@ -441,7 +449,7 @@ unsafe fn store_one_by_one(mut address: u64, mut shared: u32, mut channel: u32, 
 impl<H: Half, E: Exit, const BIAS: bool> BlockVisitor for Transposed<'_, '_, H, E, BIAS> {
     #[inline(always)]
     fn block(&mut self, j: u32, block: &mut [i32; 4]) {
-        let Epilogue { shape, first_token, .. } = *self.scaling.epilogue;
+        let shape = self.scaling.epilogue.shape;
         if !self.scaling.writes(j) {
             return;
         }
@@ -452,17 +460,17 @@ impl<H: Half, E: Exit, const BIAS: bool> BlockVisitor for Transposed<'_, '_, H, 
         let offset = j / buffer_blocks % shape.epilogue_buffers() * shape.epilogue_buffer_bytes();
         // SAFETY: the addresses lie in the consumer's buffer.
         unsafe {
-            if buffer_blocks == 1 {
-                store_transposed_x2(self.row + offset, packed);
-            } else if j % 2 == 1 {
+            if in_buffer % 2 == 1 {
                 let [even_upper, even_lower] = self.even;
                 let address = self.row + offset + (in_buffer - 1) * 1024;
                 store_transposed_x4(address, [even_upper, even_lower, packed[0], packed[1]]);
+            } else if in_buffer == buffer_blocks - 1 {
+                store_transposed_x2(self.row + offset + in_buffer * 1024, packed);
             }
         }
         self.even = packed;
         if in_buffer == buffer_blocks - 1 {
-            self.flush(first_token + (j - in_buffer) * 8, offset);
+            self.flush(self.scaling.epilogue.round_begin(j), offset);
         }
     }
 }

@@ -58,7 +58,7 @@ pub trait MainLoop: Sized {
 /// main loop, and a ring of `STAGES`.
 ///
 /// # Safety
-/// The arguments describe memory as their documentation says; `activations` is a map of int8 `[m, k]` with
+/// The arguments describe memory as their documentation says; `activations` are maps of int8 `[m, k]` with
 /// boxes of [`SPAN_K`] × [`TileShape::box_tokens`] and 128-byte swizzle. `output` is one of the
 /// 16-bit output with boxes of 64 channels × [`TileShape::epilogue_tokens`] and the same swizzle, if
 /// `output_is_mapped` says so.
@@ -71,7 +71,7 @@ pub unsafe fn gemm<
     const SPLIT: u32,
     const STAGES: u32,
 >(
-    activations: *const TensorMap,
+    activations: TokenBoxes,
     output: *const TensorMap,
     arguments: &GemmArguments,
 ) {
@@ -87,7 +87,7 @@ pub unsafe fn gemm<
     if thread == 0 {
         // SAFETY: the maps are parameters; the barrier below orders the barriers' making.
         unsafe {
-            tma::prefetch_map(activations);
+            activations.prefetch(arguments, shape, cluster);
             if shape.maps_output() {
                 tma::prefetch_map(output);
             }
@@ -222,10 +222,52 @@ pub(crate) unsafe fn produce_bricks<const STAGES: u32>(
     }
 }
 
+/// The maps of the activations, in boxes of [`TileShape::box_tokens`].
+///
+/// Rows of a box that lie outside of the tensor take far longer to fill than rows that are read. So the last box of a problem has a map
+/// of its own, with the tokens that are left, and boxes without any token are not loaded. What shared memory then holds for tokens from m
+/// on only reaches sums that are never stored.
+#[derive(Clone, Copy)]
+pub struct TokenBoxes {
+    /// Of whole boxes.
+    pub whole: *const TensorMap,
+    /// Of boxes that hold the rest of m after whole boxes; any map if there is no rest.
+    pub last: *const TensorMap,
+}
+
+impl TokenBoxes {
+    /// Fetches the maps ahead of their first use.
+    ///
+    /// # Safety
+    /// The maps are the kernel's parameters.
+    #[inline(always)]
+    pub(crate) unsafe fn prefetch(self, arguments: &GemmArguments, shape: TileShape, cluster: Cluster) {
+        // SAFETY: the caller vouches for the maps.
+        unsafe {
+            if arguments.m >= cluster.box_tokens(shape) {
+                tma::prefetch_map(self.whole);
+            }
+            tma::prefetch_map(self.last);
+        }
+    }
+
+    /// The map for the box of up to `tokens` from `first` on.
+    #[inline(always)]
+    pub(crate) fn map(self, arguments: &GemmArguments, first: u32, tokens: u32) -> *const TensorMap {
+        if first + tokens <= arguments.m { self.whole } else { self.last }
+    }
+}
+
+/// How many tokens there are of a tile that begins with `first`.
+#[inline(always)]
+pub(crate) fn tile_tokens(arguments: &GemmArguments, first: u32, shape: TileShape) -> u32 {
+    (arguments.m - first).min(shape.tokens)
+}
+
 /// The second producer: keeps the ring full of activations, which the launch before this one may have to finish first.
 #[inline(always)]
 pub(crate) unsafe fn produce_activations<const STAGES: u32>(
-    activations: *const TensorMap,
+    activations: TokenBoxes,
     arguments: &GemmArguments,
     shared: Shared,
     shape: TileShape,
@@ -239,8 +281,10 @@ pub(crate) unsafe fn produce_activations<const STAGES: u32>(
     let mut ring = RingCursor::<STAGES>::start();
     grid::await_previous();
     for segment in schedule.segments(cluster::cluster_idx_x()) {
-        let position = schedule.position(segment.tile);
-        let token = position.token_tile * shape.tokens + cluster.rank * part_tokens;
+        let first_token = schedule.position(segment.tile).token_tile * shape.tokens;
+        let bytes = tile_tokens(arguments, first_token, shape) * SPAN_K;
+        let token = first_token + cluster.rank * part_tokens;
+        let map = activations.map(arguments, token, part_tokens);
         for step in first_step + segment.k_begin..first_step + segment.k_end {
             let stage = ring.stage();
             let destination = shared.activations(stage) + part_offset;
@@ -250,14 +294,14 @@ pub(crate) unsafe fn produce_activations<const STAGES: u32>(
                 shared.acquire_empty(stage, ring.empty_parity());
                 seq_macro::seq!(SPAN in 0..2 {
                     if SPAN < shape.spans() {
-                        let full = shared.announce(stage, SPAN, shape.span_bytes());
+                        let full = shared.announce(stage, SPAN, bytes);
                         let (to, k) = (destination + SPAN * shape.span_bytes(), step * shape.stage_k() + SPAN * SPAN_K);
                         if shape.split > 1 {
-                            load_parts(to, activations, k, token, full, shape, cluster);
-                        } else if cluster.blocks > 1 {
-                            tma::load_2d_multicast(to, activations, k, token, full, every_block);
-                        } else {
-                            tma::load_2d(to, activations, k, token, full);
+                            load_parts(to, activations, arguments, k, token, full, shape, cluster);
+                        } else if cluster.blocks == 1 {
+                            tma::load_2d(to, map, k, token, full);
+                        } else if token < arguments.m {
+                            tma::load_2d_multicast(to, map, k, token, full, every_block);
                         }
                     }
                 });
@@ -273,15 +317,16 @@ fn first_step(schedule: Schedule, cluster: Cluster) -> u32 {
     cluster.part * schedule.k_steps
 }
 
-/// Loads an activation tile with the tokens that this block's consumers finish before those that the other block's do: of every two
-/// boxes, the second block has the second one first.
+/// Loads an activation tile with the tokens that this block's consumers finish before those that the other blocks' do.
 ///
 /// # Safety
 /// As for [`tma::load_2d`], for all boxes of the tile from `token` on.
 #[inline(always)]
+#[allow(clippy::too_many_arguments)]
 unsafe fn load_parts(
     to: u32,
-    activations: *const TensorMap,
+    activations: TokenBoxes,
+    arguments: &GemmArguments,
     k: u32,
     token: u32,
     full: u32,
@@ -289,11 +334,16 @@ unsafe fn load_parts(
     cluster: Cluster,
 ) {
     let tokens = shape.finished_tokens();
-    seq_macro::seq!(PART in 0..4 {
+    seq_macro::seq!(PART in 0..16 {
         if PART * tokens < shape.tokens {
-            let first = token + (PART ^ cluster.part) * tokens;
-            // SAFETY: the caller vouches for the tile.
-            unsafe { tma::load_2d(to + PART * tokens * SPAN_K, activations, k, first, full) };
+            let (consumer, position) = (PART / shape.finishers(), PART % shape.finishers());
+            let part = consumer * shape.finishers() + shape.finisher(cluster.part, position);
+            let first = token + part * tokens;
+            if first < arguments.m {
+                let map = activations.map(arguments, first, tokens);
+                // SAFETY: the caller vouches for the tile.
+                unsafe { tma::load_2d(to + PART * tokens * SPAN_K, map, k, first, full) };
+            }
         }
     });
 }
@@ -349,14 +399,16 @@ pub(crate) unsafe fn consume<A: Accumulator, L: MainLoop>(
             halves::exchange(&mut accumulator, shared, shape, consumer);
             if shape.split > 1 {
                 exchange.give(&mut accumulator);
-                seq_macro::seq!(ROUND in 0..2 {
-                    if ROUND < shape.epilogue_rounds() {
-                        exchange.take(&mut accumulator, ROUND, parity);
-                        epilogue.store(&mut accumulator, Some(ROUND));
+                if exchange.takes() {
+                    seq_macro::seq!(ROUND in 0..2 {
+                        if ROUND < shape.epilogue_rounds() {
+                            exchange.take(&mut accumulator, ROUND, parity);
+                            epilogue.store(&mut accumulator, Some(ROUND));
+                        }
+                    });
+                    if segment.is_some() {
+                        exchange.release();
                     }
-                });
-                if segment.is_some() {
-                    exchange.release();
                 }
                 parity ^= 1;
             } else if schedule.owns(current) {
@@ -390,7 +442,7 @@ fn epilogue_of<'a>(
     };
     let position = arguments.schedule.position(tile);
     let strip = first_strip(position, shape, cluster) + consumer.strip;
-    // Where two blocks share the tile, the second one's tokens come second, but lie first in its accumulators.
+    // Where blocks share the tile, each one's own tokens lie first in its accumulators.
     let token = position.token_tile * shape.tokens + cluster.part * shape.finished_tokens();
     Epilogue::new(arguments, output, shared, shape, [strip, token], consumer)
 }

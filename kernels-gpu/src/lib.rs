@@ -24,9 +24,10 @@ use cuda_std::kernel;
 use liquidgemm_format::arguments::{GemmArguments, SkinnyArguments};
 use liquidgemm_format::skinny::{GROUP_TOKENS, SkinnyShape, THREADS};
 use liquidgemm_format::tile::TileShape;
+use liquidgemm_format::tile_shapes;
 
 use dequant::LiquidQuant;
-use gemm::StageWalk;
+use gemm::{StageWalk, TokenBoxes};
 use ptx::wgmma;
 
 /// The shape of so many strips, tokens, halves and blocks that share K.
@@ -37,71 +38,46 @@ const fn shape(strips: u32, tokens: u32, halves: u32, split: u32) -> TileShape {
     }
 }
 
-macro_rules! gemm_kernel {
-    ($name:ident, $strips:literal, $accumulator:ident, $halves:literal, $split:literal, $threads:literal) => {
-        #[doc = concat!("[`gemm::gemm`] for ", $strips, " strips and [`wgmma::", stringify!($accumulator), "`].")]
-        ///
-        /// # Safety
-        /// See [`gemm::gemm`].
-        #[kernel(max_threads = $threads, min_blocks = 1)]
-        pub unsafe fn $name(
-            #[grid_constant] activations: cuda_std::TensorMap,
-            #[grid_constant] output: cuda_std::TensorMap,
-            arguments: GemmArguments,
-        ) {
-            const TOKENS: u32 = <wgmma::$accumulator as wgmma::Accumulator>::TOKENS;
-            const SHAPE: TileShape = shape($strips, TOKENS, $halves, $split);
-            const _: () = assert!(SHAPE.threads() == $threads);
-            // SAFETY: the launcher vouches for the arguments.
-            unsafe {
-                gemm::gemm::<
-                    wgmma::$accumulator,
-                    StageWalk<LiquidQuant, { SHAPE.stages }>,
-                    $strips,
-                    $halves,
-                    $split,
-                    { SHAPE.stages },
-                >(activations, output, &arguments)
+/// The accumulator of a tile of so many tokens.
+type AccumulatorOf<const TOKENS: u32> = <wgmma::Tokens<TOKENS> as wgmma::HasAccumulator>::Accumulator;
+
+macro_rules! gemm_kernels {
+    ($($name:ident: $strips:literal, $tokens:literal, $halves:literal, $split:literal, $threads:literal, $module:ident;)*) => {
+        $(
+            #[doc = concat!("[`", stringify!($module), "::gemm`] for ", $strips, " strips and ", $tokens, " tokens.")]
+            ///
+            /// # Safety
+            /// See there.
+            #[kernel(max_threads = $threads, min_blocks = 1)]
+            pub unsafe fn $name(
+                #[grid_constant] activations: cuda_std::TensorMap,
+                #[grid_constant] last_activations: cuda_std::TensorMap,
+                #[grid_constant] output: cuda_std::TensorMap,
+                arguments: GemmArguments,
+            ) {
+                const SHAPE: TileShape = shape($strips, $tokens, $halves, $split);
+                const _: () = assert!(SHAPE.threads() == $threads);
+                let activations = TokenBoxes { whole: activations, last: last_activations };
+                // SAFETY: the launcher vouches for the arguments.
+                unsafe { gemm_kernels!(@$module SHAPE, $strips, $tokens, $halves, $split)(activations, output, &arguments) }
             }
-        }
+        )*
+    };
+    (@gemm $shape:ident, $strips:literal, $tokens:literal, $halves:literal, $split:literal) => {
+        gemm::gemm::<
+            AccumulatorOf<$tokens>,
+            StageWalk<LiquidQuant, { $shape.stages }>,
+            $strips,
+            $halves,
+            $split,
+            { $shape.stages },
+        >
+    };
+    (@wide $shape:ident, $strips:literal, $tokens:literal, $halves:literal, $split:literal) => {
+        wide::gemm::<AccumulatorOf<$tokens>, $strips, { $shape.stages }>
     };
 }
-
-gemm_kernel!(gemm_128x8, 2, Accumulator8, 1, 1, 320);
-gemm_kernel!(gemm_64x16, 1, Accumulator16, 2, 1, 320);
-gemm_kernel!(gemm_128x16, 2, Accumulator16, 1, 1, 320);
-gemm_kernel!(gemm_192x16, 3, Accumulator16, 1, 1, 448);
-gemm_kernel!(gemm_64x32, 1, Accumulator32, 2, 1, 320);
-gemm_kernel!(gemm_128x32, 2, Accumulator32, 1, 1, 320);
-gemm_kernel!(gemm_192x32, 3, Accumulator32, 1, 1, 448);
-gemm_kernel!(gemm_64x32_split, 1, Accumulator32, 2, 2, 320);
-gemm_kernel!(gemm_64x64, 1, Accumulator64, 2, 1, 320);
-gemm_kernel!(gemm_128x64, 2, Accumulator64, 1, 1, 320);
-gemm_kernel!(gemm_192x64, 3, Accumulator64, 1, 1, 448);
-gemm_kernel!(gemm_64x64_split, 1, Accumulator64, 2, 2, 320);
-gemm_kernel!(gemm_64x128, 1, Accumulator128, 2, 1, 384);
-gemm_kernel!(gemm_128x128, 2, Accumulator128, 1, 1, 384);
-gemm_kernel!(gemm_192x128, 3, Accumulator128, 1, 1, 512);
-gemm_kernel!(gemm_64x128_split, 1, Accumulator128, 2, 2, 384);
-gemm_kernel!(gemm_128x128_split, 2, Accumulator128, 1, 2, 384);
-gemm_kernel!(gemm_192x128_split, 3, Accumulator128, 1, 2, 512);
-gemm_kernel!(gemm_128x256, 2, Accumulator256, 1, 1, 384);
-
-/// [`wide::gemm`] for 3 strips and [`wgmma::Accumulator256`].
-///
-/// # Safety
-/// See there.
-#[kernel(max_threads = 384, min_blocks = 1)]
-pub unsafe fn gemm_192x256(
-    #[grid_constant] activations: cuda_std::TensorMap,
-    #[grid_constant] output: cuda_std::TensorMap,
-    arguments: GemmArguments,
-) {
-    const SHAPE: TileShape = shape(3, 256, 1, 1);
-    const _: () = assert!(SHAPE.threads() == 384);
-    // SAFETY: the launcher vouches for the arguments.
-    unsafe { wide::gemm::<wgmma::Accumulator256, 3, { SHAPE.stages }>(activations, output, &arguments) }
-}
+tile_shapes!(gemm_kernels);
 
 /// The shape for few tokens of so many units and groups of 8 tokens.
 const fn skinny_shape(units: u32, groups: u32) -> SkinnyShape {

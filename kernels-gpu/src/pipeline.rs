@@ -35,9 +35,21 @@ impl Cluster {
     pub fn part_tokens(self, shape: TileShape) -> u32 {
         shape.tokens >> self.blocks.trailing_zeros()
     }
+
+    /// Blocks that finish tokens of the tile, besides this one.
+    #[inline(always)]
+    pub fn receivers(self, shape: TileShape) -> u32 {
+        shape.finishers() - (self.part < shape.finishers()) as u32
+    }
+
+    /// Tokens of an activation box: [`TileShape::box_tokens`] without a division.
+    #[inline(always)]
+    pub fn box_tokens(self, shape: TileShape) -> u32 {
+        if shape.split > 1 { shape.finished_tokens() } else { self.part_tokens(shape) }
+    }
 }
 
-/// The barriers of a consumer's exchange with the other block that shares its tile's K.
+/// The barriers of a consumer's exchange with the other blocks that share its tile's K.
 #[derive(Clone, Copy)]
 pub struct SplitBarriers(u32);
 
@@ -48,7 +60,7 @@ impl SplitBarriers {
         self.0 + round * 8
     }
 
-    /// The other block has taken those from here.
+    /// The blocks that get sums from here have taken theirs.
     #[inline(always)]
     pub fn taken(self) -> u32 {
         self.0 + 16
@@ -137,7 +149,7 @@ impl Shared {
         self.base + self.shape.exchange_offset() + strip * self.shape.exchange_bytes()
     }
 
-    /// The buffer in which a consumer gets the other block's sums, where two share a tile's K.
+    /// The buffer in which a consumer gets the other blocks' sums, where blocks share a tile's K.
     #[inline(always)]
     pub fn other_sums(self, consumer: Consumer) -> u32 {
         self.base + self.shape.split_offset() + consumer.index * self.shape.split_bytes()
@@ -203,7 +215,9 @@ impl Shared {
             unsafe {
                 mbarrier::init(barriers.arrived(0), 1);
                 mbarrier::init(barriers.arrived(1), 1);
-                mbarrier::init(barriers.taken(), WARPGROUP / 32);
+                // With nobody to hand anything to, nobody waits.
+                let receivers = cluster.receivers(self.shape);
+                mbarrier::init(barriers.taken(), receivers.max(1) * (WARPGROUP / 32));
             }
             consumer += 1;
         }

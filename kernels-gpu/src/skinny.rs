@@ -44,7 +44,7 @@ const fn shape(units: usize, groups: usize) -> SkinnyShape {
 ///
 /// # Safety
 /// The arguments describe memory as their documentation says; `activations` is a map of int8 `[m, k]` with boxes of
-/// a step's K × the shape's tokens and 128-byte swizzle.
+/// a step's K × m tokens and 128-byte swizzle.
 #[inline(always)]
 pub unsafe fn skinny<const UNITS: usize, const GROUPS: usize, const STAGES: u32, const PENDING: u32>(
     activations: *const TensorMap,
@@ -67,7 +67,7 @@ pub unsafe fn skinny<const UNITS: usize, const GROUPS: usize, const STAGES: u32,
         place.init_barriers(shape);
         // Activations, scales and output belong to the launch before this one until it has ended.
         grid::await_previous();
-        let mut activations = ActivationRing::<GROUPS, STAGES>::new(activations, shape, place, steps);
+        let mut activations = ActivationRing::<GROUPS, STAGES>::new(activations, arguments, shape, place, steps);
         let mut pass = first_unit;
         while pass < end_unit {
             let units = arguments.shares.pass.min(end_unit - pass);
@@ -319,6 +319,8 @@ impl<'a, const UNITS: usize, const GROUPS: usize> WeightRing<'a, UNITS, GROUPS> 
 /// A warp's ring of activations.
 struct ActivationRing<const GROUPS: usize, const STAGES: u32> {
     map: *const TensorMap,
+    /// Tokens of a stage that are loaded: all there are. What lies behind them reaches no result.
+    tokens: u32,
     shape: SkinnyShape,
     place: Place,
     steps: u32,
@@ -331,9 +333,15 @@ struct ActivationRing<const GROUPS: usize, const STAGES: u32> {
 
 impl<const GROUPS: usize, const STAGES: u32> ActivationRing<GROUPS, STAGES> {
     #[inline(always)]
-    fn new(map: *const TensorMap, shape: SkinnyShape, place: Place, steps: u32) -> Self {
+    fn new(
+        map: *const TensorMap,
+        arguments: &SkinnyArguments,
+        shape: SkinnyShape,
+        place: Place,
+        steps: u32,
+    ) -> Self {
         let start = RingCursor::start();
-        Self { map, shape, place, steps, step: steps, fill: start, full: start }
+        Self { map, tokens: arguments.m, shape, place, steps, step: steps, fill: start, full: start }
     }
 
     /// Asks for a pass's first steps, all but one stage of them.
@@ -361,7 +369,7 @@ impl<const GROUPS: usize, const STAGES: u32> ActivationRing<GROUPS, STAGES> {
             let to = self.place.activations(self.shape) + stage * self.shape.activation_stage_bytes();
             // SAFETY: the stage holds the box; the warp is whole.
             unsafe {
-                mbarrier::arrive_expect(barrier, self.shape.activation_stage_bytes());
+                mbarrier::arrive_expect(barrier, self.tokens * STEP_K);
                 tma::load_2d(to, self.map, self.step * STEP_K, 0, barrier);
             }
             self.fill = self.fill.next();

@@ -1,10 +1,11 @@
-//! Two blocks of a cluster that share a tile's K: each consumer hands the one with the same channels in the other block the sums of one
-//! half of its tokens, adds what it gets to the other half, and finishes that alone. The sums are int32, so the order is of no
+//! Blocks of a cluster that share a tile's K: each consumer hands the ones with the same channels in the other blocks the sums of the tokens
+//! that those finish, adds what it gets to its own part, and finishes that alone. The sums are int32, so the order is of no
 //! consequence.
 //!
-//! They go straight from registers to the other multiprocessor's shared memory, as asynchronous stores whose bytes barriers
+//! They go straight from registers to the other SMs' shared memory, as asynchronous stores whose bytes barriers
 //! there count, one for each round of the epilogue: the first round's results are on their way out while the second's sums arrive. The
-//! tokens that a block finishes lie first in its activation tiles, and so in its accumulators.
+//! tokens that a block finishes lie first in its activation tiles, and so in its accumulators; which block finishes what is
+//! `liquidgemm_format::tile`'s to say.
 
 use cuda_std::warp::{self, WARP_SIZE};
 use liquidgemm_format::tile::{TileShape, WARPGROUP};
@@ -15,28 +16,21 @@ use crate::ptx::mbarrier;
 use crate::ptx::memory::{load_shared_x4_if, store_remote_x4_if};
 use crate::ptx::wgmma::{Accumulator, BlockVisitor, add_sums};
 
-/// Whether a consumer finishes the eight tokens of block `j` of its accumulator.
+/// Whether a consumer finishes the eight tokens of block `j` of its accumulator, in a block that finishes any.
 #[inline(always)]
 pub fn finishes(shape: TileShape, consumer: Consumer, j: u32) -> bool {
-    keeps(shape, consumer, j) && is_finished_half(shape, j)
+    keeps(shape, consumer, j) && shape.part_of_block(j) == 0
 }
 
-/// Whether the block that keeps these eight tokens finishes them, rather than the other one of its cluster.
-#[inline(always)]
-fn is_finished_half(shape: TileShape, j: u32) -> bool {
-    shape.split == 1 || j * 8 % shape.kept_tokens() < shape.finished_tokens()
-}
-
-/// A consumer's exchange with the one in the other block.
+/// A consumer's exchange with the ones in the other blocks.
 #[derive(Clone, Copy)]
 pub struct Exchange {
     shape: TileShape,
+    cluster: Cluster,
     consumer: Consumer,
     /// Where this thread gets its first sums.
     buffer: u32,
     barriers: SplitBarriers,
-    /// The other block's rank.
-    other: u32,
 }
 
 impl Exchange {
@@ -45,14 +39,20 @@ impl Exchange {
     pub fn new(shared: Shared, shape: TileShape, cluster: Cluster, consumer: Consumer) -> Self {
         Self {
             shape,
+            cluster,
             consumer,
             buffer: shared.other_sums(consumer) + consumer.thread * 16,
             barriers: shared.split_barriers(consumer.index),
-            other: cluster.part ^ 1,
         }
     }
 
-    /// Makes ready for a tile's sums, and waits until the other consumer has taken those of the tile before. `parity` alternates
+    /// Whether this block finishes tokens.
+    #[inline(always)]
+    pub fn takes(self) -> bool {
+        self.shape.finishers() == self.shape.split || self.cluster.part < self.shape.finishers()
+    }
+
+    /// Makes ready for a tile's sums, and waits until the others have taken those of the tile before. `parity` alternates
     /// from tile to tile, and begins with 0.
     ///
     /// # Safety
@@ -62,30 +62,32 @@ impl Exchange {
         let (rounds, bytes) = (self.shape.epilogue_rounds(), self.shape.split_bytes());
         // SAFETY: the caller vouches for the barriers.
         unsafe {
-            if warp::broadcast(self.consumer.thread / WARP_SIZE) == 0 {
+            if warp::broadcast(self.consumer.thread / WARP_SIZE) == 0 && self.takes() {
                 let mut round = 0;
                 while round < rounds {
                     mbarrier::arrive_expect(self.barriers.arrived(round), bytes / rounds);
                     round += 1;
                 }
             }
-            mbarrier::wait(self.barriers.taken(), parity ^ 1);
+            if self.cluster.receivers(self.shape) > 0 {
+                mbarrier::wait(self.barriers.taken(), parity ^ 1);
+            }
         }
     }
 
-    /// Hands over the sums of the tokens that the other block finishes.
+    /// Hands over the sums of the tokens that other blocks finish.
     ///
     /// # Safety
-    /// All threads of the consumer call it, after [`open`](Self::open); the same consumer of the other block does all of this, too.
+    /// All threads of the consumer call it, after [`open`](Self::open); the same consumers of the other blocks do all of this, too.
     #[inline(always)]
     pub unsafe fn give<A: Accumulator>(self, accumulator: &mut A) {
         accumulator.visit(&mut Give(self));
     }
 
-    /// Adds what the other block has of a round of the epilogue.
+    /// Adds what the other blocks have of a round of the epilogue.
     ///
     /// # Safety
-    /// As for [`give`](Self::give); for each round in turn.
+    /// As for [`give`](Self::give), where the block [takes](Self::takes) any; for each round in turn.
     #[inline(always)]
     pub unsafe fn take<A: Accumulator>(self, accumulator: &mut A, round: u32, parity: u32) {
         // SAFETY: the caller vouches for the barriers.
@@ -93,26 +95,28 @@ impl Exchange {
         accumulator.visit(&mut Take { exchange: self, round });
     }
 
-    /// Lets the other block send the next tile's sums.
+    /// Lets the other blocks send the next tile's sums.
     ///
     /// Behind a barrier of the consumer that comes after the last [`take`](Self::take): an arrival right behind the loads would overtake
-    /// those that wait in the multiprocessor's queue, and the next sums would be where they look.
+    /// those that wait in the SM's queue, and the next sums would be where they look.
     ///
     /// # Safety
-    /// All threads of the consumer call it, once for each tile that another follows; the other block has not ended before this one.
+    /// All threads of the consumer call it, once for each tile that another follows; no other block has ended before this one.
     #[inline(always)]
     pub unsafe fn release(self) {
         warp::sync_warp();
-        if self.consumer.thread % WARP_SIZE == 0 {
+        let lane = self.consumer.thread % WARP_SIZE;
+        if lane < self.shape.split && lane != self.cluster.part {
             // SAFETY: the caller vouches for the barriers.
-            unsafe { mbarrier::arrive_remote_in_order(self.barriers.taken(), self.other) };
+            unsafe { mbarrier::arrive_remote_in_order(self.barriers.taken(), lane) };
         }
     }
 
-    /// The place of a block's sums in the buffer.
+    /// The place of a block's sums in a slot of the buffer.
     #[inline(always)]
-    fn place(self, j: u32) -> u32 {
-        self.buffer + j % (self.shape.finished_tokens() / 8) * WARPGROUP * 16
+    fn place(self, slot: u32, j: u32) -> u32 {
+        let in_slot = j % (self.shape.finished_tokens() / 8) * WARPGROUP * 16;
+        self.buffer + slot * self.shape.slot_bytes() + in_slot
     }
 }
 
@@ -122,13 +126,17 @@ impl BlockVisitor for Give {
     #[inline(always)]
     fn block(&mut self, j: u32, block: &mut [i32; 4]) {
         let Self(exchange) = *self;
-        let Exchange { shape, consumer, barriers, other, .. } = exchange;
-        if !is_finished_half(shape, j) {
-            let (given, sums) = (keeps(shape, consumer, j), block.map(|sum| sum as u32));
-            let barrier = barriers.arrived(shape.round_of_block(j));
-            // SAFETY: inside the other block's buffer, whose barrier counts the bytes.
-            unsafe { store_remote_x4_if(given, exchange.place(j), sums, barrier, other) };
+        let Exchange { shape, cluster, consumer, barriers, .. } = exchange;
+        let position = shape.part_of_block(j);
+        if position == 0 && shape.finishers() == shape.split {
+            return;
         }
+        let finisher = shape.finisher(cluster.part, position);
+        let given = keeps(shape, consumer, j) && finisher != cluster.part;
+        let place = exchange.place(shape.slot(finisher, cluster.part), j);
+        let barrier = barriers.arrived(shape.round_of_block(j));
+        // SAFETY: inside the other block's buffer, whose barrier counts the bytes.
+        unsafe { store_remote_x4_if(given, place, block.map(|sum| sum as u32), barrier, finisher) };
     }
 }
 
@@ -141,9 +149,15 @@ impl BlockVisitor for Take {
     #[inline(always)]
     fn block(&mut self, j: u32, block: &mut [i32; 4]) {
         let Exchange { shape, consumer, .. } = self.exchange;
-        if is_finished_half(shape, j) && shape.round_of_block(j) == self.round {
-            // SAFETY: the other block's sums are there.
-            add_sums(block, unsafe { load_shared_x4_if(keeps(shape, consumer, j), self.exchange.place(j)) });
+        if shape.part_of_block(j) != 0 || shape.round_of_block(j) != self.round {
+            return;
         }
+        let kept = keeps(shape, consumer, j);
+        seq_macro::seq!(SLOT in 0..7 {
+            if SLOT + 1 < shape.split {
+                // SAFETY: the other block's sums are there.
+                add_sums(block, unsafe { load_shared_x4_if(kept, self.exchange.place(SLOT, j)) });
+            }
+        });
     }
 }

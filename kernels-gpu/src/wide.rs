@@ -14,7 +14,7 @@ use liquidgemm_format::tile::{SPAN_BRICKS, SPAN_K, STRIP_SPAN_BYTES, TileShape, 
 
 use crate::dequant::{BrickShare, LiquidQuant, SharePlace};
 use crate::epilogue::Epilogue;
-use crate::gemm::{first_strip, sync, tile_strips};
+use crate::gemm::{TokenBoxes, first_strip, sync, tile_strips, tile_tokens};
 use crate::pipeline::{Cluster, Consumer, Shared};
 use crate::ptx::tma::Policy;
 use crate::ptx::wgmma::{Accumulator, DESCRIPTOR_K32};
@@ -26,7 +26,7 @@ use crate::ptx::{copy, grid, hint, tma, wgmma};
 /// As for [`gemm`](crate::gemm::gemm); the schedule streams no tile.
 #[inline(always)]
 pub unsafe fn gemm<A: Accumulator, const STRIPS: u32, const STAGES: u32>(
-    activations: *const TensorMap,
+    activations: TokenBoxes,
     output: *const TensorMap,
     arguments: &GemmArguments,
 ) {
@@ -40,7 +40,7 @@ pub unsafe fn gemm<A: Accumulator, const STRIPS: u32, const STAGES: u32>(
     if thread == 0 {
         // SAFETY: the maps are parameters; the barrier below orders the barriers' making.
         unsafe {
-            tma::prefetch_map(activations);
+            activations.prefetch(arguments, shape, cluster);
             tma::prefetch_map(output);
             shared.init_barriers(cluster);
         }
@@ -187,7 +187,7 @@ impl<const STAGES: u32> Walk<STAGES> {
 /// registers.
 #[derive(Clone, Copy)]
 struct Filler<'a, const STAGES: u32> {
-    activations: *const TensorMap,
+    activations: TokenBoxes,
     arguments: &'a GemmArguments,
     shared: Shared,
     shape: TileShape,
@@ -201,13 +201,15 @@ struct Filler<'a, const STAGES: u32> {
     strips: u32,
     /// The first of the tokens that this block loads.
     token: u32,
+    /// Bytes of the stage's activations.
+    activation_bytes: u32,
 }
 
 impl<'a, const STAGES: u32> Filler<'a, STAGES> {
     /// Before the first stage of a worker's first tile.
     #[inline(always)]
     fn new(
-        activations: *const TensorMap,
+        activations: TokenBoxes,
         arguments: &'a GemmArguments,
         shared: Shared,
         shape: TileShape,
@@ -227,6 +229,7 @@ impl<'a, const STAGES: u32> Filler<'a, STAGES> {
             source: 0,
             strips: 0,
             token: 0,
+            activation_bytes: 0,
         };
         filler.enter_tile();
         filler
@@ -309,7 +312,7 @@ impl<'a, const STAGES: u32> Filler<'a, STAGES> {
         let policy = Policy::evict_first();
         // SAFETY: the stage is empty and holds what is copied; the bricks exist.
         unsafe {
-            let full = shared.announce(stage, 0, strips * bytes + self.shape.span_bytes());
+            let full = shared.announce(stage, 0, strips * bytes + self.activation_bytes);
             seq_macro::seq!(STRIP in 0..3 {
                 if STRIP < self.shape.strips && STRIP < strips {
                     let from = self.source + STRIP * self.strip_bytes();
@@ -326,13 +329,14 @@ impl<'a, const STAGES: u32> Filler<'a, STAGES> {
         let to = self.shared.activations(stage) + self.own_tokens() * SPAN_K;
         let full = self.shared.full(stage, 0);
         let k = self.step * SPAN_K;
+        let map = self.activations.map(self.arguments, self.token, self.cluster.part_tokens(self.shape));
         // SAFETY: the stage is empty in all blocks and holds what is copied.
         unsafe {
-            if self.cluster.blocks > 1 {
+            if self.cluster.blocks == 1 {
+                tma::load_2d(to, map, k, self.token, full);
+            } else if self.token < self.arguments.m {
                 let every_block = (1 << self.cluster.blocks) - 1;
-                tma::load_2d_multicast(to, self.activations, k, self.token, full, every_block);
-            } else {
-                tma::load_2d(to, self.activations, k, self.token, full);
+                tma::load_2d_multicast(to, map, k, self.token, full, every_block);
             }
         }
     }
@@ -357,6 +361,8 @@ impl<'a, const STAGES: u32> Filler<'a, STAGES> {
         let first_strip = first_strip(position, self.shape, self.cluster);
         self.strips = tile_strips(self.arguments, first_strip, self.shape);
         self.source = self.arguments.bricks + first_strip as u64 * self.strip_bytes();
-        self.token = position.token_tile * self.shape.tokens + self.own_tokens();
+        let first_token = position.token_tile * self.shape.tokens;
+        self.token = first_token + self.own_tokens();
+        self.activation_bytes = tile_tokens(self.arguments, first_token, self.shape) * SPAN_K;
     }
 }

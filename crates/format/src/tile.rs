@@ -3,8 +3,8 @@
 //!
 //! A thread block computes `strips` × 64 channels and `tokens` tokens of the output. Each strip has one consumer
 //! warpgroup, or two that share its K: the one takes the first brick of every span, the other the second, and in the
-//! end each adds up half of the tokens. Two blocks can share a tile's K, too: the one takes the first half of the steps, the other
-//! the second, and in the end each adds up half of the tokens. A pipeline stage holds one or two spans of 128 of K: the activation tile of each,
+//! end each adds up half of the tokens. Two to eight blocks can share a tile's K, too: the first takes the first steps,
+//! the second, and so on, and in the end each adds up a part of the tokens (cluster split-K). A pipeline stage holds one or two spans of 128 of K: the activation tile of each,
 //! then each strip's bricks. The blocks of a cluster that don't share K lie side by side along the channels and share the activation
 //! tiles: each loads its part of them for all.
 
@@ -27,6 +27,8 @@ const MAX_TWO_SPANS_BYTES: u32 = 36 * 1024;
 /// Bytes of the barriers of a consumer's exchange with another block: its sums of two rounds are there, and the other block has taken
 /// those from here.
 pub const SPLIT_BARRIERS_BYTES: u32 = 3 * 8;
+/// The most tokens that a consumer transposes at a time.
+pub const MAX_EPILOGUE_TOKENS: u32 = 56;
 /// The most bytes through which the two consumers of a strip exchange sums at a time.
 const MAX_EXCHANGE_BYTES: u32 = 32_768;
 
@@ -39,7 +41,7 @@ pub struct TileShape {
     pub tokens: u32,
     /// Consumers that share a strip's K: 1 or 2.
     pub halves: u32,
-    /// Thread blocks, a cluster, that share a tile's K and exchange sums through distributed shared memory: 1 or 2.
+    /// Thread blocks, a cluster, that share a tile's K and exchange sums through distributed shared memory: 1 to 8.
     pub split: u32,
     /// Stages of the ring.
     pub stages: u32,
@@ -52,29 +54,90 @@ const fn shape(strips: u32, tokens: u32, halves: u32, split: u32) -> TileShape {
     TileShape { stages, ..flat }
 }
 
-/// Every tile shape that has a kernel, by tokens and then by channels.
-pub const TILE_SHAPES: [TileShape; 20] = [
-    shape(2, 8, 1, 1),
-    shape(1, 16, 2, 1),
-    shape(2, 16, 1, 1),
-    shape(3, 16, 1, 1),
-    shape(1, 32, 2, 1),
-    shape(2, 32, 1, 1),
-    shape(3, 32, 1, 1),
-    shape(1, 32, 2, 2),
-    shape(1, 64, 2, 1),
-    shape(2, 64, 1, 1),
-    shape(3, 64, 1, 1),
-    shape(1, 64, 2, 2),
-    shape(1, 128, 2, 1),
-    shape(2, 128, 1, 1),
-    shape(3, 128, 1, 1),
-    shape(1, 128, 2, 2),
-    shape(2, 128, 1, 2),
-    shape(3, 128, 1, 2),
-    shape(2, 256, 1, 1),
-    shape(3, 256, 1, 1),
-];
+/// Calls the macro `$callback` with every tile shape that has a kernel, by tokens and then by channels. This is the one list: the
+/// kernels' entry points, the embedded PTX and [`TILE_SHAPES`] follow from it.
+///
+/// Each line is `entry: strips, tokens, consumers of a strip, blocks that share K, threads of a block, module of the kernel;`. The name
+/// is `gemm_<channels>x<tokens>`, with the number of blocks that share K behind it; the module is `gemm` or, where the consumers load
+/// for themselves, `wide`.
+#[macro_export]
+macro_rules! tile_shapes {
+    ($callback:ident) => {
+        $callback! {
+            gemm_128x8: 2, 8, 1, 1, 320, gemm;
+            gemm_64x16: 1, 16, 2, 1, 320, gemm;
+            gemm_128x16: 2, 16, 1, 1, 320, gemm;
+            gemm_192x16: 3, 16, 1, 1, 448, gemm;
+            gemm_128x24: 2, 24, 1, 1, 320, gemm;
+            gemm_64x16_split2: 1, 16, 2, 2, 320, gemm;
+            gemm_64x16_split3: 1, 16, 2, 3, 320, gemm;
+            gemm_64x16_split4: 1, 16, 2, 4, 320, gemm;
+            gemm_64x32: 1, 32, 2, 1, 320, gemm;
+            gemm_128x32: 2, 32, 1, 1, 320, gemm;
+            gemm_192x32: 3, 32, 1, 1, 448, gemm;
+            gemm_64x32_split2: 1, 32, 2, 2, 320, gemm;
+            gemm_64x32_split3: 1, 32, 2, 3, 320, gemm;
+            gemm_64x32_split4: 1, 32, 2, 4, 320, gemm;
+            gemm_64x48: 1, 48, 2, 1, 320, gemm;
+            gemm_128x48: 2, 48, 1, 1, 320, gemm;
+            gemm_192x48: 3, 48, 1, 1, 448, gemm;
+            gemm_64x64: 1, 64, 2, 1, 320, gemm;
+            gemm_128x64: 2, 64, 1, 1, 320, gemm;
+            gemm_192x64: 3, 64, 1, 1, 448, gemm;
+            gemm_64x64_split2: 1, 64, 2, 2, 320, gemm;
+            gemm_64x64_split3: 1, 64, 2, 3, 320, gemm;
+            gemm_64x64_split4: 1, 64, 2, 4, 320, gemm;
+            gemm_64x80: 1, 80, 2, 1, 320, gemm;
+            gemm_128x80: 2, 80, 1, 1, 320, gemm;
+            gemm_192x80: 3, 80, 1, 1, 448, gemm;
+            gemm_64x96: 1, 96, 2, 1, 320, gemm;
+            gemm_128x96: 2, 96, 1, 1, 320, gemm;
+            gemm_192x96: 3, 96, 1, 1, 512, gemm;
+            gemm_64x96_split2: 1, 96, 2, 2, 320, gemm;
+            gemm_128x96_split2: 2, 96, 1, 2, 320, gemm;
+            gemm_64x96_split4: 1, 96, 2, 4, 320, gemm;
+            gemm_64x112: 1, 112, 2, 1, 320, gemm;
+            gemm_128x112: 2, 112, 1, 1, 320, gemm;
+            gemm_192x112: 3, 112, 1, 1, 512, gemm;
+            gemm_64x128: 1, 128, 2, 1, 384, gemm;
+            gemm_128x128: 2, 128, 1, 1, 384, gemm;
+            gemm_192x128: 3, 128, 1, 1, 512, gemm;
+            gemm_64x128_split2: 1, 128, 2, 2, 384, gemm;
+            gemm_128x128_split2: 2, 128, 1, 2, 384, gemm;
+            gemm_192x128_split2: 3, 128, 1, 2, 512, gemm;
+            gemm_128x144: 2, 144, 1, 1, 384, gemm;
+            gemm_192x144: 3, 144, 1, 1, 384, wide;
+            gemm_64x160: 1, 160, 2, 1, 384, gemm;
+            gemm_128x160: 2, 160, 1, 1, 384, gemm;
+            gemm_192x160: 3, 160, 1, 1, 384, wide;
+            gemm_128x176: 2, 176, 1, 1, 384, gemm;
+            gemm_192x176: 3, 176, 1, 1, 384, wide;
+            gemm_64x192: 1, 192, 2, 1, 384, gemm;
+            gemm_128x192: 2, 192, 1, 1, 384, gemm;
+            gemm_192x192: 3, 192, 1, 1, 384, wide;
+            gemm_128x208: 2, 208, 1, 1, 384, gemm;
+            gemm_192x208: 3, 208, 1, 1, 384, wide;
+            gemm_128x224: 2, 224, 1, 1, 384, gemm;
+            gemm_192x224: 3, 224, 1, 1, 384, wide;
+            gemm_128x240: 2, 240, 1, 1, 384, gemm;
+            gemm_192x240: 3, 240, 1, 1, 384, wide;
+            gemm_128x256: 2, 256, 1, 1, 384, gemm;
+            gemm_192x256: 3, 256, 1, 1, 384, wide;
+        }
+    };
+}
+
+macro_rules! shapes {
+    ($($entry:ident: $strips:literal, $tokens:literal, $halves:literal, $split:literal, $threads:literal, $module:ident;)*) => {
+        /// Every tile shape that has a kernel, by tokens and then by channels.
+        pub const TILE_SHAPES: [TileShape; [$($tokens),*].len()] =
+            [$(shape($strips, $tokens, $halves, $split)),*];
+
+        /// The kernels' entry points, in the order of [`TILE_SHAPES`].
+        pub const TILE_ENTRIES: [&str; TILE_SHAPES.len()] = [$(stringify!($entry)),*];
+    };
+}
+tile_shapes!(shapes);
 
 impl TileShape {
     /// The first shape with this many tokens.
@@ -124,14 +187,15 @@ impl TileShape {
     /// need it, rather than just its two warps, or none at all.
     #[must_use]
     pub const fn moves_registers(self) -> bool {
-        self.tokens >= 128 && self.has_producers()
+        let most_tokens = if self.consumers() > 2 { 80 } else { 112 };
+        self.tokens > most_tokens && self.has_producers()
     }
 
     /// Whether two warps of their own fill the ring, one with bricks and one with activations. Three consumers of 256 tokens leave them no
     /// registers: one of their own warps does it.
     #[must_use]
     pub const fn has_producers(self) -> bool {
-        self.consumers() < 3 || self.tokens < 256
+        self.consumers() < 3 || self.tokens <= 128
     }
 
     /// Arrivals at a span's full barrier: one of each warp that fills it.
@@ -181,9 +245,12 @@ impl TileShape {
     #[must_use]
     pub const fn max_cluster(self) -> u32 {
         if self.split > 1 {
-            return self.split;
+            self.split
+        } else if self.tokens.is_multiple_of(8 * MAX_CLUSTER) {
+            MAX_CLUSTER
+        } else {
+            1
         }
-        if self.tokens / 8 < MAX_CLUSTER { self.tokens / 8 } else { MAX_CLUSTER }
     }
 
     /// Tokens of the tile that one consumer adds up: all of its strip's, or half of them. Of a tile of eight the first half has
@@ -193,10 +260,43 @@ impl TileShape {
         if self.tokens == 8 { 8 } else { self.tokens / self.halves }
     }
 
-    /// And those that it finishes, half of them where two blocks share the tile's K.
+    /// And those that it finishes. Where blocks share the tile's K, the kept tokens are divided among them, in whole groups of eight: some
+    /// blocks may be left without.
     #[must_use]
     pub const fn finished_tokens(self) -> u32 {
-        self.kept_tokens() / self.split
+        let groups = self.kept_tokens() / 8;
+        // Without a loop, which would be left in the kernels.
+        match groups.div_ceil(self.split) {
+            least if groups.is_multiple_of(least) => least * 8,
+            least if groups.is_multiple_of(least + 1) => (least + 1) * 8,
+            _ => groups * 8,
+        }
+    }
+
+    /// Blocks that finish tokens, the first ones of those that share the tile's K.
+    #[must_use]
+    pub const fn finishers(self) -> u32 {
+        self.kept_tokens() / self.finished_tokens()
+    }
+
+    /// Which of a consumer's [`finishers`](Self::finishers) parts the eight tokens of its accumulator's block `j` are. A block's own part
+    /// comes first.
+    #[must_use]
+    pub const fn part_of_block(self, j: u32) -> u32 {
+        j * 8 % self.kept_tokens() / self.finished_tokens()
+    }
+
+    /// The block that finishes the part in this position of the accumulators of block `rank`: each begins with its own.
+    #[must_use]
+    pub const fn finisher(self, rank: u32, position: u32) -> u32 {
+        let finisher = if rank < self.finishers() { position + rank } else { position };
+        if finisher >= self.finishers() { finisher - self.finishers() } else { finisher }
+    }
+
+    /// Where a block that finishes tokens keeps the sums that it gets from block `rank`, another one: a slot of its `split` − 1.
+    #[must_use]
+    pub const fn slot(self, finisher: u32, rank: u32) -> u32 {
+        if rank > finisher { rank - finisher - 1 } else { rank + self.split - finisher - 1 }
     }
 
     /// Tokens of an activation box, for clusters of so many blocks. Where blocks share activations, each loads a part of the tile's tokens
@@ -262,10 +362,21 @@ impl TileShape {
         (self.barriers_offset() + (self.spans() + 1) * 8).next_multiple_of(1024)
     }
 
-    /// Tokens that a consumer transposes at a time in the epilogue.
+    /// Tokens that a consumer transposes at a time in the epilogue: 32 where that leaves no rest, else the most that do.
     #[must_use]
     pub const fn epilogue_tokens(self) -> u32 {
-        if self.finished_tokens() < 32 { self.finished_tokens() } else { 32 }
+        // Without a loop, which would be left in the kernels.
+        match self.finished_tokens() {
+            finished if finished.is_multiple_of(32) => 32,
+            // So large an accumulator leaves no registers for more.
+            240 => 24,
+            finished if finished.is_multiple_of(MAX_EPILOGUE_TOKENS) => MAX_EPILOGUE_TOKENS,
+            finished if finished.is_multiple_of(48) => 48,
+            finished if finished.is_multiple_of(40) => 40,
+            finished if finished.is_multiple_of(24) => 24,
+            finished if finished.is_multiple_of(16) => 16,
+            _ => 8,
+        }
     }
 
     /// Rounds in which a consumer transposes its results.
@@ -278,6 +389,12 @@ impl TileShape {
     #[must_use]
     pub const fn round_of_block(self, j: u32) -> u32 {
         j * 8 % self.finished_tokens() / self.epilogue_tokens()
+    }
+
+    /// The first token of the round that block `j` belongs to, in the tile as the consumer's accumulator holds it.
+    #[must_use]
+    pub const fn round_begin(self, j: u32) -> u32 {
+        j * 8 / self.epilogue_tokens() * self.epilogue_tokens()
     }
 
     /// Transposition buffers of a consumer: while one or two are stored, the next is filled.
@@ -333,10 +450,16 @@ impl TileShape {
         self.epilogue_offset() + self.consumers() * self.epilogue_bytes()
     }
 
-    /// Bytes of the sums that a consumer gets from the other block, where two share a tile's K.
+    /// Bytes of the sums that a consumer gets from each other block, where blocks share a tile's K.
+    #[must_use]
+    pub const fn slot_bytes(self) -> u32 {
+        BRICK_CHANNELS as u32 * self.finished_tokens() * 4
+    }
+
+    /// Bytes of the sums that a consumer gets from all of them.
     #[must_use]
     pub const fn split_bytes(self) -> u32 {
-        if self.split == 1 { 0 } else { BRICK_CHANNELS as u32 * self.finished_tokens() * 4 }
+        (self.split - 1) * self.slot_bytes()
     }
 
     /// Offset of the buffers in which consumers get them.
@@ -391,6 +514,8 @@ mod tests {
             assert_eq!(shape.split_offset() % 16, 0, "between blocks, too");
             assert_eq!(shape.split_barriers_offset() % 8, 0);
             assert!(shape.split == 1 || shape.epilogue_rounds() <= 2, "there are barriers for two rounds");
+            assert!(shape.tokens / shape.finished_tokens() <= 16, "the producer loads up to 16 boxes");
+            assert!(shape.split <= 8, "clusters of more blocks are not portable");
             assert_eq!(shape.barriers_offset() % 8, 0);
         }
     }
@@ -417,6 +542,42 @@ mod tests {
     fn the_tile_of_a_cluster_divides_into_whole_swizzle_atoms() {
         for shape in TILE_SHAPES {
             assert_eq!(shape.box_tokens(shape.max_cluster()) % 8, 0);
+        }
+    }
+
+    #[test]
+    fn entries_are_named_after_their_shapes() {
+        for (shape, entry) in TILE_SHAPES.into_iter().zip(TILE_ENTRIES) {
+            let split = if shape.split > 1 { format!("_split{}", shape.split) } else { String::new() };
+            assert_eq!(entry, format!("gemm_{}x{}{split}", shape.channels(), shape.tokens));
+        }
+    }
+
+    #[test]
+    fn results_are_transposed_in_rounds_of_whole_blocks() {
+        for shape in TILE_SHAPES {
+            let tokens = shape.epilogue_tokens();
+            assert!(tokens.is_multiple_of(8) && tokens <= MAX_EPILOGUE_TOKENS, "{shape:?}");
+            assert_eq!(shape.epilogue_rounds() * tokens, shape.finished_tokens(), "{shape:?}");
+        }
+    }
+
+    #[test]
+    fn every_part_of_a_tile_has_one_finisher_that_keeps_each_other_block_apart() {
+        for shape in TILE_SHAPES.into_iter().filter(|shape| shape.split > 1) {
+            for rank in 0..shape.split {
+                let mut finishers: Vec<u32> =
+                    (0..shape.finishers()).map(|position| shape.finisher(rank, position)).collect();
+                assert!(rank >= shape.finishers() || finishers[0] == rank, "{shape:?}");
+                finishers.sort_unstable();
+                assert_eq!(finishers, (0..shape.finishers()).collect::<Vec<_>>(), "{shape:?}");
+            }
+            for finisher in 0..shape.finishers() {
+                let others = (0..shape.split).filter(|&rank| rank != finisher);
+                let mut slots: Vec<u32> = others.map(|rank| shape.slot(finisher, rank)).collect();
+                slots.sort_unstable();
+                assert_eq!(slots, (0..shape.split - 1).collect::<Vec<_>>(), "{shape:?}");
+            }
         }
     }
 

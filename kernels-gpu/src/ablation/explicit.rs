@@ -14,7 +14,7 @@ use liquidgemm_format::schedule::Segment;
 use liquidgemm_format::tile::{STRIP_SPAN_BYTES, TileShape, WARPGROUP};
 
 use crate::dequant::{BrickShare, Dequantization, SharePlace};
-use crate::gemm::{MainLoop, consume, produce_activations, produce_bricks, sync};
+use crate::gemm::{MainLoop, TokenBoxes, consume, produce_activations, produce_bricks, sync};
 use crate::pipeline::{Cluster, Consumer, Shared};
 use crate::ptx::matrix::store_x4;
 use crate::ptx::wgmma::{Accumulator, DESCRIPTOR_K32};
@@ -34,7 +34,7 @@ const fn shape(tokens: u32, stages: u32, buffers: u32) -> ExplicitShape {
 /// As for [`crate::gemm::gemm`].
 #[inline(always)]
 pub unsafe fn gemm<A: Accumulator, D: Dequantization, const STAGES: u32, const BUFFERS: u32>(
-    activations: *const TensorMap,
+    activations: TokenBoxes,
     output: *const TensorMap,
     arguments: &GemmArguments,
 ) {
@@ -50,7 +50,7 @@ pub unsafe fn gemm<A: Accumulator, D: Dequantization, const STAGES: u32, const B
     if thread == 0 {
         // SAFETY: the maps are parameters; the barrier below orders the barriers' making.
         unsafe {
-            tma::prefetch_map(activations);
+            activations.prefetch(arguments, tile, cluster);
             if tile.maps_output() {
                 tma::prefetch_map(output);
             }

@@ -20,7 +20,7 @@ use liquidgemm_format::arguments::{GemmArguments, output_type};
 use liquidgemm_format::tile::TileShape;
 
 use crate::dequant::{Dequantization, LiquidQuant};
-use crate::gemm::{StageWalk, gemm};
+use crate::gemm::{StageWalk, TokenBoxes, gemm};
 use crate::ptx::integer::multiply_subtract_bytes;
 use crate::ptx::wgmma::{Accumulator, Accumulator16, Accumulator64, Accumulator128};
 use in_turn::InTurn;
@@ -59,12 +59,14 @@ macro_rules! ablation_kernel {
         #[kernel(max_threads = $threads, min_blocks = 1)]
         pub unsafe fn $name(
             #[grid_constant] activations: cuda_std::TensorMap,
+            #[grid_constant] last_activations: cuda_std::TensorMap,
             #[grid_constant] output: cuda_std::TensorMap,
             arguments: GemmArguments,
         ) {
             const SHAPE: TileShape = tile($accumulator::TOKENS);
             const _: () = assert!(SHAPE.threads() == $threads);
             let arguments = bf16_without_bias(arguments);
+            let activations = TokenBoxes { whole: activations, last: last_activations };
             // SAFETY: the launcher vouches for the arguments.
             unsafe {
                 gemm::<
@@ -99,12 +101,14 @@ macro_rules! explicit_kernel {
         #[kernel(max_threads = $threads, min_blocks = 1)]
         pub unsafe fn $name(
             #[grid_constant] activations: cuda_std::TensorMap,
+            #[grid_constant] last_activations: cuda_std::TensorMap,
             #[grid_constant] output: cuda_std::TensorMap,
             arguments: GemmArguments,
         ) {
             const SHAPE: ExplicitShape = ExplicitShape::of(tile($accumulator::TOKENS));
             const _: () = assert!(SHAPE.threads() == $threads);
             let arguments = bf16_without_bias(arguments);
+            let activations = TokenBoxes { whole: activations, last: last_activations };
             // SAFETY: the launcher vouches for the arguments.
             unsafe {
                 explicit::gemm::<$accumulator, LiquidQuant, { SHAPE.tile.stages }, { SHAPE.buffers }>(

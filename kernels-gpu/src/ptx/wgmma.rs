@@ -110,6 +110,15 @@ pub trait Accumulator {
     fn visit(&mut self, visitor: &mut impl BlockVisitor);
 }
 
+/// A tile's number of tokens, as a type.
+pub struct Tokens<const COUNT: u32>;
+
+/// A number of tokens that has an accumulator.
+pub trait HasAccumulator {
+    /// The accumulator of a tile with so many tokens.
+    type Accumulator: Accumulator;
+}
+
 /// What [`Accumulator::visit`] calls for every eight tokens.
 pub trait BlockVisitor {
     /// `block` holds the four sums of tokens `8·j …`; see [`Accumulator`].
@@ -147,6 +156,10 @@ macro_rules! accumulator {
     ($name:ident, $tokens:tt, $blocks:tt) => {
         #[doc = concat!("64 channels × ", $tokens, " tokens.")]
         pub struct $name([[i32; 4]; $blocks]);
+
+        impl HasAccumulator for Tokens<$tokens> {
+            type Accumulator = $name;
+        }
 
         impl Accumulator for $name {
             const TOKENS: u32 = $tokens;
@@ -256,7 +269,19 @@ macro_rules! accumulator {
 
 accumulator!(Accumulator8, 8, 1);
 accumulator!(Accumulator16, 16, 2);
+accumulator!(Accumulator24, 24, 3);
 accumulator!(Accumulator32, 32, 4);
+accumulator!(Accumulator48, 48, 6);
 accumulator!(Accumulator64, 64, 8);
+accumulator!(Accumulator80, 80, 10);
+accumulator!(Accumulator96, 96, 12);
+accumulator!(Accumulator112, 112, 14);
 accumulator!(Accumulator128, 128, 16);
+accumulator!(Accumulator144, 144, 18);
+accumulator!(Accumulator160, 160, 20);
+accumulator!(Accumulator176, 176, 22);
+accumulator!(Accumulator192, 192, 24);
+accumulator!(Accumulator208, 208, 26);
+accumulator!(Accumulator224, 224, 28);
+accumulator!(Accumulator240, 240, 30);
 accumulator!(Accumulator256, 256, 32);

@@ -10,8 +10,10 @@ use rand::Rng;
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
 
-const TESTS: [Test; 11] = [
+const TESTS: [Test; 13] = [
     ("small_problems_equal_the_cpu_for_every_tile", small_problems_equal_the_cpu_for_every_tile),
+    ("token_counts_around_tile_borders_equal_the_cpu", token_counts_around_tile_borders_equal_the_cpu),
+    ("every_token_count_of_skinny_kernels_equals_the_cpu", every_token_count_of_skinny_kernels_equals_the_cpu),
     ("every_output_type_equals_the_cpu_for_every_tile", every_output_type_equals_the_cpu_for_every_tile),
     ("random_problems_equal_the_cpu", random_problems_equal_the_cpu),
     ("the_longest_k_equals_the_cpu", the_longest_k_equals_the_cpu),
@@ -46,6 +48,43 @@ fn small_problems_equal_the_cpu_for_every_tile(gpu: &'static Gpu) -> Result<(), 
                 problem.check_type(gpu, &session, &plan, OutputType::I32, false, 0)?;
                 problem.check_type(gpu, &session, &plan, OutputType::Bf16, true, 0)?;
             }
+        }
+    }
+    Ok(())
+}
+
+/// The last box of activations has as many tokens as there are left: each kernel with a token more and less than its borders.
+fn token_counts_around_tile_borders_equal_the_cpu(gpu: &'static Gpu) -> Result<(), Failed> {
+    let mut rng = rng(12);
+    let session = Session::new(gpu)?;
+    for shape in TILE_SHAPES {
+        let tokens = shape.tokens as usize;
+        let borders = [shape.finished_tokens() as usize, tokens / 2, tokens, 2 * tokens];
+        for m in borders.into_iter().flat_map(|border| [border - 1, border, border + 1]) {
+            if m == 0 {
+                continue;
+            }
+            let (n, k) = (rng.random_range(65..400), rng.random_range(1..700));
+            let problem = Problem::random(gpu, &mut rng, [m, n, k])?;
+            for (cluster, workers) in [(1, 3), (2, 2)] {
+                let plan = Plan::with_cut(m, n, k, Cut { shape, cluster, workers, streamed_waves: 1 })?;
+                problem.check_type(gpu, &session, &plan, OutputType::I32, false, 0)?;
+                problem.check_type(gpu, &session, &plan, OutputType::Bf16, true, n.next_multiple_of(8) - n)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn every_token_count_of_skinny_kernels_equals_the_cpu(gpu: &'static Gpu) -> Result<(), Failed> {
+    let mut rng = rng(13);
+    let session = Session::new(gpu)?;
+    for shape in SKINNY_SHAPES {
+        for m in 1..=shape.tokens as usize {
+            let (n, k) = (rng.random_range(1..300), rng.random_range(1..1500));
+            let problem = Problem::random(gpu, &mut rng, [m, n, k])?;
+            let plan = Plan::skinny(m, n, k, shape, 5)?;
+            problem.check_type(gpu, &session, &plan, OutputType::I32, false, 0)?;
         }
     }
     Ok(())

@@ -341,7 +341,7 @@ fn resident_clusters(multiprocessors: u32, cluster: u32) -> u32 {
 fn clusters(shape: TileShape, multiprocessors: u32) -> impl Iterator<Item = u32> {
     let fits =
         move |cluster: &u32| (shape.split..=shape.max_cluster().min(multiprocessors)).contains(cluster);
-    [1, 2, 3, 4, 6, 8].into_iter().filter(fits)
+    [1, 2, 4, 8].into_iter().filter(fits)
 }
 
 /// Fails if a dimension is 0 or larger than the kernels can count.

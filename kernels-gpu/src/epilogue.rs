@@ -221,13 +221,6 @@ impl<'a> Epilogue<'a> {
         sync_consumer(self.consumer.index);
     }
 
-    /// The first token of the round that block `j` belongs to.
-    #[inline(always)]
-    fn round_begin(&self, j: u32) -> u32 {
-        let Self { shape, first_token, .. } = *self;
-        first_token + shape.round_begin(j)
-    }
-
     /// The address of an output element of `size` bytes.
     #[inline(always)]
     fn output(&self, token: u32, channel: u32, size: u64) -> u64 {
@@ -319,8 +312,8 @@ trait Exit {
     /// Before the barrier that makes a filled buffer, of so many, visible.
     fn before_barrier(&self, buffers: u32);
 
-    /// Copies the buffer at `address`, which holds the tokens from `first_token`, to the output.
-    fn leave(&self, epilogue: &Epilogue<'_>, first_token: u32, address: u32);
+    /// Copies the buffer at `address`, which holds so many `tokens` from `first_token` on, to the output.
+    fn leave(&self, epilogue: &Epilogue<'_>, first_token: u32, tokens: u32, address: u32);
 }
 
 /// By the copy engine, which needs rows on 16 bytes.
@@ -340,7 +333,7 @@ impl Exit for Mapped {
     }
 
     #[inline(always)]
-    fn leave(&self, epilogue: &Epilogue<'_>, first_token: u32, address: u32) {
+    fn leave(&self, epilogue: &Epilogue<'_>, first_token: u32, _: u32, address: u32) {
         // The warp's number by way of a broadcast: after a branch that could part a warp's lanes, the compiler keeps nothing in
         // uniform registers, not even in the main loop.
         if warp::broadcast(epilogue.consumer.thread / WARP_SIZE) == 0 {
@@ -358,26 +351,25 @@ impl Exit for Pieces {
     fn before_barrier(&self, _: u32) {}
 
     #[inline(always)]
-    fn leave(&self, epilogue: &Epilogue<'_>, first_token: u32, address: u32) {
+    fn leave(&self, epilogue: &Epilogue<'_>, first_token: u32, tokens: u32, address: u32) {
         let arguments = epilogue.arguments;
-        let tokens = epilogue.shape.epilogue_tokens();
         let first_row = epilogue.consumer.thread / 8;
         let piece = epilogue.consumer.thread % 8;
         let channel = epilogue.first_channel + piece * 8;
         let whole =
             arguments.output_stride % 8 == 0 && arguments.output % 16 == 0 && channel + 8 <= arguments.n;
         let place = |row: u32| address + row * 128 + (piece ^ (row % 8)) * 16;
-        const { assert!(MAX_EPILOGUE_TOKENS <= 64) };
-        let mut words = [[0; 4]; 4];
+        const { assert!(MAX_EPILOGUE_TOKENS <= 32) };
+        let mut words = [[0; 4]; 2];
         // SAFETY: the rows lie in the buffer, the elements below m and n in the output.
         unsafe {
-            seq_macro::seq!(R in 0..4 {
+            seq_macro::seq!(R in 0..2 {
                 let row = first_row + 16 * R;
                 if 16 * R < tokens && row < tokens {
                     words[R] = load_shared_x4(place(row));
                 }
             });
-            seq_macro::seq!(R in 0..4 {
+            seq_macro::seq!(R in 0..2 {
                 let row = first_row + 16 * R;
                 if 16 * R < tokens && row < tokens && first_token + row < arguments.m {
                     let address = epilogue.output(first_token + row, channel, 2);
@@ -415,16 +407,16 @@ impl<'a, 'b, H: Half, E: Exit, const BIAS: bool> Transposed<'a, 'b, H, E, BIAS> 
         Self { scaling, half, exit, row, even: [0; 2] }
     }
 
-    /// Sends the buffer at `offset`, which holds the tokens from `first_token`, to the output.
+    /// Sends the buffer at `offset`, which holds so many `tokens` from `first_token` on, to the output.
     ///
     /// The one barrier makes the buffer's contents visible, and says that everyone is done with the buffer that is
     /// filled next.
     #[inline(always)]
-    fn flush(&self, first_token: u32, offset: u32) {
+    fn flush(&self, first_token: u32, tokens: u32, offset: u32) {
         let epilogue = self.scaling.epilogue;
         self.exit.before_barrier(epilogue.shape.epilogue_buffers());
         sync_consumer(epilogue.consumer.index);
-        self.exit.leave(epilogue, first_token, epilogue.buffer + offset);
+        self.exit.leave(epilogue, first_token, tokens, epilogue.buffer + offset);
     }
 }
 
@@ -449,28 +441,28 @@ unsafe fn store_one_by_one(mut address: u64, mut shared: u32, mut channel: u32, 
 impl<H: Half, E: Exit, const BIAS: bool> BlockVisitor for Transposed<'_, '_, H, E, BIAS> {
     #[inline(always)]
     fn block(&mut self, j: u32, block: &mut [i32; 4]) {
-        let shape = self.scaling.epilogue.shape;
+        let Epilogue { shape, first_token, .. } = *self.scaling.epilogue;
         if !self.scaling.writes(j) {
             return;
         }
         let [a, b, c, d] = self.scaling.scaled(j, block);
         let packed = [self.half.pack(a, b), self.half.pack(c, d)];
-        let buffer_blocks = shape.epilogue_tokens() / 8;
-        let in_buffer = j % buffer_blocks;
-        let offset = j / buffer_blocks % shape.epilogue_buffers() * shape.epilogue_buffer_bytes();
+        let (round, in_round) = (shape.round_of_block(j), shape.block_in_round(j));
+        let is_last = in_round == shape.round_tokens(round) / 8 - 1;
+        let offset = round % shape.epilogue_buffers() * shape.epilogue_buffer_bytes();
         // SAFETY: the addresses lie in the consumer's buffer.
         unsafe {
-            if in_buffer % 2 == 1 {
+            if in_round % 2 == 1 {
                 let [even_upper, even_lower] = self.even;
-                let address = self.row + offset + (in_buffer - 1) * 1024;
+                let address = self.row + offset + (in_round - 1) * 1024;
                 store_transposed_x4(address, [even_upper, even_lower, packed[0], packed[1]]);
-            } else if in_buffer == buffer_blocks - 1 {
-                store_transposed_x2(self.row + offset + in_buffer * 1024, packed);
+            } else if is_last {
+                store_transposed_x2(self.row + offset + in_round * 1024, packed);
             }
         }
         self.even = packed;
-        if in_buffer == buffer_blocks - 1 {
-            self.flush(self.scaling.epilogue.round_begin(j), offset);
+        if is_last {
+            self.flush(first_token + (j - in_round) * 8, shape.round_tokens(round), offset);
         }
     }
 }

@@ -156,12 +156,8 @@ pub(crate) fn first_strip(position: TilePosition, shape: TileShape, cluster: Clu
 /// store nothing.
 #[inline(always)]
 pub(crate) fn tile_strips(arguments: &GemmArguments, first_strip: u32, shape: TileShape) -> u32 {
-    arguments.strips.saturating_sub(first_strip).min(shape.strips)
+    arguments.strips().saturating_sub(first_strip).min(shape.strips)
 }
-
-/// Bytes of bricks a cycle that the launch asks for in the ring's first turn: a little more than memory delivers, which is 3.35 TB/s
-/// at 1.7 to 1.8 GHz. What it asked for beyond that would only stand in the way of the first activations.
-const FIRST_TURN_BYTES: u32 = 2112;
 
 /// The first producer: keeps the ring full of bricks.
 ///
@@ -179,8 +175,7 @@ pub(crate) unsafe fn produce_bricks<const STAGES: u32>(
     let strip_bytes = arguments.k_blocks as u64 * BRICK_BYTES as u64;
     let mut ring = RingCursor::<STAGES>::start();
     let begin = thread::clock64() as u32;
-    let blocks = schedule.workers * cluster.blocks * shape.split;
-    let pace = shape.strips * shape.strip_stage_bytes() * blocks / FIRST_TURN_BYTES;
+    let pace = arguments.first_turn_cycles;
     let mut due = 0;
     let policy = Policy::evict_first();
     for segment in schedule.segments(cluster::cluster_idx_x()) {

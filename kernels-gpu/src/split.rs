@@ -59,13 +59,14 @@ impl Exchange {
     /// All threads of the consumer call it; the cluster's barriers are made.
     #[inline(always)]
     pub unsafe fn open(self, parity: u32) {
-        let (rounds, bytes) = (self.shape.epilogue_rounds(), self.shape.split_bytes());
+        let shape = self.shape;
         // SAFETY: the caller vouches for the barriers.
         unsafe {
             if warp::broadcast(self.consumer.thread / WARP_SIZE) == 0 && self.takes() {
                 let mut round = 0;
-                while round < rounds {
-                    mbarrier::arrive_expect(self.barriers.arrived(round), bytes / rounds);
+                while round < shape.epilogue_rounds() {
+                    let bytes = shape.split_bytes() / shape.finished_tokens() * shape.round_tokens(round);
+                    mbarrier::arrive_expect(self.barriers.arrived(round), bytes);
                     round += 1;
                 }
             }

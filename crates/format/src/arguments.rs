@@ -1,5 +1,6 @@
 //! What the host passes to the GEMM kernels by value.
 
+use crate::brick::BRICK_CHANNELS;
 use crate::schedule::Schedule;
 use crate::skinny::UnitShares;
 
@@ -39,8 +40,9 @@ pub struct GemmArguments {
     pub n: u32,
     /// Bricks along K.
     pub k_blocks: u32,
-    /// 64-channel strips.
-    pub strips: u32,
+    /// Cycles from one stage of the ring's first turn to the next, in which memory delivers all blocks' weights of a stage. What the launch
+    /// asked for sooner would only stand in the way of the first activations.
+    pub first_turn_cycles: u32,
     /// Elements from one row of the output to the next.
     pub output_stride: u32,
     /// One of [`output_type`].
@@ -49,6 +51,15 @@ pub struct GemmArguments {
     pub output_is_mapped: u32,
     /// Who computes what.
     pub schedule: Schedule,
+}
+
+impl GemmArguments {
+    /// 64-channel strips of the output.
+    #[inline(always)]
+    #[must_use]
+    pub const fn strips(&self) -> u32 {
+        self.n.div_ceil(BRICK_CHANNELS as u32)
+    }
 }
 
 /// Arguments of the kernels for few tokens. Pointers are device addresses.

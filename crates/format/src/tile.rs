@@ -28,7 +28,7 @@ const MAX_TWO_SPANS_BYTES: u32 = 36 * 1024;
 /// those from here.
 pub const SPLIT_BARRIERS_BYTES: u32 = 3 * 8;
 /// The most tokens that a consumer transposes at a time.
-pub const MAX_EPILOGUE_TOKENS: u32 = 56;
+pub const MAX_EPILOGUE_TOKENS: u32 = 32;
 /// The most bytes through which the two consumers of a strip exchange sums at a time.
 const MAX_EXCHANGE_BYTES: u32 = 32_768;
 
@@ -70,13 +70,11 @@ macro_rules! tile_shapes {
             gemm_192x16: 3, 16, 1, 1, 448, gemm;
             gemm_128x24: 2, 24, 1, 1, 320, gemm;
             gemm_64x16_split2: 1, 16, 2, 2, 320, gemm;
-            gemm_64x16_split3: 1, 16, 2, 3, 320, gemm;
             gemm_64x16_split4: 1, 16, 2, 4, 320, gemm;
             gemm_64x32: 1, 32, 2, 1, 320, gemm;
             gemm_128x32: 2, 32, 1, 1, 320, gemm;
             gemm_192x32: 3, 32, 1, 1, 448, gemm;
             gemm_64x32_split2: 1, 32, 2, 2, 320, gemm;
-            gemm_64x32_split3: 1, 32, 2, 3, 320, gemm;
             gemm_64x32_split4: 1, 32, 2, 4, 320, gemm;
             gemm_64x48: 1, 48, 2, 1, 320, gemm;
             gemm_128x48: 2, 48, 1, 1, 320, gemm;
@@ -85,8 +83,6 @@ macro_rules! tile_shapes {
             gemm_128x64: 2, 64, 1, 1, 320, gemm;
             gemm_192x64: 3, 64, 1, 1, 448, gemm;
             gemm_64x64_split2: 1, 64, 2, 2, 320, gemm;
-            gemm_64x64_split3: 1, 64, 2, 3, 320, gemm;
-            gemm_64x64_split4: 1, 64, 2, 4, 320, gemm;
             gemm_64x80: 1, 80, 2, 1, 320, gemm;
             gemm_128x80: 2, 80, 1, 1, 320, gemm;
             gemm_192x80: 3, 80, 1, 1, 448, gemm;
@@ -96,9 +92,9 @@ macro_rules! tile_shapes {
             gemm_64x96_split2: 1, 96, 2, 2, 320, gemm;
             gemm_128x96_split2: 2, 96, 1, 2, 320, gemm;
             gemm_64x96_split4: 1, 96, 2, 4, 320, gemm;
-            gemm_64x112: 1, 112, 2, 1, 320, gemm;
             gemm_128x112: 2, 112, 1, 1, 320, gemm;
             gemm_192x112: 3, 112, 1, 1, 512, gemm;
+            gemm_128x112_split2: 2, 112, 1, 2, 320, gemm;
             gemm_64x128: 1, 128, 2, 1, 384, gemm;
             gemm_128x128: 2, 128, 1, 1, 384, gemm;
             gemm_192x128: 3, 128, 1, 1, 512, gemm;
@@ -107,12 +103,10 @@ macro_rules! tile_shapes {
             gemm_192x128_split2: 3, 128, 1, 2, 512, gemm;
             gemm_128x144: 2, 144, 1, 1, 384, gemm;
             gemm_192x144: 3, 144, 1, 1, 384, wide;
-            gemm_64x160: 1, 160, 2, 1, 384, gemm;
             gemm_128x160: 2, 160, 1, 1, 384, gemm;
             gemm_192x160: 3, 160, 1, 1, 384, wide;
             gemm_128x176: 2, 176, 1, 1, 384, gemm;
             gemm_192x176: 3, 176, 1, 1, 384, wide;
-            gemm_64x192: 1, 192, 2, 1, 384, gemm;
             gemm_128x192: 2, 192, 1, 1, 384, gemm;
             gemm_192x192: 3, 192, 1, 1, 384, wide;
             gemm_128x208: 2, 208, 1, 1, 384, gemm;
@@ -262,6 +256,7 @@ impl TileShape {
 
     /// And those that it finishes. Where blocks share the tile's K, the kept tokens are divided among them, in whole groups of eight: some
     /// blocks may be left without.
+    #[inline(always)]
     #[must_use]
     pub const fn finished_tokens(self) -> u32 {
         let groups = self.kept_tokens() / 8;
@@ -274,6 +269,7 @@ impl TileShape {
     }
 
     /// Blocks that finish tokens, the first ones of those that share the tile's K.
+    #[inline(always)]
     #[must_use]
     pub const fn finishers(self) -> u32 {
         self.kept_tokens() / self.finished_tokens()
@@ -281,12 +277,14 @@ impl TileShape {
 
     /// Which of a consumer's [`finishers`](Self::finishers) parts the eight tokens of its accumulator's block `j` are. A block's own part
     /// comes first.
+    #[inline(always)]
     #[must_use]
     pub const fn part_of_block(self, j: u32) -> u32 {
         j * 8 % self.kept_tokens() / self.finished_tokens()
     }
 
     /// The block that finishes the part in this position of the accumulators of block `rank`: each begins with its own.
+    #[inline(always)]
     #[must_use]
     pub const fn finisher(self, rank: u32, position: u32) -> u32 {
         let finisher = if rank < self.finishers() { position + rank } else { position };
@@ -294,6 +292,7 @@ impl TileShape {
     }
 
     /// Where a block that finishes tokens keeps the sums that it gets from block `rank`, another one: a slot of its `split` − 1.
+    #[inline(always)]
     #[must_use]
     pub const fn slot(self, finisher: u32, rank: u32) -> u32 {
         if rank > finisher { rank - finisher - 1 } else { rank + self.split - finisher - 1 }
@@ -362,17 +361,14 @@ impl TileShape {
         (self.barriers_offset() + (self.spans() + 1) * 8).next_multiple_of(1024)
     }
 
-    /// Tokens that a consumer transposes at a time in the epilogue: 32 where that leaves no rest, else the most that do.
+    /// Tokens that a consumer transposes at a time in the epilogue. TMA stores whole rounds; threads may store a shorter last one.
+    #[inline(always)]
     #[must_use]
     pub const fn epilogue_tokens(self) -> u32 {
         // Without a loop, which would be left in the kernels.
         match self.finished_tokens() {
-            finished if finished.is_multiple_of(32) => 32,
-            // So large an accumulator leaves no registers for more.
-            240 => 24,
-            finished if finished.is_multiple_of(MAX_EPILOGUE_TOKENS) => MAX_EPILOGUE_TOKENS,
-            finished if finished.is_multiple_of(48) => 48,
-            finished if finished.is_multiple_of(40) => 40,
+            finished if !self.maps_output() && finished < MAX_EPILOGUE_TOKENS => finished,
+            finished if !self.maps_output() || finished.is_multiple_of(MAX_EPILOGUE_TOKENS) => MAX_EPILOGUE_TOKENS,
             finished if finished.is_multiple_of(24) => 24,
             finished if finished.is_multiple_of(16) => 16,
             _ => 8,
@@ -380,21 +376,39 @@ impl TileShape {
     }
 
     /// Rounds in which a consumer transposes its results.
+    #[inline(always)]
     #[must_use]
     pub const fn epilogue_rounds(self) -> u32 {
-        self.finished_tokens() / self.epilogue_tokens()
+        self.finished_tokens().div_ceil(self.epilogue_tokens())
+    }
+
+    /// Tokens of a round.
+    #[inline(always)]
+    #[must_use]
+    pub const fn round_tokens(self, round: u32) -> u32 {
+        let left = self.finished_tokens() - round * self.epilogue_tokens();
+        if left < self.epilogue_tokens() { left } else { self.epilogue_tokens() }
+    }
+
+    /// Where the eight tokens of an accumulator's block `j` lie among those that the consumer which finishes them does: the block's
+    /// number there.
+    #[inline(always)]
+    const fn finished_block(self, j: u32) -> u32 {
+        j % (self.kept_tokens() / 8) % (self.finished_tokens() / 8)
     }
 
     /// The round to which the eight tokens of an accumulator's block `j` belong, in the consumer that finishes them.
+    #[inline(always)]
     #[must_use]
     pub const fn round_of_block(self, j: u32) -> u32 {
-        j * 8 % self.finished_tokens() / self.epilogue_tokens()
+        self.finished_block(j) * 8 / self.epilogue_tokens()
     }
 
-    /// The first token of the round that block `j` belongs to, in the tile as the consumer's accumulator holds it.
+    /// Which of its round's blocks of eight tokens block `j` is.
+    #[inline(always)]
     #[must_use]
-    pub const fn round_begin(self, j: u32) -> u32 {
-        j * 8 / self.epilogue_tokens() * self.epilogue_tokens()
+    pub const fn block_in_round(self, j: u32) -> u32 {
+        self.finished_block(j) % (self.epilogue_tokens() / 8)
     }
 
     /// Transposition buffers of a consumer: while one or two are stored, the next is filled.
@@ -516,6 +530,7 @@ mod tests {
             assert!(shape.split == 1 || shape.epilogue_rounds() <= 2, "there are barriers for two rounds");
             assert!(shape.tokens / shape.finished_tokens() <= 16, "the producer loads up to 16 boxes");
             assert!(shape.split <= 8, "clusters of more blocks are not portable");
+            assert!(shape.split.is_power_of_two(), "{shape:?}");
             assert_eq!(shape.barriers_offset() % 8, 0);
         }
     }
@@ -556,9 +571,17 @@ mod tests {
     #[test]
     fn results_are_transposed_in_rounds_of_whole_blocks() {
         for shape in TILE_SHAPES {
-            let tokens = shape.epilogue_tokens();
-            assert!(tokens.is_multiple_of(8) && tokens <= MAX_EPILOGUE_TOKENS, "{shape:?}");
-            assert_eq!(shape.epilogue_rounds() * tokens, shape.finished_tokens(), "{shape:?}");
+            let rounds: Vec<u32> =
+                (0..shape.epilogue_rounds()).map(|round| shape.round_tokens(round)).collect();
+            assert_eq!(rounds.iter().sum::<u32>(), shape.finished_tokens(), "{shape:?}");
+            for (index, &tokens) in rounds.iter().enumerate() {
+                assert!((8..=MAX_EPILOGUE_TOKENS).contains(&tokens) && tokens % 8 == 0, "{shape:?}");
+                let is_whole = tokens == shape.epilogue_tokens();
+                assert!(is_whole || !shape.maps_output() && index + 1 == rounds.len(), "{shape:?}");
+            }
+            let blocks = (0..shape.finished_tokens() / 8)
+                .map(|j| shape.round_of_block(j) * shape.epilogue_tokens() + shape.block_in_round(j) * 8);
+            assert!(blocks.eq((0..shape.finished_tokens()).step_by(8)), "{shape:?}");
         }
     }
 

@@ -33,61 +33,74 @@ const fn split_cost(channels: u32, tokens: u32, step: f64, tile: f64) -> ShapeCo
     ShapeCost { split: 2, ..cost(channels, tokens, step, tile) }
 }
 
-const SHAPE_COSTS: [ShapeCost; 20] = [
-    cost(128, 8, 0.182, 0.96),
-    cost(64, 16, 0.132, 1.38),
-    cost(128, 16, 0.239, 0.60),
-    cost(192, 16, 0.327, 1.06),
-    cost(64, 32, 0.152, 0.58),
-    cost(128, 32, 0.232, 1.48),
-    cost(192, 32, 0.353, 1.28),
-    split_cost(64, 32, 0.140, 0.80),
-    cost(64, 64, 0.165, 0.50),
-    cost(128, 64, 0.255, 1.27),
-    cost(192, 64, 0.402, 1.23),
-    split_cost(64, 64, 0.160, 0.80),
-    cost(64, 128, 0.213, 1.04),
-    cost(128, 128, 0.331, 0.69),
-    cost(192, 128, 0.487, 0.99),
-    split_cost(64, 128, 0.213, 2.25),
-    split_cost(128, 128, 0.331, 2.4),
-    split_cost(192, 128, 0.487, 3.5),
-    cost(128, 256, 0.551, 2.97),
-    cost(192, 256, 0.810, 4.20),
+const SHAPE_COSTS: [ShapeCost; 31] = [
+    cost(64, 16, 0.112, 0.66),
+    cost(64, 32, 0.128, 0.63),
+    cost(64, 64, 0.137, 0.79),
+    cost(64, 96, 0.163, 1.00),
+    cost(64, 128, 0.211, 1.04),
+    cost(128, 8, 0.176, 0.58),
+    cost(128, 16, 0.203, 0.26),
+    cost(128, 32, 0.201, 0.59),
+    cost(128, 64, 0.229, 0.87),
+    cost(128, 96, 0.273, 0.89),
+    cost(128, 128, 0.318, 0.95),
+    cost(128, 160, 0.384, 1.06),
+    cost(128, 192, 0.454, 1.54),
+    cost(128, 256, 0.584, 2.27),
+    cost(192, 16, 0.268, 0.52),
+    cost(192, 32, 0.305, 0.78),
+    cost(192, 64, 0.354, 0.92),
+    cost(192, 96, 0.404, 1.04),
+    cost(192, 128, 0.464, 1.34),
+    cost(192, 144, 0.542, 3.20),
+    cost(192, 176, 0.620, 2.60),
+    cost(192, 208, 0.696, 2.91),
+    cost(192, 256, 0.844, 3.86),
+    split_cost(64, 16, 0.115, 0.90),
+    split_cost(64, 32, 0.141, 1.03),
+    split_cost(64, 64, 0.139, 1.49),
+    split_cost(64, 96, 0.167, 1.52),
+    split_cost(64, 128, 0.205, 1.72),
+    split_cost(128, 96, 0.278, 1.56),
+    split_cost(128, 128, 0.324, 1.48),
+    split_cost(192, 128, 0.465, 2.22),
 ];
 
 /// Microseconds of every launch.
-const LAUNCH: f64 = 0.980;
+const LAUNCH: f64 = 1.754;
 /// Megabytes that memory delivers in a microsecond: no more than its peak.
-const MEMORY: f64 = 3.35;
+const MEMORY: f64 = 3.244;
 /// Multiprocessors of an H100.
 pub(super) const MULTIPROCESSORS: f64 = 132.0;
 /// Microseconds for a tile's partial sums: a flag raised, seen and answered.
-const HANDOVER: f64 = 1.237;
+const HANDOVER: f64 = 0.700;
 /// Microseconds for each part of a tile beyond [`FREE_PARTS`]: its owner adds them up one after the other.
-const FURTHER_PART: f64 = 0.2;
+const FURTHER_PART: f64 = 0.123;
 /// Parts of a tile that take no longer than the flag and their sums.
 const FREE_PARTS: f64 = 4.0;
 /// Microseconds for a megabyte of partial sums, written and read.
-const PARTIAL_SUMS: f64 = 0.130;
+const PARTIAL_SUMS: f64 = 0.0975;
 /// How much longer a step takes in a cluster of two, which waits for two blocks at every stage.
-const CLUSTER_STEP: f64 = 1.060;
+const CLUSTER_STEP: f64 = 1.053;
 /// How much longer a step of the stream takes where workers begin and end inside tiles, of blocks on their own and of
 /// clusters: they are no longer at the same place at the same time, and share less of what the L2 cache holds.
-const STAGGERED_STEP: [f64; 2] = [0.090, 0.044];
+const STAGGERED_STEP: [f64; 2] = [0.055, 0.030];
 /// How much longer still where the GPU's power is at its limit: what is fetched once more costs power.
-const HOT_STAGGERED_STEP: f64 = 0.35;
+const HOT_STAGGERED_STEP: f64 = 0.288;
 /// How much longer a step takes in a block on its own once the GPU's power is at its limit: a cluster reads the activations
 /// once for two.
-const HOT_STEP: f64 = 0.150;
+const HOT_STEP: f64 = 0.1462;
 /// Microseconds of multiplying after which half of that is felt.
 const HEATING: f64 = 160.7;
 /// How much shorter a step is for each multiprocessor, as a share of all, that takes no part: it leaves the others its part
 /// of the L2 cache and of the power.
-const IDLE_STEP: f64 = 0.263;
+const IDLE_STEP: f64 = 0.366;
 /// Microseconds for each token of a tile at which a launch of another kernel begins: its instructions are no longer where the launch before
 /// left them, and what handles a tile's tokens is unrolled.
-pub(super) const SWITCH: f64 = 0.010;
+pub(super) const SWITCH: f64 = 0.0054;
+/// Microseconds for each block beyond two that share a tile's K.
+const SPLIT_PART: f64 = 0.121;
 /// How sharply the slower of compute and memory hides the other.
 const SHARPNESS: i32 = 5;
 
@@ -96,7 +109,8 @@ impl Tiled {
     /// `elsewhere` microseconds.
     pub(super) fn estimate_us(&self, problem: [usize; 3], elsewhere: f64) -> f64 {
         let (shape, schedule) = (self.shape(), self.schedule());
-        let costs = shape_cost(shape);
+        let mut costs = shape_cost(shape);
+        costs.tile += SPLIT_PART * f64::from(shape.split.saturating_sub(2));
         let (workers, k_steps) = (schedule.workers as f64, (schedule.k_steps * shape.spans()) as f64);
         let streamed = schedule.streamed_tiles as f64;
 

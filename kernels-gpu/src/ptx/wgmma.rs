@@ -152,6 +152,7 @@ fn arbitrary_block() -> [i32; 4] {
     [a, b, c, d]
 }
 
+// The integer instruction's n is 8, 16, 24, 32, or a multiple of 16 up to 256.
 macro_rules! accumulator {
     ($name:ident, $tokens:tt, $blocks:tt) => {
         #[doc = concat!("64 channels × ", $tokens, " tokens.")]

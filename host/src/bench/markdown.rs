@@ -7,7 +7,8 @@ use anyhow::Context;
 
 use super::circumstances::Circumstances;
 use super::plots::{self, Picture};
-use super::record::{Point, Rival, Run, write_atomically};
+use super::record::{Baseline, Point, Run, write_atomically};
+use super::table::or_dash;
 use super::targets::{self, band_means};
 
 /// Writes the page to `path`, with links to the pictures.
@@ -47,7 +48,7 @@ fn circumstances(run: &Run, text: &mut String) -> std::fmt::Result {
     };
     let none = "not installed or not asked for";
     let cublaslt = if run.cublaslt.is_empty() { none } else { &run.cublaslt };
-    facts(&run.circumstances, &[("rival", cublaslt), ("checked", &exact)], run.complete, text)?;
+    facts(&run.circumstances, &[("baseline", cublaslt), ("checked", &exact)], run.complete, text)?;
     for note in &run.notes {
         writeln!(text, "\nNote: {note}.")?;
     }
@@ -98,7 +99,7 @@ Launches replay from a CUDA graph, weights rotate through more than 200 MB, data
 each after an idle rest of 60 ms, so that none finds a GPU which the one before it has heated or throttled.
 `stream` only reads the bytes of packed weights, activations and output, `mma` only does as many products: the slower
 of the two is the **floor**, and the **score** is floor / time. The **ideal** floor is
-max(bytes / 3.10 TB/s, operations / 1979 TOPS), without launch cost. Ratios are the rival's time over ours.
+max(bytes / 3.10 TB/s, operations / 1979 TOPS), without launch cost. Ratios are the baseline's time over ours.
 cuBLASLt int8 has no scales and writes int32; fp8 is e4m3 with one scale a tensor, fast accumulation and bf16 output.
 ";
 
@@ -106,10 +107,17 @@ fn means(run: &Run, text: &mut String) -> std::fmt::Result {
     text.push_str(
         "\n## Means\n\nGeometric means over all points of a band.\n\n| M | points | score | time / ideal |",
     );
-    Rival::ALL.iter().try_for_each(|rival| write!(text, " × {} |", rival.name()))?;
+    Baseline::ALL.iter().try_for_each(|baseline| write!(text, " × {} |", baseline.name()))?;
     text.push_str("\n|---|---|---|---|---|---|---|\n");
     for means in band_means(run) {
-        write!(text, "| {} | {} | {:.3} | {:.3} |", means.band, means.points, means.score, means.over_ideal)?;
+        write!(
+            text,
+            "| {} | {} | {} | {:.3} |",
+            means.band,
+            means.points,
+            or_dash(means.score, 3),
+            means.over_ideal
+        )?;
         means.speedups.iter().try_for_each(|speedup| write!(text, " {} |", or_dash(*speedup, 2)))?;
         text.push('\n');
     }
@@ -138,35 +146,31 @@ fn goals(run: &Run, text: &mut String) -> std::fmt::Result {
 
 fn points<'a>(points: impl Iterator<Item = &'a Point>, text: &mut String) -> std::fmt::Result {
     text.push_str("| M | ours µs | ± | TOPS | weights GB/s | stream µs | mma µs | score | time / ideal |");
-    for rival in Rival::ALL {
-        write!(text, " {} µs | ratio |", rival.name())?;
+    for baseline in Baseline::ALL {
+        write!(text, " {} µs | ratio |", baseline.name())?;
     }
     text.push_str("\n|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|\n");
     for point in points {
         write!(
             text,
-            "| {} | **{:.2}** | {:.1} % | {:.0} | {:.0} | {:.2} | {:.2} | {:.3} | {:.3} |",
+            "| {} | **{:.2}** | {:.1} % | {:.0} | {:.0} | {} | {} | {} | {:.3} |",
             point.m,
             point.ours.us,
             100.0 * point.ours.spread(),
             point.tops(),
             point.weight_gigabytes_per_second(),
-            point.stream.us,
-            point.mma.us,
-            point.score(),
+            or_dash(point.stream.map(|timing| timing.us), 2),
+            or_dash(point.mma.map(|timing| timing.us), 2),
+            or_dash(point.score(), 3),
             point.over_ideal()
         )?;
-        for rival in Rival::ALL {
-            let us = point.rival(rival).map(|timing| timing.us);
-            write!(text, " {} | {} |", or_dash(us, 2), or_dash(point.speedup(rival), 2))?;
+        for baseline in Baseline::ALL {
+            let us = point.baseline(baseline).map(|timing| timing.us);
+            write!(text, " {} | {} |", or_dash(us, 2), or_dash(point.speedup(baseline), 2))?;
         }
         text.push_str(if point.mismatch.is_some() { " **wrong result**\n" } else { "\n" });
     }
     Ok(())
-}
-
-fn or_dash(value: Option<f64>, digits: usize) -> String {
-    value.map_or("-".into(), |value| format!("{value:.digits$}"))
 }
 
 /// The way from a directory to a file, with `/` between.

@@ -9,6 +9,8 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::circumstances::Circumstances;
+use super::monotone::Break;
+use super::replay::Pace;
 use super::shapes::{Matrix, distinct};
 use super::statistics::Timing;
 
@@ -17,9 +19,9 @@ const IDEAL_BYTES_PER_SECOND: f64 = 3.10e12;
 /// int8 operations a second of the H100's data sheet, at its boost clock.
 const IDEAL_OPERATIONS_PER_SECOND: f64 = 1979e12;
 
-/// A library's kernels in the same run.
+/// A kernel of cuBLASLt, measured in the same run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-pub enum Rival {
+pub enum Baseline {
     /// cuBLASLt int8 × int8 → int32, without scales.
     Int8,
     /// cuBLASLt e4m3 × e4m3 → bf16 with one scale a tensor.
@@ -28,16 +30,16 @@ pub enum Rival {
     Bf16,
 }
 
-impl Rival {
-    /// Every rival, in the order of the columns.
-    pub const ALL: [Rival; 3] = [Rival::Int8, Rival::Fp8, Rival::Bf16];
+impl Baseline {
+    /// All of them, in the order of the columns.
+    pub const ALL: [Baseline; 3] = [Baseline::Int8, Baseline::Fp8, Baseline::Bf16];
 
     /// The column's name.
     pub const fn name(self) -> &'static str {
         match self {
-            Rival::Int8 => "int8",
-            Rival::Fp8 => "fp8",
-            Rival::Bf16 => "bf16",
+            Baseline::Int8 => "int8",
+            Baseline::Fp8 => "fp8",
+            Baseline::Bf16 => "bf16",
         }
     }
 }
@@ -55,10 +57,10 @@ pub struct Point {
     pub plan: String,
     /// Our kernel, bf16 output.
     pub ours: Timing,
-    /// The probe that only reads.
-    pub stream: Timing,
-    /// The probe that only multiplies.
-    pub mma: Timing,
+    /// The probe that only reads, if the run had probes.
+    pub stream: Option<Timing>,
+    /// The probe that only multiplies, if the run had probes.
+    pub mma: Option<Timing>,
     /// cuBLASLt int8.
     pub int8: Option<Timing>,
     /// cuBLASLt fp8.
@@ -92,14 +94,14 @@ impl Point {
         2.0 * self.m as f64 * self.n as f64 * self.k as f64
     }
 
-    /// The speed of light of this run: the slower probe, in microseconds.
-    pub fn floor(&self) -> f64 {
-        self.stream.us.max(self.mma.us)
+    /// The speed of light of this run: the slower probe, in microseconds. `None` without probes.
+    pub fn floor(&self) -> Option<f64> {
+        Some(self.stream?.us.max(self.mma?.us))
     }
 
-    /// Floor over time: 1 is the limit.
-    pub fn score(&self) -> f64 {
-        self.floor() / self.ours.us
+    /// Floor over time: 1 is the limit. `None` without probes.
+    pub fn score(&self) -> Option<f64> {
+        Some(self.floor()? / self.ours.us)
     }
 
     /// The data sheet's floor in microseconds; no launch cost in it.
@@ -123,18 +125,18 @@ impl Point {
         self.weight_bytes() as f64 / self.ours.us / 1e3
     }
 
-    /// A rival's time.
-    pub fn rival(&self, rival: Rival) -> Option<&Timing> {
-        match rival {
-            Rival::Int8 => self.int8.as_ref(),
-            Rival::Fp8 => self.fp8.as_ref(),
-            Rival::Bf16 => self.bf16.as_ref(),
+    /// A baseline's time.
+    pub fn baseline(&self, baseline: Baseline) -> Option<&Timing> {
+        match baseline {
+            Baseline::Int8 => self.int8.as_ref(),
+            Baseline::Fp8 => self.fp8.as_ref(),
+            Baseline::Bf16 => self.bf16.as_ref(),
         }
     }
 
-    /// A rival's time over ours: above 1 we are faster.
-    pub fn speedup(&self, rival: Rival) -> Option<f64> {
-        Some(self.rival(rival)?.us / self.ours.us)
+    /// A baseline's time over ours: above 1 we are faster.
+    pub fn speedup(&self, baseline: Baseline) -> Option<f64> {
+        Some(self.baseline(baseline)?.us / self.ours.us)
     }
 }
 
@@ -156,6 +158,12 @@ pub struct Run {
     pub circumstances: Circumstances,
     /// Which cuBLASLt ran, and how it was asked.
     pub cublaslt: String,
+    /// How much was measured.
+    #[serde(default)]
+    pub pace: Pace,
+    /// Where fewer tokens take longer than more, if the run was to find out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub breaks: Option<Vec<Break>>,
     /// Why a column is empty, and other remarks.
     pub notes: Vec<String>,
     /// False while points are still missing.
@@ -238,7 +246,7 @@ fn permissions() -> std::fs::Permissions {
 pub(super) mod tests {
     use super::*;
 
-    /// A point whose rivals take 3, 2 and 4 times as long as our kernel.
+    /// A point whose baselines take 3, 2 and 4 times as long as our kernel.
     pub(crate) fn point(m: usize, n: usize, k: usize, us: f64) -> Point {
         let timing = |us: f64| Timing::new(vec![us * 0.99, us, us * 1.02], 20).unwrap();
         Point {
@@ -247,8 +255,8 @@ pub(super) mod tests {
             k,
             plan: "tile".into(),
             ours: timing(us),
-            stream: timing(us * 0.8),
-            mma: timing(us * 0.5),
+            stream: Some(timing(us * 0.8)),
+            mma: Some(timing(us * 0.5)),
             int8: Some(timing(us * 3.0)),
             fp8: Some(timing(us * 2.0)),
             bf16: Some(timing(us * 4.0)),
@@ -264,8 +272,8 @@ pub(super) mod tests {
         assert!((point.ideal() - 69.448).abs() < 0.01, "{}", point.ideal());
         assert!((point.over_ideal() - 1.43993).abs() < 1e-3);
         assert!((point.tops() - 1374.39).abs() < 0.1);
-        assert!((point.score() - 0.8).abs() < 1e-12);
-        assert_eq!(point.speedup(Rival::Fp8), Some(2.0));
+        assert!((point.score().unwrap() - 0.8).abs() < 1e-12);
+        assert_eq!(point.speedup(Baseline::Fp8), Some(2.0));
         // One token: bytes decide.
         assert!((super::tests::point(1, 4096, 4096, 10.0).ideal() - 2.879).abs() < 1e-3);
     }

@@ -6,7 +6,7 @@
 use std::fmt::{self, Write};
 
 use super::peers;
-use super::record::{Point, Rival, Run};
+use super::record::{Baseline, Point, Run};
 use super::statistics::geometric_mean;
 
 /// Batch sizes that are judged together.
@@ -68,11 +68,11 @@ pub struct BandMeans {
     pub band: Band,
     /// Points in it.
     pub points: usize,
-    /// Floor over time.
-    pub score: f64,
+    /// Floor over time, where the probes ran.
+    pub score: Option<f64>,
     /// Time over ideal floor.
     pub over_ideal: f64,
-    /// Each rival's time over ours, in the order of [`Rival::ALL`], where it ran.
+    /// Each baseline's time over ours, in the order of [`Baseline::ALL`], where it ran.
     pub speedups: [Option<f64>; 3],
 }
 
@@ -83,10 +83,10 @@ pub fn band_means(run: &Run) -> Vec<BandMeans> {
         Some(BandMeans {
             band: *band,
             points: points.len(),
-            score: geometric_mean(points.iter().map(|point| point.score()))?,
+            score: geometric_mean(points.iter().filter_map(|point| point.score())),
             over_ideal: geometric_mean(points.iter().map(|point| point.over_ideal()))?,
-            speedups: Rival::ALL
-                .map(|rival| geometric_mean(points.iter().filter_map(|point| point.speedup(rival)))),
+            speedups: Baseline::ALL
+                .map(|baseline| geometric_mean(points.iter().filter_map(|point| point.speedup(baseline)))),
         })
     };
     BANDS.iter().filter_map(means).collect()
@@ -183,12 +183,12 @@ fn judge_band(run: &Run, band: &Band) -> Option<Verdict> {
     };
     let points: Vec<&Point> = run.points.iter().filter(on_page).collect();
     let over_ideal = geometric_mean(points.iter().map(|point| point.over_ideal()))?;
-    let fp8 = geometric_mean(points.iter().filter_map(|point| point.speedup(Rival::Fp8)));
+    let fp8 = geometric_mean(points.iter().filter_map(|point| point.speedup(Baseline::Fp8)));
 
     let mut behind_peer = Vec::new();
     let mut peers_compared = 0;
     for point in &points {
-        let (Some(speedup), Some(peer)) = (point.speedup(Rival::Fp8), page.at(point.m, point.n, point.k))
+        let (Some(speedup), Some(peer)) = (point.speedup(Baseline::Fp8), page.at(point.m, point.n, point.k))
         else {
             continue;
         };
@@ -223,7 +223,7 @@ fn judge_cube(point: &Point) -> Verdict {
         name: format!("M = N = K = {CUBE}"),
         points: 1,
         goals: vec![
-            Goal { name: "× fp8", value: point.speedup(Rival::Fp8), target: CUBE_FP8, at_least: true },
+            Goal { name: "× fp8", value: point.speedup(Baseline::Fp8), target: CUBE_FP8, at_least: true },
             Goal { name: "TOPS", value: Some(point.tops()), target: CUBE_TOPS, at_least: true },
         ],
         behind_peer: Vec::new(),

@@ -145,13 +145,14 @@ pub fn run(
     mut measured: impl FnMut(&Ablation) -> anyhow::Result<()>,
 ) -> anyhow::Result<Ablation> {
     let mut run = Ablation { circumstances: Circumstances::of(gpu), ..Ablation::default() };
-    let stage = Stage::new(gpu, cases, None)?;
+    let stage = Stage::new(gpu, cases, None, &[])?;
     for case in cases {
-        let bed = Bed::new(&stage, case)?;
+        let fixture = Fixture::new(&stage, case)?;
         for &m in &case.tokens {
             observer.starts(m, case.matrix);
-            let point =
-                bed.point(&stage, m).with_context(|| format!("measuring M = {m}, N×K = {}", case.matrix))?;
+            let point = fixture
+                .point(&stage, m)
+                .with_context(|| format!("measuring M = {m}, N×K = {}", case.matrix))?;
             run.points.push(point);
             measured(&run)?;
         }
@@ -161,12 +162,12 @@ pub fn run(
 }
 
 /// The weights of one matrix, and what the products with them should be.
-struct Bed {
+struct Fixture {
     weights: Vec<ArmWeights>,
     reference: Reference,
 }
 
-impl Bed {
+impl Fixture {
     fn new(stage: &Stage<'_>, case: &Case) -> anyhow::Result<Self> {
         let weights = data::random_weights(case.matrix.n, case.matrix.k)?;
         let copies = copies(weights.bricks().len());
@@ -204,7 +205,7 @@ impl Bed {
             copies: self.weights.len(),
             launch: Box::new(move |copy| {
                 let (weights, workspace, stream) = (&self.weights[copy], &stage.workspace, &stage.stream);
-                // SAFETY: all memory lives in the stage and the bed, and one stream orders the launches.
+                // SAFETY: all memory lives in the stage and the fixture, and one stream orders the launches.
                 unsafe { stage.gpu.ablation(arm, weights, &operands, &plan, workspace, stream) }?;
                 Ok(())
             }),

@@ -6,7 +6,7 @@ use plotters::prelude::*;
 
 use super::style::{self, Anchor, Entry, legend, microseconds, text};
 use super::{line_across, title};
-use crate::bench::record::{Point, Rival, Run};
+use crate::bench::record::{Baseline, Point, Run};
 use crate::bench::shapes::Matrix;
 
 const SIZE: (u32, u32) = (860, 520);
@@ -40,16 +40,17 @@ pub(super) fn draw(run: &Run, matrix: Matrix) -> anyhow::Result<Option<String>> 
         width,
         points: points.iter().filter_map(|point| Some((point.m as f64, time(point)?))).collect(),
     };
-    let rival =
-        |name, colour, rival| line(name, colour, 2, &|point| point.rival(rival).map(|timing| timing.us));
+    let baseline = |name, colour, baseline| {
+        line(name, colour, 2, &|point| point.baseline(baseline).map(|timing| timing.us))
+    };
     let mut lines = vec![
-        rival("cuBLASLt bf16", style::BF16, Rival::Bf16),
-        rival("cuBLASLt int8", style::INT8, Rival::Int8),
-        rival("cuBLASLt fp8", style::FP8, Rival::Fp8),
+        baseline("cuBLASLt bf16", style::BF16, Baseline::Bf16),
+        baseline("cuBLASLt int8", style::INT8, Baseline::Int8),
+        baseline("cuBLASLt fp8", style::FP8, Baseline::Fp8),
         line("LiquidGEMM", style::OURS, 4, &|point| Some(point.ours.us)),
     ];
     lines.retain(|line| !line.points.is_empty());
-    let floor = line("floor: the slower probe", style::LIMIT, 1, &|point| Some(point.floor()));
+    let floor = line("floor: the slower probe", style::LIMIT, 1, &|point| point.floor());
 
     let all = || lines.iter().chain([&floor]).flat_map(|line| &line.points).map(|&(_, us)| us);
     let low = all().fold(f64::INFINITY, f64::min) / 1.6;
@@ -89,7 +90,9 @@ fn render(
     ground.extend(&floor.points);
     ground.extend(floor.points.last().map(|&(_, us)| (last, us)));
     ground.push((last, low));
-    chart.draw_series([Polygon::new(ground, style::OUT_OF_REACH.filled())])?;
+    if !floor.points.is_empty() {
+        chart.draw_series([Polygon::new(ground, style::OUT_OF_REACH.filled())])?;
+    }
 
     chart
         .configure_mesh()
@@ -129,7 +132,7 @@ fn render(
     }
 
     // Ours first.
-    let entries = lines.iter().rev().chain([floor]).map(|line| {
+    let entries = lines.iter().rev().chain([floor]).filter(|line| !line.points.is_empty()).map(|line| {
         // The floor is the one in dashes.
         Entry { name: line.name, colour: line.colour, width: line.width, dashed: line.width == 1 }
     });

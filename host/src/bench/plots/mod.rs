@@ -98,18 +98,18 @@ mod tests {
                 let ideal = point(m, n, k, 1.0).ideal();
                 let mut point = point(m, n, k, 1.2 * ideal + 2.0);
                 for (timing, us) in [
-                    (&mut point.stream, ideal * if m > 256 { 0.5 } else { 1.05 } + 1.5),
-                    (&mut point.mma, ideal * if m > 256 { 1.05 } else { 0.4 } + 1.5),
+                    (point.stream.as_mut().unwrap(), ideal * if m > 256 { 0.5 } else { 1.05 } + 1.5),
+                    (point.mma.as_mut().unwrap(), ideal * if m > 256 { 1.05 } else { 0.4 } + 1.5),
                 ] {
                     timing.us = us;
                 }
-                let rival = |timing: &mut Option<crate::bench::statistics::Timing>, us| {
+                let baseline = |timing: &mut Option<crate::bench::statistics::Timing>, us| {
                     timing.as_mut().unwrap().us = us;
                 };
                 let wide = if m > 256 { 1.4 } else { 2.0 };
-                rival(&mut point.fp8, ideal * wide + 4.0);
-                rival(&mut point.int8, ideal * wide * 1.3 + 6.0);
-                rival(&mut point.bf16, ideal * wide * 1.9 + 5.0);
+                baseline(&mut point.fp8, ideal * wide + 4.0);
+                baseline(&mut point.int8, ideal * wide * 1.3 + 6.0);
+                baseline(&mut point.bf16, ideal * wide * 1.9 + 5.0);
                 run.points.push(point);
             }
         }

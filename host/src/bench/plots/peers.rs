@@ -7,7 +7,7 @@ use plotters::prelude::*;
 
 use super::style::{self, Anchor, text};
 use crate::bench::peers::page;
-use crate::bench::record::{Point, Rival, Run};
+use crate::bench::record::{Baseline, Point, Run};
 use crate::bench::statistics::geometric_mean;
 
 const SIZE: (u32, u32) = (1080, 720);
@@ -48,7 +48,7 @@ fn panel(run: &Run, m: usize) -> Option<Panel> {
         .points
         .iter()
         .filter(|point| point.m == m && page().at(m, point.n, point.k).is_some())
-        .filter_map(|point| Some((point, point.speedup(Rival::Fp8)?)))
+        .filter_map(|point| Some((point, point.speedup(Baseline::Fp8)?)))
         .collect();
     let mut bars = vec![Bar {
         name: "LiquidGEMM",

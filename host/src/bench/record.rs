@@ -4,7 +4,7 @@
 use std::io::Write;
 use std::path::Path;
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -74,6 +74,11 @@ pub struct Point {
 }
 
 impl Point {
+    /// How many kernels were measured beside ours.
+    fn columns(&self) -> usize {
+        [&self.stream, &self.mma, &self.int8, &self.fp8, &self.bf16].into_iter().flatten().count()
+    }
+
     /// The weights.
     pub fn matrix(&self) -> Matrix {
         Matrix { n: self.n, k: self.k }
@@ -147,7 +152,7 @@ pub(super) fn weight_bytes(n: usize, k: usize) -> usize {
 
 /// Bytes that a GEMM can't avoid to move: packed weights, int8 activations, bf16 output.
 pub(super) fn moved_bytes(m: usize, n: usize, k: usize) -> usize {
-    weight_bytes(n, k).saturating_add(m * k + 2 * m * n)
+    weight_bytes(n, k).saturating_add(m.saturating_mul(k.saturating_add(n.saturating_mul(2))))
 }
 
 /// A whole run.
@@ -184,9 +189,50 @@ impl Run {
     /// Reads a run back.
     ///
     /// # Errors
-    /// If the file can't be read or holds something else.
+    /// If the file can't be read or holds something else, which a dimension or a time of 0 is as well.
     pub fn load(path: &Path) -> anyhow::Result<Self> {
-        read_json(path, "run of the bench")
+        let run: Self = read_json(path, "run of the bench")?;
+        let plausible = run.points.iter().all(|point| {
+            let probes = [Some(&point.ours), point.stream.as_ref(), point.mma.as_ref()];
+            let baselines = Baseline::ALL.map(|baseline| point.baseline(baseline));
+            point.m.min(point.n).min(point.k) > 0
+                && probes.into_iter().chain(baselines).flatten().all(Timing::is_plausible)
+        }) && run.breaks.iter().flatten().all(|one| one.us > 0.0 && one.larger_us > 0.0);
+        ensure!(plausible, "{} has a dimension or a time that is not above 0", path.display());
+        Ok(run)
+    }
+
+    /// One run with the points of all, each once: of several at the same place the one with the most columns, and of those
+    /// the last. Runs that measured our kernel alone, for [`breaks`](Self::breaks), count only if there are no others. The
+    /// circumstances are those of the first run that counts.
+    pub fn merged(runs: &[Run]) -> Run {
+        let compared = |run: &&Run| run.breaks.is_none();
+        let mut counted: Vec<&Run> = runs.iter().filter(compared).collect();
+        if counted.is_empty() {
+            counted = runs.iter().collect();
+        }
+        let Some((first, others)) = counted.split_first() else {
+            return Run::default();
+        };
+        let mut merged = Run { points: Vec::new(), ..(*first).clone() };
+        merged.complete = counted.iter().all(|run| run.complete);
+        for note in others.iter().flat_map(|run| &run.notes) {
+            if !merged.notes.contains(note) {
+                merged.notes.push(note.clone());
+            }
+        }
+        for point in counted.iter().flat_map(|run| &run.points) {
+            let same = |other: &&mut Point| (other.m, other.matrix()) == (point.m, point.matrix());
+            match merged.points.iter_mut().find(same) {
+                Some(other) if other.columns() <= point.columns() => *other = point.clone(),
+                Some(_) => {}
+                None => merged.points.push(point.clone()),
+            }
+        }
+        // By matrix, each where it first occurs, and then by M.
+        let order = merged.matrices();
+        merged.points.sort_by_key(|point| (order.iter().position(|&other| other == point.matrix()), point.m));
+        merged
     }
 
     /// The matrices, in the order in which they first occur.
@@ -294,5 +340,59 @@ pub(super) mod tests {
         assert_eq!(run.mismatches().count(), 1);
         std::fs::write(&path, "{}").unwrap();
         assert!(Run::load(&path).is_err());
+    }
+
+    #[test]
+    fn runs_without_pace_probes_or_breaks_are_read_as_they_were_written_then() {
+        let mut run =
+            serde_json::to_value(Run { points: vec![point(1, 64, 128, 3.25)], ..Run::default() }).unwrap();
+        run.as_object_mut().unwrap().remove("pace").unwrap();
+        assert!(run.get("breaks").is_none());
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("run.json");
+        write_json(&path, &run).unwrap();
+        let loaded = Run::load(&path).unwrap();
+        assert_eq!((loaded.pace, loaded.breaks), (Pace::THOROUGH, None));
+        for column in ["stream", "mma"] {
+            run["points"][0].as_object_mut().unwrap().remove(column).unwrap();
+        }
+        write_json(&path, &run).unwrap();
+        assert_eq!(Run::load(&path).unwrap().points[0].score(), None);
+    }
+
+    #[test]
+    fn times_and_dimensions_of_zero_are_refused() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("run.json");
+        let wrong: [fn(&mut Point); 4] = [
+            |point| point.ours.us = 0.0,
+            |point| point.fp8.as_mut().unwrap().us = 0.0,
+            |point| point.mma.as_mut().unwrap().us = 0.0,
+            |point| point.m = 0,
+        ];
+        for spoil in wrong {
+            let mut point = point(1, 64, 128, 3.25);
+            spoil(&mut point);
+            Run { points: vec![point], ..Run::default() }.save(&path).unwrap();
+            let error = Run::load(&path).unwrap_err().to_string();
+            assert!(error.ends_with("run.json has a dimension or a time that is not above 0"), "{error}");
+        }
+    }
+
+    #[test]
+    fn merged_runs_have_every_point_once_and_the_one_with_most_columns() {
+        let run = |points| Run { points, complete: true, ..Run::default() };
+        let bare = Point { fp8: None, ..point(8, 64, 64, 9.0) };
+        let runs = [
+            run(vec![point(8, 64, 64, 1.0), point(16, 64, 64, 2.0), point(1, 64, 128, 3.0)]),
+            Run { complete: false, ..run(vec![bare, point(4, 64, 64, 4.0), point(16, 64, 64, 5.0)]) },
+            Run { breaks: Some(Vec::new()), ..run(vec![point(24, 64, 64, 6.0)]) },
+        ];
+        let merged = Run::merged(&runs);
+        let times: Vec<(usize, f64)> = merged.points.iter().map(|point| (point.m, point.ours.us)).collect();
+        assert_eq!(times, [(4, 4.0), (8, 1.0), (16, 5.0), (1, 3.0)]);
+        assert!(!merged.complete);
+        assert_eq!(Run::merged(&runs[2..]).points, runs[2].points);
+        assert!(Run::merged(&[]).points.is_empty());
     }
 }

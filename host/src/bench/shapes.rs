@@ -163,7 +163,7 @@ pub fn curve_cases() -> Vec<Case> {
 
 /// The peers' matrices, each once.
 pub fn peer_matrices() -> Vec<Matrix> {
-    distinct(super::peers::page().points.iter().map(super::peers::PeerPoint::matrix))
+    distinct(super::peers::pages()[0].points.iter().map(super::peers::PeerPoint::matrix))
 }
 
 /// Several lists as one: each matrix once, with the batch sizes of all.
@@ -206,10 +206,10 @@ pub fn ablation_cases() -> Vec<Case> {
     custom_cases(&matrices, &powers_of_two(1024))
 }
 
-/// Exactly the points that the peers were measured at, and M = N = K = 8192.
+/// The peers' matrices at the powers of two that their first page has, and M = N = K = 8192.
 pub fn peer_cases() -> Vec<Case> {
     let cube = Case { matrix: Matrix { n: 8192, k: 8192 }, tokens: vec![8192] };
-    let points = super::peers::page().points.iter();
+    let points = super::peers::pages()[0].points.iter();
     let points = points.map(|point| vec![Case { matrix: point.matrix(), tokens: vec![point.m] }]);
     merged(points.chain([vec![cube]]))
 }

@@ -65,11 +65,11 @@ pub fn bands(run: &Run) -> String {
         write!(text, " {:>7}", format!("× {}", baseline.name())).expect("a String takes all");
     }
     text.push_str("   (geometric means)\n");
-    for means in band_means(run) {
+    for means in band_means(&run.points.iter().collect::<Vec<_>>()) {
         write!(
             text,
             "{:<12} {:>6} {:>7} {:>8.3}",
-            means.band.to_string(),
+            means.name,
             means.points,
             or_dash(means.score, 3),
             means.over_ideal

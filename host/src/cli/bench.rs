@@ -8,6 +8,8 @@ use anyhow::{Context, bail};
 use clap::ValueEnum;
 use indicatif::{ProgressBar, ProgressStyle};
 use liquidgemm::bench::ablation::Ablation;
+use liquidgemm::bench::circumstances::Circumstances;
+use liquidgemm::bench::plots::Pictures;
 use liquidgemm::bench::record::{Baseline, Run};
 use liquidgemm::bench::replay::Pace;
 use liquidgemm::bench::run::{Observer, Options};
@@ -30,7 +32,7 @@ pub(super) struct Arguments {
     /// A dozen points over all batch sizes
     #[arg(long, group = "problems", conflicts_with_all = ["peers", "between", "shards", "curve", "monotone", "shapes"])]
     quick: bool,
-    /// Exactly the points that peers were measured at, and M = N = K = 8192
+    /// The ten matrices that peers were measured on, at M = 1, 4, 8, 16 … 4096, and M = N = K = 8192
     #[arg(long, group = "problems")]
     peers: bool,
     /// The peers' matrices at 26 batch sizes between the powers of two, 24 … 3072
@@ -76,9 +78,9 @@ pub(super) struct Arguments {
     /// feed-forward matrices of LLaMA-2-7B and -70B at M = 1 … 1024
     #[arg(long, conflicts_with_all = ["tile", "sweep", "quick", "peers", "between", "shards", "curve", "monotone", "algorithms", "baselines", "no_probes", "pace"])]
     ablation: bool,
-    /// Measure nothing; read the results of an earlier run
-    #[arg(long, value_name = "JSON", conflicts_with_all = ["problems", "m", "tile", "json", "baselines", "no_probes", "pace"])]
-    from: Option<PathBuf>,
+    /// Measure nothing; read the results of an earlier run, or of several: give the option again, or put commas between
+    #[arg(long, value_name = "JSON", value_delimiter = ',', conflicts_with_all = ["problems", "m", "tile", "json", "baselines", "no_probes", "pace"])]
+    from: Vec<PathBuf>,
     /// Write the results here, after every point
     #[arg(long, value_name = "PATH")]
     json: Option<PathBuf>,
@@ -187,33 +189,40 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<Report> {
     if arguments.ablation {
         return ablation(arguments);
     }
-    let run = match &arguments.from {
-        Some(path) => Run::load(path)?,
-        None => measure(arguments)?,
+    let runs = match arguments.from.as_slice() {
+        [] => vec![measure(arguments)?],
+        paths => paths.iter().map(|path| Run::load(path)).collect::<Result<Vec<_>, _>>()?,
     };
     let mut text = String::new();
-    if arguments.from.is_some() {
-        text += &format!("{}\n{}\n", run.circumstances.device, table::heading());
-        run.points.iter().for_each(|point| text += &format!("{}\n", table::row(point)));
+    if !arguments.from.is_empty() {
+        for run in &runs {
+            let Circumstances { device, date, kernels, .. } = &run.circumstances;
+            text += &format!("{device}, {date}, kernels {kernels}\n{}\n", table::heading());
+            run.points.iter().for_each(|point| text += &format!("{}\n", table::row(point)));
+        }
     }
-    text += &format!("\n{}\n{}", table::LEGEND, table::bands(&run));
-    let verdicts = targets::report(&targets::judge(&run));
+    let merged = Run::merged(&runs);
+    text += &format!("\n{}\n{}", table::LEGEND, table::bands(&merged));
+    let verdicts = targets::report(&targets::judge(&merged));
     if !verdicts.is_empty() {
         text += &format!("\n{verdicts}");
     }
-    if let Some(breaks) = &run.breaks {
-        text += &format!("\n{}", monotone::report(breaks, &run.points));
+    for run in &runs {
+        if let Some(breaks) = &run.breaks {
+            text += &format!("\n{}", monotone::report(breaks, &run.points));
+        }
     }
     let pictures = match &arguments.plots {
-        Some(directory) => plots::write(&run, directory)?,
-        None => Vec::new(),
+        Some(directory) => plots::write(&runs, directory)?,
+        None => Pictures::default(),
     };
     if let Some(path) = &arguments.markdown {
-        markdown::write(&run, &pictures, path)?;
+        markdown::write(&runs, &pictures, path)?;
     }
-    let wrong = run.mismatches().count();
+    let wrong = runs.iter().flat_map(Run::mismatches).count();
     if wrong > 0 {
-        text += &format!("\n{wrong} of {} results differ from the CPU backend's\n", run.points.len());
+        let all: usize = runs.iter().map(|run| run.points.len()).sum();
+        text += &format!("\n{wrong} of {all} results differ from the CPU backend's\n");
     }
     Ok(Report { text, success: wrong == 0 })
 }
@@ -231,13 +240,14 @@ fn measure(arguments: &Arguments) -> anyhow::Result<Run> {
 }
 
 fn sweep(arguments: &Arguments) -> anyhow::Result<Report> {
-    let (sweeps, mut text) = match &arguments.from {
-        Some(path) => {
-            let sweeps = Sweep::load(path)?;
+    let (sweeps, mut text) = match arguments.from.as_slice() {
+        [] => (measure_sweep(arguments)?, String::new()),
+        paths => {
+            let loaded = paths.iter().map(|path| Sweep::load(path)).collect::<Result<Vec<_>, _>>()?;
+            let sweeps = loaded.concat();
             let text = sweeps.iter().map(Sweep::report).collect();
             (sweeps, text)
         }
-        None => (measure_sweep(arguments)?, String::new()),
     };
     if sweeps.iter().flat_map(|sweep| &sweep.plans).any(|plan| plan.mismatch.is_some()) {
         bail!("results differ from the CPU backend's");
@@ -268,12 +278,13 @@ fn measure_sweep(arguments: &Arguments) -> anyhow::Result<Vec<Sweep>> {
 }
 
 fn ablation(arguments: &Arguments) -> anyhow::Result<Report> {
-    let run = match &arguments.from {
-        Some(path) => Ablation::load(path)?,
-        None => measure_ablation(arguments)?,
+    let run = match arguments.from.as_slice() {
+        [] => measure_ablation(arguments)?,
+        [path] => Ablation::load(path)?,
+        _ => bail!("--ablation reads one run; give --from once"),
     };
     let mut text = String::new();
-    if arguments.from.is_some() {
+    if !arguments.from.is_empty() {
         text += &format!("{}\n{}\n", run.circumstances.device, bench::ablation::heading());
         run.points.iter().for_each(|point| text += &format!("{}\n", point.row()));
     }

@@ -5,7 +5,7 @@ mod page;
 
 use std::path::Path;
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use liquidgemm_format::ablation::{TOKENS, tile};
 use serde::{Deserialize, Serialize};
 
@@ -116,9 +116,14 @@ impl Ablation {
     /// Reads a run back.
     ///
     /// # Errors
-    /// If the file can't be read or holds something else.
+    /// If the file can't be read or holds something else, which a dimension or a time of 0 is as well.
     pub fn load(path: &Path) -> anyhow::Result<Self> {
-        read_json(path, "ablation")
+        let run: Self = read_json(path, "ablation")?;
+        let plausible = run.points.iter().all(|point| {
+            point.m.min(point.n).min(point.k) > 0 && point.arms.iter().all(|arm| arm.timing.is_plausible())
+        });
+        ensure!(plausible, "{} has a dimension or a time that is not above 0", path.display());
+        Ok(run)
     }
 
     /// The matrices, in the order in which they first occur.
@@ -259,6 +264,9 @@ pub(super) mod tests {
         let path = directory.path().join("run.json");
         run.save(&path).unwrap();
         assert_eq!(Ablation::load(&path).unwrap(), run);
+        run.points[0].arms[1].timing.us = 0.0;
+        run.save(&path).unwrap();
+        assert!(Ablation::load(&path).unwrap_err().to_string().contains("not above 0"));
     }
 
     #[test]

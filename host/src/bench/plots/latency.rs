@@ -13,6 +13,9 @@ const SIZE: (u32, u32) = (860, 520);
 /// Where the legend's line is.
 const LEGEND_Y: i32 = 54;
 
+/// Points of a line that each have a mark.
+const MANY: usize = 24;
+
 /// A line of the picture.
 struct Line {
     name: &'static str,
@@ -127,8 +130,10 @@ fn render(
             line.colour.stroke_width(line.width),
         ))?;
         let radius = line.width + 1;
-        chart
-            .draw_series(line.points.iter().map(|&point| Circle::new(point, radius, line.colour.filled())))?;
+        // Where points are many, only those at powers of two have a mark.
+        let few = line.points.len() <= MANY;
+        let marked = line.points.iter().filter(|(m, _)| few || (*m as usize).is_power_of_two());
+        chart.draw_series(marked.map(|&point| Circle::new(point, radius, line.colour.filled())))?;
     }
 
     // Ours first.

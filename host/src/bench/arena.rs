@@ -1,5 +1,5 @@
 //! The device memory of a run: allocated and filled once, large enough for every problem in it. Matrices of
-//! rivals are slices of random memory, so only our own weights, which must be valid bricks, are made anew for
+//! baselines are slices of random memory, so only our own weights, which must be valid bricks, are made anew for
 //! each matrix.
 
 use anyhow::ensure;
@@ -9,7 +9,7 @@ use cust::sys;
 use liquidgemm_format::probe::STREAM_PIECE_BYTES;
 
 use super::data::{POOL_ELEMENTS, Pool, element_bytes, random_scales};
-use super::record::{Rival, moved_bytes};
+use super::record::{Baseline, moved_bytes};
 use super::shapes::Case;
 use crate::gpu::{DeviceSpan, During};
 
@@ -34,12 +34,12 @@ pub(super) fn copies(bytes: usize) -> usize {
 /// Operands of one type, with the random numbers that they hold.
 pub(super) struct Operands {
     pub(super) pool: Pool,
-    rival: Rival,
+    baseline: Baseline,
     weights: Option<DeviceBuffer<u8>>,
     activations: DeviceBuffer<u8>,
 }
 
-/// A rival's weights and activations for one problem.
+/// A baseline's weights and activations for one problem.
 pub(super) struct Slices {
     pub(super) first_weights: u64,
     /// From one copy of the weights to the next.
@@ -49,15 +49,15 @@ pub(super) struct Slices {
 }
 
 impl Operands {
-    fn new(rival: Rival, weights: usize, activations: usize) -> anyhow::Result<Self> {
-        let pool = Pool::new(rival);
+    fn new(baseline: Baseline, weights: usize, activations: usize) -> anyhow::Result<Self> {
+        let pool = Pool::new(baseline);
         let filled = |bytes: usize, first| {
             let memory = uninitialized(bytes)?;
             pool.fill(&memory, first)?;
             anyhow::Ok(memory)
         };
         Ok(Self {
-            rival,
+            baseline,
             weights: if weights > 0 { Some(filled(weights, 0)?) } else { None },
             activations: filled(activations, ACTIVATIONS_FIRST)?,
             pool,
@@ -66,7 +66,7 @@ impl Operands {
 
     /// The slices of an `[n, k]` matrix. `None` if the run has no weights of this type.
     pub(super) fn slices(&self, n: usize, k: usize) -> Option<Slices> {
-        let bytes = n * k * element_bytes(self.rival);
+        let bytes = n * k * element_bytes(self.baseline);
         Some(Slices {
             first_weights: self.weights.as_ref()?.as_device_ptr().as_raw(),
             stride: bytes.next_multiple_of(ALIGNMENT) as u64,
@@ -98,15 +98,15 @@ impl Operands {
 
 /// Everything but our own weights.
 pub(super) struct Arena {
-    /// In the order of [`Rival::ALL`]; int8 also holds our activations.
-    pub(super) operands: Vec<Operands>,
+    /// int8, which also holds our activations, and the baselines' others.
+    operands: Vec<Operands>,
     /// Token scales, on the host and on the device.
     pub(super) token_scales: Vec<f32>,
     pub(super) token_scales_device: DeviceBuffer<f32>,
     /// Our output, bf16.
     pub(super) output: DeviceBuffer<u8>,
-    /// The rivals' output, up to 4 bytes an element.
-    pub(super) rival_output: DeviceBuffer<u8>,
+    /// The baselines' output, up to 4 bytes an element.
+    pub(super) baseline_output: DeviceBuffer<u8>,
     /// What the `stream` probe reads.
     pub(super) source: DeviceBuffer<u8>,
     /// What the `mma` probe writes.
@@ -122,34 +122,31 @@ fn largest(cases: &[Case], bytes: impl Fn(usize, usize, usize) -> usize) -> usiz
 }
 
 impl Arena {
-    /// Allocates and fills memory for every case; `with_rivals` says whether they need weights.
-    pub(super) fn new(cases: &[Case], with_rivals: bool, multiprocessors: u32) -> anyhow::Result<Self> {
-        let weights = |rival| {
-            let size = element_bytes(rival);
+    /// Allocates and fills memory for every case and for these baselines.
+    pub(super) fn new(cases: &[Case], baselines: &[Baseline], multiprocessors: u32) -> anyhow::Result<Self> {
+        let weights = |baseline| {
+            let size = element_bytes(baseline);
             let bytes =
                 |n: usize, k: usize| (n * k * size).next_multiple_of(ALIGNMENT) * copies(n * k * size);
-            if with_rivals { largest(cases, |_, n, k| bytes(n, k)) } else { 0 }
+            if baselines.contains(&baseline) { largest(cases, |_, n, k| bytes(n, k)) } else { 0 }
         };
-        let activations = |rival| match (rival, with_rivals) {
-            (Rival::Int8, _) | (_, true) => largest(cases, |m, _, k| m * k * element_bytes(rival)),
-            _ => 0,
-        };
+        let activations = |baseline| largest(cases, |m, _, k| m * k * element_bytes(baseline));
         let output = largest(cases, |m, n, _| m * n * 2);
-        let rival_output = if with_rivals { 2 * output } else { ALIGNMENT };
+        let baseline_output = if baselines.is_empty() { ALIGNMENT } else { 2 * output };
         let source =
             largest(cases, moved_bytes).max(2 * ROTATION_BYTES).next_multiple_of(STREAM_PIECE_BYTES as usize);
         let packed = largest(cases, |_, n, k| {
             let bytes = super::record::weight_bytes(n, k);
             bytes.saturating_mul(copies(bytes))
         });
-        let operands: Vec<(Rival, usize, usize)> = Rival::ALL
+        let operands: Vec<(Baseline, usize, usize)> = Baseline::ALL
             .into_iter()
-            .filter(|&rival| with_rivals || rival == Rival::Int8)
-            .map(|rival| (rival, weights(rival), activations(rival)))
+            .filter(|baseline| *baseline == Baseline::Int8 || baselines.contains(baseline))
+            .map(|baseline| (baseline, weights(baseline), activations(baseline)))
             .collect();
         let needed = operands.iter().map(|(_, weights, activations)| weights + activations).sum::<usize>()
             + output
-            + rival_output
+            + baseline_output
             + source
             + packed
             + RESERVE_BYTES;
@@ -164,7 +161,7 @@ impl Arena {
         let token_scales = random_scales(largest(cases, |m, _, _| m));
         let operands = operands
             .into_iter()
-            .map(|(rival, weights, activations)| Operands::new(rival, weights, activations))
+            .map(|(baseline, weights, activations)| Operands::new(baseline, weights, activations))
             .collect::<anyhow::Result<Vec<_>>>()?;
         let source = uninitialized(source)?;
         operands[0].pool.fill(&source, 0)?;
@@ -173,15 +170,20 @@ impl Arena {
             token_scales_device: DeviceBuffer::from_slice(&token_scales)?,
             token_scales,
             output: uninitialized(output)?,
-            rival_output: uninitialized(rival_output)?,
+            baseline_output: uninitialized(baseline_output)?,
             source,
             sink: uninitialized(multiprocessors as usize * 4096)?,
         })
     }
 
-    /// The operands of our kernel and of the int8 rival.
+    /// The operands of our kernel and of the int8 baseline.
     pub(super) fn int8(&self) -> &Operands {
         &self.operands[0]
+    }
+
+    /// A baseline's operands, if it is one of the run's.
+    pub(super) fn operands(&self, baseline: Baseline) -> Option<&Operands> {
+        self.operands.iter().find(|operands| operands.baseline == baseline)
     }
 }
 

@@ -1,11 +1,11 @@
-//! Whether results are right: ours bit for bit those of the CPU backend, the rivals' near a float64 sum, so that
+//! Whether results are right: ours bit for bit those of the CPU backend, the baselines' near a float64 sum, so that
 //! no time stands for a wrong or a skipped computation.
 
 use anyhow::ensure;
 use half::bf16;
 
 use super::arena::{Arena, Operands, download};
-use super::record::Rival;
+use super::record::Baseline;
 use crate::{ActivationsView, PackedWeights, cpu};
 
 /// Outputs of some tokens, every channel of them, as the CPU backend computes them.
@@ -70,9 +70,9 @@ fn tokens_to_check(batches: &[usize]) -> Vec<usize> {
     tokens
 }
 
-/// Compares a few outputs of a rival's launch on its first copy of the weights with float64 sums.
-pub(super) fn rival_is_right(
-    rival: Rival,
+/// Compares a few outputs of a baseline's launch on its first copy of the weights with float64 sums.
+pub(super) fn baseline_is_right(
+    baseline: Baseline,
     arena: &Arena,
     operands: &Operands,
     [m, n, k]: [usize; 3],
@@ -81,17 +81,17 @@ pub(super) fn rival_is_right(
         let products = (0..k).map(|at| operands.weight(k, channel, at) * operands.activation(k, token, at));
         let expected: f64 = products.sum();
         let first = token * n + channel;
-        let actual = match rival {
-            Rival::Int8 => f64::from(download::<i32>(&arena.rival_output, first, 1)?[0]),
-            Rival::Fp8 | Rival::Bf16 => download::<bf16>(&arena.rival_output, first, 1)?[0].to_f64(),
+        let actual = match baseline {
+            Baseline::Int8 => f64::from(download::<i32>(&arena.baseline_output, first, 1)?[0]),
+            Baseline::Fp8 | Baseline::Bf16 => download::<bf16>(&arena.baseline_output, first, 1)?[0].to_f64(),
         };
         // A sum of k products of normal numbers is about √k, and so is the difference of two unrelated ones. Fast
         // fp8 accumulation cuts every partial sum to 14 bits.
         let size = (k as f64).sqrt();
-        let tolerance = match rival {
-            Rival::Int8 => 0.0,
-            Rival::Fp8 => 0.02 * expected.abs() + 0.25 * size,
-            Rival::Bf16 => 0.02 * expected.abs() + 0.04 * size,
+        let tolerance = match baseline {
+            Baseline::Int8 => 0.0,
+            Baseline::Fp8 => 0.02 * expected.abs() + 0.25 * size,
+            Baseline::Bf16 => 0.02 * expected.abs() + 0.04 * size,
         };
         ensure!(
             (actual - expected).abs() <= tolerance,

@@ -12,7 +12,7 @@ use rand_chacha::ChaCha8Rng;
 use rand_distr::StandardNormal;
 use rayon::prelude::*;
 
-use super::record::Rival;
+use super::record::Baseline;
 use crate::gpu::During;
 use crate::{Error, Group, PackedWeights};
 
@@ -25,45 +25,45 @@ const INT8_DEVIATION: f32 = 32.0;
 
 /// Random numbers in one type.
 pub(super) struct Pool {
-    rival: Rival,
+    baseline: Baseline,
     bytes: Vec<u8>,
 }
 
-/// Bytes of an element of a rival's operands.
-pub(super) fn element_bytes(rival: Rival) -> usize {
-    match rival {
-        Rival::Int8 | Rival::Fp8 => 1,
-        Rival::Bf16 => 2,
+/// Bytes of an element of a baseline's operands.
+pub(super) fn element_bytes(baseline: Baseline) -> usize {
+    match baseline {
+        Baseline::Int8 | Baseline::Fp8 => 1,
+        Baseline::Bf16 => 2,
     }
 }
 
 impl Pool {
-    pub(super) fn new(rival: Rival) -> Self {
-        let size = element_bytes(rival);
+    pub(super) fn new(baseline: Baseline) -> Self {
+        let size = element_bytes(baseline);
         let mut bytes = vec![0; POOL_ELEMENTS * size];
         bytes.par_chunks_mut(CHUNK * size).enumerate().for_each(|(chunk, bytes)| {
             let mut rng = generator(chunk);
             for element in bytes.chunks_exact_mut(size) {
                 let x: f32 = rng.sample(StandardNormal);
-                match rival {
-                    Rival::Int8 => {
+                match baseline {
+                    Baseline::Int8 => {
                         element[0] = (x * INT8_DEVIATION).round().clamp(-127.0, 127.0) as i8 as u8;
                     }
-                    Rival::Fp8 => element[0] = to_e4m3(x),
-                    Rival::Bf16 => element.copy_from_slice(&bf16::from_f32(x).to_le_bytes()),
+                    Baseline::Fp8 => element[0] = to_e4m3(x),
+                    Baseline::Bf16 => element.copy_from_slice(&bf16::from_f32(x).to_le_bytes()),
                 }
             }
         });
-        Self { rival, bytes }
+        Self { baseline, bytes }
     }
 
     /// The number at a position, counted in elements, of memory that [`fill`](Self::fill) filled.
     pub(super) fn value(&self, position: usize) -> f64 {
         let position = position % POOL_ELEMENTS;
-        match self.rival {
-            Rival::Int8 => f64::from(self.bytes[position] as i8),
-            Rival::Fp8 => f64::from(from_e4m3(self.bytes[position])),
-            Rival::Bf16 => {
+        match self.baseline {
+            Baseline::Int8 => f64::from(self.bytes[position] as i8),
+            Baseline::Fp8 => f64::from(from_e4m3(self.bytes[position])),
+            Baseline::Bf16 => {
                 bf16::from_le_bytes([self.bytes[2 * position], self.bytes[2 * position + 1]]).to_f64()
             }
         }
@@ -77,7 +77,7 @@ impl Pool {
     /// Fills device memory with the pool, again and again, beginning at position `first`.
     pub(super) fn fill(&self, memory: &DeviceBuffer<u8>, first: usize) -> anyhow::Result<()> {
         let (start, bytes) = (memory.as_device_ptr().as_raw(), memory.len());
-        let split = first % POOL_ELEMENTS * element_bytes(self.rival);
+        let split = first % POOL_ELEMENTS * element_bytes(self.baseline);
         let mut filled = 0;
         for part in [&self.bytes[split..], &self.bytes[..split]] {
             let part = &part[..part.len().min(bytes - filled)];
@@ -170,16 +170,16 @@ mod tests {
 
     #[test]
     fn pools_are_normal_and_never_nan_or_minus_128() {
-        for rival in Rival::ALL {
-            let pool = Pool::new(rival);
-            let scale = if matches!(rival, Rival::Int8) { f64::from(INT8_DEVIATION) } else { 1.0 };
+        for baseline in Baseline::ALL {
+            let pool = Pool::new(baseline);
+            let scale = if matches!(baseline, Baseline::Int8) { f64::from(INT8_DEVIATION) } else { 1.0 };
             let values: Vec<f64> = (0..100_000).map(|i| pool.value(i * 61) / scale).collect();
             let mean = values.iter().sum::<f64>() / 1e5;
             let square = values.iter().map(|x| x * x).sum::<f64>() / 1e5;
-            assert!(mean.abs() < 0.02 && (square - 1.0).abs() < 0.03, "{rival:?}: {mean}, {square}");
+            assert!(mean.abs() < 0.02 && (square - 1.0).abs() < 0.03, "{baseline:?}: {mean}, {square}");
             assert_eq!(pool.value(5), pool.value(5 + POOL_ELEMENTS));
         }
-        assert!(!Pool::new(Rival::Int8).bytes.contains(&0x80));
+        assert!(!Pool::new(Baseline::Int8).bytes.contains(&0x80));
     }
 
     #[test]

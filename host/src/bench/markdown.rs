@@ -6,26 +6,37 @@ use std::path::{Component, Path, PathBuf};
 use anyhow::Context;
 
 use super::circumstances::Circumstances;
-use super::plots::{self, Picture};
-use super::record::{Point, Rival, Run, write_atomically};
-use super::targets::{self, band_means};
+use super::monotone;
+use super::peers::{self, Comparison};
+use super::plots::{self, Picture, Pictures};
+use super::record::{Baseline, Point, Run, write_atomically};
+use super::shapes::{Matrix, is_shard};
+use super::table::or_dash;
+use super::targets::{self, Means, band_means};
 
-/// Writes the page to `path`, with links to the pictures.
+/// Writes a page about one run or several to `path`, with links to the pictures.
 ///
 /// # Errors
 /// If the file can't be written.
-pub fn write(run: &Run, pictures: &[Picture], path: &Path) -> anyhow::Result<()> {
+pub fn write(runs: &[Run], pictures: &Pictures, path: &Path) -> anyhow::Result<()> {
     let base = path.parent().context("a page needs a file name")?;
-    let text = page(run, pictures, base).context("a String takes all")?;
+    let text = page(runs, pictures, base).context("a String takes all")?;
     write_atomically(path, text.as_bytes())
 }
 
-fn page(run: &Run, pictures: &[Picture], base: &Path) -> Result<String, std::fmt::Error> {
+fn page(runs: &[Run], pictures: &Pictures, base: &Path) -> Result<String, std::fmt::Error> {
+    let run = Run::merged(runs);
     let mut text = String::new();
-    circumstances(run, &mut text)?;
-    means(run, &mut text)?;
-    goals(run, &mut text)?;
-    show(pictures, base, &mut text)?;
+    circumstances(runs, &mut text)?;
+    means(&run, &mut text)?;
+    goals(&run, &mut text)?;
+    peers(&run, &mut text)?;
+    if !pictures.general.is_empty() {
+        text.push_str("\n## Pictures\n");
+        show(&pictures.general, base, &mut text)?;
+    }
+    between(runs, &run, &pictures.curves, base, &mut text)?;
+    shards(&run, &pictures.shards, base, &mut text)?;
     text.push_str("\n## Every point\n");
     for matrix in run.matrices() {
         writeln!(text, "\n### {}\n", plots::title(matrix))?;
@@ -34,9 +45,29 @@ fn page(run: &Run, pictures: &[Picture], base: &Path) -> Result<String, std::fmt
     Ok(text)
 }
 
-fn circumstances(run: &Run, text: &mut String) -> std::fmt::Result {
-    writeln!(text, "# LiquidGEMM on {}\n", run.circumstances.device_name())?;
-    writeln!(text, "Written by `liquidgemm bench`; don't edit.\n")?;
+fn circumstances(runs: &[Run], text: &mut String) -> std::fmt::Result {
+    let mut devices: Vec<&str> = runs.iter().map(|run| run.circumstances.device_name()).collect();
+    devices.dedup();
+    writeln!(text, "# LiquidGEMM on {}\n", devices.join(", "))?;
+    writeln!(text, "Written by `liquidgemm bench`; don't edit.")?;
+    for (index, run) in runs.iter().enumerate() {
+        if runs.len() > 1 {
+            writeln!(text, "\n## Run {} of {}", index + 1, runs.len())?;
+        }
+        text.push('\n');
+        circumstances_of(run, text)?;
+    }
+    if runs.len() > 1 {
+        text.push_str("\n## Method\n");
+    }
+    text.push_str(METHOD);
+    if runs.len() > 1 {
+        text.push_str(SEVERAL_RUNS);
+    }
+    Ok(())
+}
+
+fn circumstances_of(run: &Run, text: &mut String) -> std::fmt::Result {
     let exact = match run.mismatches().count() {
         0 => format!(
             "all {} results bit for bit those of the CPU backend, on {} tokens with every channel of them",
@@ -47,11 +78,12 @@ fn circumstances(run: &Run, text: &mut String) -> std::fmt::Result {
     };
     let none = "not installed or not asked for";
     let cublaslt = if run.cublaslt.is_empty() { none } else { &run.cublaslt };
-    facts(&run.circumstances, &[("rival", cublaslt), ("checked", &exact)], run.complete, text)?;
+    let pace = run.pace.to_string();
+    let more = [("pace", pace.as_str()), ("baseline", cublaslt), ("checked", &exact)];
+    facts(&run.circumstances, &more, run.complete, text)?;
     for note in &run.notes {
         writeln!(text, "\nNote: {note}.")?;
     }
-    text.push_str(METHOD);
     Ok(())
 }
 
@@ -80,11 +112,8 @@ pub(super) fn facts(
     Ok(())
 }
 
-/// A section of pictures, if there are any, linked from a page in the directory `base`.
+/// Pictures, linked from a page in the directory `base`.
 pub(super) fn show(pictures: &[Picture], base: &Path, text: &mut String) -> std::fmt::Result {
-    if !pictures.is_empty() {
-        text.push_str("\n## Pictures\n");
-    }
     for Picture { path, title } in pictures {
         writeln!(text, "\n![{title}]({})", link(base, path))?;
     }
@@ -94,22 +123,47 @@ pub(super) fn show(pictures: &[Picture], base: &Path, text: &mut String) -> std:
 /// How to read the figures.
 const METHOD: &str = "
 Launches replay from a CUDA graph, weights rotate through more than 200 MB, data are random, times are medians;
-± is half the distance between the quartiles. All contenders of a point are measured one after the other, twice,
-each after an idle rest of 60 ms, so that none finds a GPU which the one before it has heated or throttled.
+± is half the distance between the quartiles. All contenders of a point are measured one after the other, in turns,
+each after an idle rest, so that none finds a GPU which the one before it has heated or throttled; the pace above says how long.
 `stream` only reads the bytes of packed weights, activations and output, `mma` only does as many products: the slower
 of the two is the **floor**, and the **score** is floor / time. The **ideal** floor is
-max(bytes / 3.10 TB/s, operations / 1979 TOPS), without launch cost. Ratios are the rival's time over ours.
+max(bytes / 3.10 TB/s, operations / 1979 TOPS), without launch cost. Ratios are the baseline's time over ours.
 cuBLASLt int8 has no scales and writes int32; fp8 is e4m3 with one scale a tensor, fast accumulation and bf16 output.
 ";
 
+/// How a page of several runs holds together.
+const SEVERAL_RUNS: &str = "
+Every ratio, every score and every curve is one run's. Of several measurements of a point, the tables have the one with the most
+columns, and of those the last. Runs of our kernel alone are left out of the tables.
+";
+
+/// Of a run that has other points, too, those at powers of two that are no shards.
 fn means(run: &Run, text: &mut String) -> std::fmt::Result {
-    text.push_str(
-        "\n## Means\n\nGeometric means over all points of a band.\n\n| M | points | score | time / ideal |",
-    );
-    Rival::ALL.iter().try_for_each(|rival| write!(text, " × {} |", rival.name()))?;
+    let all: Vec<&Point> = run.points.iter().collect();
+    let plain = |point: &&&Point| point.m.is_power_of_two() && !is_shard(point.matrix());
+    let some: Vec<&Point> = all.iter().filter(plain).copied().collect();
+    let (which, points) = if some.is_empty() || some.len() == all.len() {
+        ("all points of a band", all)
+    } else {
+        ("the points of a band at powers of two, without the shards", some)
+    };
+    writeln!(text, "\n## Means\n\nGeometric means over {which}.\n")?;
+    table_of_means("M", &band_means(&points), text)
+}
+
+fn table_of_means(first: &str, rows: &[Means], text: &mut String) -> std::fmt::Result {
+    write!(text, "| {first} | points | score | time / ideal |")?;
+    Baseline::ALL.iter().try_for_each(|baseline| write!(text, " × {} |", baseline.name()))?;
     text.push_str("\n|---|---|---|---|---|---|---|\n");
-    for means in band_means(run) {
-        write!(text, "| {} | {} | {:.3} | {:.3} |", means.band, means.points, means.score, means.over_ideal)?;
+    for means in rows {
+        write!(
+            text,
+            "| {} | {} | {} | {:.3} |",
+            means.name,
+            means.points,
+            or_dash(means.score, 3),
+            means.over_ideal
+        )?;
         means.speedups.iter().try_for_each(|speedup| write!(text, " {} |", or_dash(*speedup, 2)))?;
         text.push('\n');
     }
@@ -122,51 +176,121 @@ fn goals(run: &Run, text: &mut String) -> std::fmt::Result {
         return Ok(());
     }
     text.push_str(
-        "\n## Targets\n\nOn the peers' matrices. A point is ahead of its best peer if ours / fp8 here is below the peer's / fp8 \
-         on the peers' own page.\n\n| | points | × fp8 | time / ideal | ahead of best peer |\n|---|---|---|---|---|\n",
+        "\n## Targets\n\nOn the peers' matrices and on shards. A point is ahead of its best peer if ours / fp8 here is below the \
+         peer's / fp8 on the peer's own page.\n\n",
     );
+    writeln!(text, "| | points | {} |\n|---|---|---|---|---|---|", targets::CELLS.join(" | "))?;
     for verdict in &verdicts {
-        let [first, second, ahead] = verdict.cells();
-        writeln!(text, "| {} | {} | {first} | {second} | {ahead} |", verdict.name, verdict.points)?;
+        writeln!(text, "| {} | {} | {} |", verdict.name, verdict.points, verdict.cells().join(" | "))?;
     }
-    let mut behind = verdicts.iter().flat_map(|verdict| &verdict.behind_peer).peekable();
-    if behind.peek().is_some() {
-        text.push_str("\nBehind their best peer:\n\n");
+    for (heading, points) in targets::misses(&verdicts) {
+        writeln!(text, "\nPoints {heading}:\n")?;
+        points.into_iter().try_for_each(|point| writeln!(text, "- {point}"))?;
     }
-    behind.try_for_each(|point| writeln!(text, "- {point}"))
+    Ok(())
+}
+
+/// Ours beside each peer, by batch size.
+fn peers(run: &Run, text: &mut String) -> std::fmt::Result {
+    let mut tokens: Vec<usize> = run.points.iter().map(|point| point.m).collect();
+    tokens.sort_unstable();
+    tokens.dedup();
+    let rows: Vec<Comparison> = tokens.into_iter().filter_map(|m| peers::compare(run, m)).collect();
+    if rows.is_empty() {
+        return Ok(());
+    }
+    text.push_str(
+        "\n## Peers\n\nSpeed relative to cuBLASLt fp8, ours here and each peer's on its own page; geometric means over the same \
+         matrices, and a dash where a peer was not measured on all of them.\n",
+    );
+    text.push('\n');
+    for page in peers::pages() {
+        writeln!(text, "- {}", page.provenance)?;
+    }
+    let names: Vec<&str> = peers::names().into_iter().filter(|name| *name != peers::REFERENCE).collect();
+    writeln!(text, "\n| M | matrices | LiquidGEMM | {} |", names.join(" | "))?;
+    writeln!(text, "|---|---|---|{}", "---|".repeat(names.len()))?;
+    for Comparison { m, matrices, ours, peers, .. } in rows {
+        write!(text, "| {m} | {matrices} | **{ours:.2}** |")?;
+        for name in &names {
+            let speed = peers.iter().find(|(peer, _)| peer == name).map(|(_, speed)| *speed);
+            write!(text, " {} |", or_dash(speed, 2))?;
+        }
+        text.push('\n');
+    }
+    Ok(())
+}
+
+/// Means and curves between the powers of two, and whether time rises with M.
+fn between(runs: &[Run], run: &Run, curves: &[Picture], base: &Path, text: &mut String) -> std::fmt::Result {
+    let means = targets::between_means(run);
+    if means.is_empty() && curves.is_empty() && runs.iter().all(|run| run.breaks.is_none()) {
+        return Ok(());
+    }
+    text.push_str("\n## Batch sizes between the powers of two\n");
+    if !means.is_empty() {
+        text.push_str("\nGeometric means over the peers' matrices.\n\n");
+        table_of_means("M", &means, text)?;
+    }
+    for run in runs {
+        if let Some(breaks) = &run.breaks {
+            writeln!(text, "\n```text\n{}```", monotone::report(breaks, &run.points))?;
+        }
+    }
+    show(curves, base, text)
+}
+
+/// Means of each shard, and the point where it is the slowest relative to cuBLASLt fp8.
+fn shards(run: &Run, pictures: &[Picture], base: &Path, text: &mut String) -> std::fmt::Result {
+    let matrices: Vec<Matrix> = run.matrices().into_iter().filter(|&matrix| is_shard(matrix)).collect();
+    if matrices.is_empty() {
+        return Ok(());
+    }
+    text.push_str("\n## Shards\n\nLayers cut for tensor parallelism; geometric means over every M.\n\n");
+    let of = |matrix: Matrix| -> Vec<&Point> {
+        run.points.iter().filter(|point| point.matrix() == matrix).collect()
+    };
+    let means: Vec<Means> =
+        matrices.iter().filter_map(|&matrix| Means::of(plots::title(matrix), &of(matrix))).collect();
+    table_of_means("shard", &means, text)?;
+    text.push('\n');
+    for matrix in matrices {
+        let ratios =
+            of(matrix).into_iter().filter_map(|point| Some((point.speedup(Baseline::Fp8)?, point.m)));
+        if let Some((least, m)) = ratios.min_by(|(a, _), (b, _)| a.total_cmp(b)) {
+            writeln!(text, "- {matrix}: the least × fp8 is {least:.2}, at M = {m}")?;
+        }
+    }
+    show(pictures, base, text)
 }
 
 fn points<'a>(points: impl Iterator<Item = &'a Point>, text: &mut String) -> std::fmt::Result {
     text.push_str("| M | ours µs | ± | TOPS | weights GB/s | stream µs | mma µs | score | time / ideal |");
-    for rival in Rival::ALL {
-        write!(text, " {} µs | ratio |", rival.name())?;
+    for baseline in Baseline::ALL {
+        write!(text, " {} µs | ratio |", baseline.name())?;
     }
     text.push_str("\n|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|\n");
     for point in points {
         write!(
             text,
-            "| {} | **{:.2}** | {:.1} % | {:.0} | {:.0} | {:.2} | {:.2} | {:.3} | {:.3} |",
+            "| {} | **{:.2}** | {:.1} % | {:.0} | {:.0} | {} | {} | {} | {:.3} |",
             point.m,
             point.ours.us,
             100.0 * point.ours.spread(),
             point.tops(),
             point.weight_gigabytes_per_second(),
-            point.stream.us,
-            point.mma.us,
-            point.score(),
+            or_dash(point.stream.map(|timing| timing.us), 2),
+            or_dash(point.mma.map(|timing| timing.us), 2),
+            or_dash(point.score(), 3),
             point.over_ideal()
         )?;
-        for rival in Rival::ALL {
-            let us = point.rival(rival).map(|timing| timing.us);
-            write!(text, " {} | {} |", or_dash(us, 2), or_dash(point.speedup(rival), 2))?;
+        for baseline in Baseline::ALL {
+            let us = point.baseline(baseline).map(|timing| timing.us);
+            write!(text, " {} | {} |", or_dash(us, 2), or_dash(point.speedup(baseline), 2))?;
         }
         text.push_str(if point.mismatch.is_some() { " **wrong result**\n" } else { "\n" });
     }
     Ok(())
-}
-
-fn or_dash(value: Option<f64>, digits: usize) -> String {
-    value.map_or("-".into(), |value| format!("{value:.digits$}"))
 }
 
 /// The way from a directory to a file, with `/` between.
@@ -203,8 +327,9 @@ pub(super) mod tests {
             points: vec![point(1, 4096, 4096, 5.0), Point { fp8: None, ..point(64, 4096, 4096, 6.0) }],
             ..Run::default()
         };
-        let pictures = [Picture { path: "docs/a.svg".into(), title: "A".into() }];
-        let text = page(&run, &pictures, Path::new("docs")).unwrap();
+        let picture = Picture { path: "docs/a.svg".into(), title: "A".into() };
+        let pictures = Pictures { general: vec![picture], ..Pictures::default() };
+        let text = page(&[run], &pictures, Path::new("docs")).unwrap();
         for part in [
             "# LiquidGEMM on NVIDIA H100 80GB HBM3\n",
             "![A](a.svg)",
@@ -212,10 +337,64 @@ pub(super) mod tests {
             "Note: no cuBLASLt",
             "### N = 4096, K = 4096 (LLaMA-2-7B O, ",
             "| 64 | **6.00** |",
-            "| M 16–64 | 1 | - (≥ 1.85) not measured |",
+            "| M 16–64 | 1 | - (≥ 1.93) not measured | - |",
+            "| every M | 1 | - | 2.00 (≥ 1.00) met | - | - |",
+            "| pace | 2 turns, each 60 ms of rest, ",
+            "| 1 | 1 | **2.00** |",
         ] {
             assert!(text.contains(part), "{part:?} is missing in\n{text}");
         }
+        for part in ["## Run 1", "## Shards", "## Batch sizes between"] {
+            assert!(!text.contains(part), "{part:?} is in\n{text}");
+        }
+        assert_tables_are_whole(&text);
+    }
+
+    #[test]
+    fn page_of_several_runs_has_their_circumstances_and_a_section_for_each_list() {
+        let on = |device: &str, points| Run {
+            circumstances: Circumstances {
+                device: format!("{device}, 132 multiprocessors"),
+                kernels: format!("hash of {device}"),
+                ..Circumstances::default()
+            },
+            complete: true,
+            points,
+            ..Run::default()
+        };
+        let alone = |m, us| Point { fp8: None, stream: None, mma: None, ..point(m, 4096, 4096, us) };
+        let broken = vec![alone(17, 9.0), alone(24, 8.0)];
+        let breaks =
+            Some(vec![monotone::Break { n: 4096, k: 4096, m: 17, us: 9.0, larger_m: 24, larger_us: 8.0 }]);
+        let runs = [
+            on("A", vec![point(16, 4096, 4096, 5.0), point(24, 4096, 4096, 6.0)]),
+            on("B", vec![point(64, 2560, 8192, 5.0), point(96, 2560, 8192, 7.0)]),
+            Run { breaks, pace: crate::bench::replay::Pace::BRIEF, ..on("B", broken) },
+        ];
+        let picture = |name: &str| vec![Picture { path: name.into(), title: name.into() }];
+        let pictures =
+            Pictures { curves: picture("curve.svg"), shards: picture("shard.svg"), ..Pictures::default() };
+        let text = page(&runs, &pictures, Path::new("")).unwrap();
+        for part in [
+            "# LiquidGEMM on A, B\n",
+            "## Run 3 of 3\n",
+            "kernels from sources `hash of A`",
+            "kernels from sources `hash of B`",
+            "each 20 ms of rest",
+            "powers of two, without the shards.",
+            "| 16–64 | 1 | 0.800 |",
+            "| M 24–56 | 1 | 2.00 (≥ 1.90) met |",
+            "| M 24–56 | 1 | 0.800 |",
+            "NOT monotone: 1 of 2 points",
+            "![curve.svg](curve.svg)",
+            "| N = 2560, K = 8192 (LLaMA-3-70B QKV on 4 GPUs) | 2 |",
+            "- 2560x8192: the least × fp8 is 2.00, at M = 64",
+            "![shard.svg](shard.svg)",
+        ] {
+            assert!(text.contains(part), "{part:?} is missing in\n{text}");
+        }
+        // The run of our kernel alone has no rows.
+        assert!(!text.contains("| 17 |"), "{text}");
         assert_tables_are_whole(&text);
     }
 

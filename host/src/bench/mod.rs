@@ -3,10 +3,11 @@
 //! | file | what it does |
 //! |---|---|
 //! | [`shapes`], [`peers`] | which problems; what others' kernels take on them |
-//! | `replay` | how a kernel is timed: CUDA graphs, medians |
+//! | [`replay`] | how a kernel is timed: CUDA graphs, medians |
 //! | `arena`, `data` | device memory and the random numbers in it |
-//! | [`cublaslt`] | the rival, loaded when the program runs |
+//! | [`cublaslt`] | the baselines' library, loaded when the program runs |
 //! | [`run`] | one run over all problems; `check` compares results |
+//! | [`monotone`] | whether fewer tokens ever take longer than more |
 //! | [`sweep`] | every plan of a problem, to choose the planner's |
 //! | [`ablation`] | the kernel without one of its ideas at a time: the paper's figure 13 |
 //! | [`record`], [`statistics`], [`targets`] | results, their means, and what they are held against |
@@ -23,10 +24,11 @@ pub mod circumstances;
 pub mod cublaslt;
 mod data;
 pub mod markdown;
+pub mod monotone;
 pub mod peers;
 pub mod plots;
 pub mod record;
-mod replay;
+pub mod replay;
 pub mod run;
 pub mod shapes;
 pub mod statistics;

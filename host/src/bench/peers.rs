@@ -1,51 +1,35 @@
-//! What others' kernels take on an H100, measured once and kept in `peers.json`, whose first entry says where and
-//! how. Times move from machine to machine, so they are only ever used as ratios to cuBLASLt fp8 on the same page.
+//! What others' kernels take on an H100, measured once and kept in `peers.json` and `peers_humming.json`, whose first
+//! entries say where and how. Times move from machine to machine, so they are only ever used as ratios to cuBLASLt fp8 on
+//! the same page.
 
 use std::sync::LazyLock;
 
 use serde::Deserialize;
 
+use super::record::{Baseline, Point, Run};
 use super::shapes::Matrix;
+use super::statistics::geometric_mean;
 
-/// The page: every peer at every point.
+/// A page: some peers at every point of it.
 #[derive(Debug, Deserialize)]
 pub struct Page {
     /// Device, driver, date, versions and method.
     pub provenance: String,
     /// The peers' names, in the order of each point's times.
-    pub columns: Vec<String>,
-    /// One matrix and batch size each.
+    columns: Vec<String>,
+    /// One matrix and batch size each; one that was measured twice is there twice.
     pub points: Vec<PeerPoint>,
 }
 
-/// Every peer at one point.
+/// A page's peers at one point.
 #[derive(Debug, Deserialize)]
 pub struct PeerPoint {
-    /// Output channels.
-    pub n: usize,
-    /// Elements a channel.
-    pub k: usize,
+    n: usize,
+    k: usize,
     /// Tokens.
     pub m: usize,
     /// Microseconds, one a peer.
     us: Vec<f64>,
-}
-
-/// The peer that everything is compared through.
-const REFERENCE: &str = "cuBLASLt fp8";
-
-/// The page, read on first use.
-pub fn page() -> &'static Page {
-    static PAGE: LazyLock<Page> =
-        LazyLock::new(|| serde_json::from_str(include_str!("peers.json")).expect("peers.json is valid"));
-    &PAGE
-}
-
-impl Page {
-    /// The peers at one point, if they were measured there.
-    pub fn at(&self, m: usize, n: usize, k: usize) -> Option<&PeerPoint> {
-        self.points.iter().find(|point| (point.m, point.n, point.k) == (m, n, k))
-    }
 }
 
 impl PeerPoint {
@@ -53,43 +37,137 @@ impl PeerPoint {
     pub fn matrix(&self) -> Matrix {
         Matrix { n: self.n, k: self.k }
     }
+}
 
-    /// Name and time relative to cuBLASLt fp8 on the page, for every peer in the page's order.
-    pub fn relative(&self) -> impl Iterator<Item = (&'static str, f64)> {
-        let columns = &page().columns;
-        let reference = columns.iter().zip(&self.us).find(|(name, _)| *name == REFERENCE);
-        let reference = *reference.expect("peers.json has the reference").1;
-        columns.iter().map(String::as_str).zip(self.us.iter().map(move |us| us / reference))
-    }
+/// The peer that everything is compared through.
+pub const REFERENCE: &str = "cuBLASLt fp8";
 
-    /// The fastest peer: its name, and its time relative to cuBLASLt fp8.
-    pub fn best(&self) -> (&'static str, f64) {
-        self.relative().min_by(|(_, a), (_, b)| a.total_cmp(b)).expect("peers.json has peers")
+/// The pages, read on first use. The first one has every matrix at the powers of two.
+pub fn pages() -> &'static [Page; 2] {
+    static PAGES: LazyLock<[Page; 2]> = LazyLock::new(|| {
+        [include_str!("peers.json"), include_str!("peers_humming.json")]
+            .map(|text| serde_json::from_str(text).expect("a page of peers is valid"))
+    });
+    &PAGES
+}
+
+/// The peers' names, each once.
+pub fn names() -> Vec<&'static str> {
+    let mut names: Vec<&str> = Vec::new();
+    for name in pages().iter().flat_map(|page| &page.columns) {
+        if !names.contains(&name.as_str()) {
+            names.push(name);
+        }
     }
+    names
+}
+
+/// A peer's time at one point relative to cuBLASLt fp8 on its page; of several measurements the least. `None` where the peer
+/// was not measured.
+fn relative(name: &str, m: usize, n: usize, k: usize) -> Option<f64> {
+    let mut least: Option<f64> = None;
+    for page in pages() {
+        let column = |name| page.columns.iter().position(|column| column == name);
+        let (Some(peer), Some(reference)) = (column(name), column(REFERENCE)) else { continue };
+        for point in page.points.iter().filter(|point| (point.m, point.n, point.k) == (m, n, k)) {
+            let time = point.us[peer] / point.us[reference];
+            least = Some(least.map_or(time, |least| least.min(time)));
+        }
+    }
+    least
+}
+
+/// The fastest peer at one point: its name, and its time relative to cuBLASLt fp8. `None` where no peer was measured.
+pub fn best(m: usize, n: usize, k: usize) -> Option<(&'static str, f64)> {
+    let times = names().into_iter().filter_map(|name| Some((name, relative(name, m, n, k)?)));
+    times.min_by(|(_, a), (_, b)| a.total_cmp(b))
+}
+
+/// A run and the peers at one batch size: speeds relative to cuBLASLt fp8, geometric means over the same matrices.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Comparison {
+    /// Tokens.
+    pub m: usize,
+    /// How many matrices.
+    pub matrices: usize,
+    /// Our kernel, in the run.
+    pub ours: f64,
+    /// Every peer that was measured on all of the matrices.
+    pub peers: Vec<(&'static str, f64)>,
+    /// What the ideal floor would be.
+    pub limit: f64,
+}
+
+/// Compares a run with the peers at one batch size, on the run's matrices that have peers; `None` if there are none.
+pub fn compare(run: &Run, m: usize) -> Option<Comparison> {
+    let with_peers = |point: &&Point| point.m == m && relative(REFERENCE, m, point.n, point.k).is_some();
+    let points: Vec<(&Point, f64)> = run
+        .points
+        .iter()
+        .filter(with_peers)
+        .filter_map(|point| Some((point, point.speedup(Baseline::Fp8)?)))
+        .collect();
+    let speed = |name| -> Option<f64> {
+        let times: Option<Vec<f64>> =
+            points.iter().map(|(point, _)| relative(name, m, point.n, point.k)).collect();
+        geometric_mean(times?.into_iter().map(|time| 1.0 / time))
+    };
+    Some(Comparison {
+        m,
+        matrices: points.len(),
+        ours: geometric_mean(points.iter().map(|(_, speed)| *speed))?,
+        peers: names().into_iter().filter_map(|name| Some((name, speed(name)?))).collect(),
+        limit: geometric_mean(points.iter().map(|(point, speed)| speed * point.over_ideal()))?,
+    })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::bench::record::tests::point;
 
     #[test]
-    fn page_is_complete_and_positive() {
-        let page = page();
-        assert_eq!(page.points.len(), 120);
-        for point in &page.points {
-            assert_eq!(point.us.len(), page.columns.len());
-            assert!(point.us.iter().all(|us| us.is_finite() && *us > 0.0));
-            assert!(point.best().1 <= 1.0, "the reference is a peer too");
+    fn pages_are_complete_and_positive() {
+        assert_eq!(pages().each_ref().map(|page| page.points.len()), [120, 142]);
+        for page in pages() {
+            assert!(page.columns.iter().any(|name| name == REFERENCE));
+            for point in &page.points {
+                assert_eq!(point.us.len(), page.columns.len());
+                assert!(point.us.iter().all(|us| us.is_finite() && *us > 0.0));
+                let (_, time) = best(point.m, point.n, point.k).unwrap();
+                assert!(time <= 1.0, "the reference is a peer too");
+            }
         }
+        assert_eq!(names().len(), pages()[0].columns.len() + 2);
     }
 
     #[test]
     fn best_peer_of_known_points() {
-        let best = |m, n, k| page().at(m, n, k).unwrap().best();
-        let (name, ratio) = best(8, 57344, 8192);
+        let (name, ratio) = best(8, 57344, 8192).unwrap();
         assert_eq!(name, "Marlin W4A16 per channel");
         assert!((ratio - 97.7 / 170.4).abs() < 1e-3, "{ratio}");
-        assert_eq!(best(256, 12288, 4096).0, "CUTLASS int4 x fp8");
-        assert!(page().at(2, 12288, 4096).is_none());
+        assert_eq!(best(256, 12288, 4096).unwrap().0, "CUTLASS int4 x fp8");
+        // Measured twice: 49.22 / 29.57 and 51.6 / 30.0.
+        let (name, ratio) = best(96, 28672, 4096).unwrap();
+        assert_eq!(name, "Humming W4A8 per channel");
+        assert!((1.0 / ratio - 1.72).abs() < 5e-3, "{ratio}");
+        assert!(best(2, 12288, 4096).is_none());
+    }
+
+    #[test]
+    fn peers_are_compared_over_the_matrices_that_all_have() {
+        let run = |points| Run { points, ..Run::default() };
+        let both = run(vec![point(24, 4096, 4096, 5.0), point(24, 8192, 8192, 5.0)]);
+        // 8192×8192 has no peer at 24 tokens, and only Humming's page the other.
+        let comparison = compare(&both, 24).unwrap();
+        let names: Vec<&str> = comparison.peers.iter().map(|(name, _)| *name).collect();
+        assert_eq!(comparison.matrices, 1);
+        assert_eq!(names, [REFERENCE, "Humming W4A8 per channel", "Humming W4A8 g128"]);
+        assert!((comparison.ours - 2.0).abs() < 1e-12);
+        assert_eq!(
+            compare(&run(vec![point(64, 4096, 4096, 5.0)]), 64).unwrap().peers.len(),
+            super::names().len()
+        );
+        assert!(compare(&both, 64).is_none());
     }
 }

@@ -4,11 +4,13 @@
 use std::io::Write;
 use std::path::Path;
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::circumstances::Circumstances;
+use super::monotone::Break;
+use super::replay::Pace;
 use super::shapes::{Matrix, distinct};
 use super::statistics::Timing;
 
@@ -17,9 +19,9 @@ const IDEAL_BYTES_PER_SECOND: f64 = 3.10e12;
 /// int8 operations a second of the H100's data sheet, at its boost clock.
 const IDEAL_OPERATIONS_PER_SECOND: f64 = 1979e12;
 
-/// A library's kernels in the same run.
+/// A kernel of cuBLASLt, measured in the same run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-pub enum Rival {
+pub enum Baseline {
     /// cuBLASLt int8 × int8 → int32, without scales.
     Int8,
     /// cuBLASLt e4m3 × e4m3 → bf16 with one scale a tensor.
@@ -28,16 +30,16 @@ pub enum Rival {
     Bf16,
 }
 
-impl Rival {
-    /// Every rival, in the order of the columns.
-    pub const ALL: [Rival; 3] = [Rival::Int8, Rival::Fp8, Rival::Bf16];
+impl Baseline {
+    /// All of them, in the order of the columns.
+    pub const ALL: [Baseline; 3] = [Baseline::Int8, Baseline::Fp8, Baseline::Bf16];
 
     /// The column's name.
     pub const fn name(self) -> &'static str {
         match self {
-            Rival::Int8 => "int8",
-            Rival::Fp8 => "fp8",
-            Rival::Bf16 => "bf16",
+            Baseline::Int8 => "int8",
+            Baseline::Fp8 => "fp8",
+            Baseline::Bf16 => "bf16",
         }
     }
 }
@@ -55,10 +57,10 @@ pub struct Point {
     pub plan: String,
     /// Our kernel, bf16 output.
     pub ours: Timing,
-    /// The probe that only reads.
-    pub stream: Timing,
-    /// The probe that only multiplies.
-    pub mma: Timing,
+    /// The probe that only reads, if the run had probes.
+    pub stream: Option<Timing>,
+    /// The probe that only multiplies, if the run had probes.
+    pub mma: Option<Timing>,
     /// cuBLASLt int8.
     pub int8: Option<Timing>,
     /// cuBLASLt fp8.
@@ -72,6 +74,11 @@ pub struct Point {
 }
 
 impl Point {
+    /// How many kernels were measured beside ours.
+    fn columns(&self) -> usize {
+        [&self.stream, &self.mma, &self.int8, &self.fp8, &self.bf16].into_iter().flatten().count()
+    }
+
     /// The weights.
     pub fn matrix(&self) -> Matrix {
         Matrix { n: self.n, k: self.k }
@@ -92,14 +99,14 @@ impl Point {
         2.0 * self.m as f64 * self.n as f64 * self.k as f64
     }
 
-    /// The speed of light of this run: the slower probe, in microseconds.
-    pub fn floor(&self) -> f64 {
-        self.stream.us.max(self.mma.us)
+    /// The speed of light of this run: the slower probe, in microseconds. `None` without probes.
+    pub fn floor(&self) -> Option<f64> {
+        Some(self.stream?.us.max(self.mma?.us))
     }
 
-    /// Floor over time: 1 is the limit.
-    pub fn score(&self) -> f64 {
-        self.floor() / self.ours.us
+    /// Floor over time: 1 is the limit. `None` without probes.
+    pub fn score(&self) -> Option<f64> {
+        Some(self.floor()? / self.ours.us)
     }
 
     /// The data sheet's floor in microseconds; no launch cost in it.
@@ -123,18 +130,18 @@ impl Point {
         self.weight_bytes() as f64 / self.ours.us / 1e3
     }
 
-    /// A rival's time.
-    pub fn rival(&self, rival: Rival) -> Option<&Timing> {
-        match rival {
-            Rival::Int8 => self.int8.as_ref(),
-            Rival::Fp8 => self.fp8.as_ref(),
-            Rival::Bf16 => self.bf16.as_ref(),
+    /// A baseline's time.
+    pub fn baseline(&self, baseline: Baseline) -> Option<&Timing> {
+        match baseline {
+            Baseline::Int8 => self.int8.as_ref(),
+            Baseline::Fp8 => self.fp8.as_ref(),
+            Baseline::Bf16 => self.bf16.as_ref(),
         }
     }
 
-    /// A rival's time over ours: above 1 we are faster.
-    pub fn speedup(&self, rival: Rival) -> Option<f64> {
-        Some(self.rival(rival)?.us / self.ours.us)
+    /// A baseline's time over ours: above 1 we are faster.
+    pub fn speedup(&self, baseline: Baseline) -> Option<f64> {
+        Some(self.baseline(baseline)?.us / self.ours.us)
     }
 }
 
@@ -145,7 +152,7 @@ pub(super) fn weight_bytes(n: usize, k: usize) -> usize {
 
 /// Bytes that a GEMM can't avoid to move: packed weights, int8 activations, bf16 output.
 pub(super) fn moved_bytes(m: usize, n: usize, k: usize) -> usize {
-    weight_bytes(n, k).saturating_add(m * k + 2 * m * n)
+    weight_bytes(n, k).saturating_add(m.saturating_mul(k.saturating_add(n.saturating_mul(2))))
 }
 
 /// A whole run.
@@ -156,6 +163,12 @@ pub struct Run {
     pub circumstances: Circumstances,
     /// Which cuBLASLt ran, and how it was asked.
     pub cublaslt: String,
+    /// How much was measured.
+    #[serde(default)]
+    pub pace: Pace,
+    /// Where fewer tokens take longer than more, if the run was to find out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub breaks: Option<Vec<Break>>,
     /// Why a column is empty, and other remarks.
     pub notes: Vec<String>,
     /// False while points are still missing.
@@ -176,9 +189,50 @@ impl Run {
     /// Reads a run back.
     ///
     /// # Errors
-    /// If the file can't be read or holds something else.
+    /// If the file can't be read or holds something else, which a dimension or a time of 0 is as well.
     pub fn load(path: &Path) -> anyhow::Result<Self> {
-        read_json(path, "run of the bench")
+        let run: Self = read_json(path, "run of the bench")?;
+        let plausible = run.points.iter().all(|point| {
+            let probes = [Some(&point.ours), point.stream.as_ref(), point.mma.as_ref()];
+            let baselines = Baseline::ALL.map(|baseline| point.baseline(baseline));
+            point.m.min(point.n).min(point.k) > 0
+                && probes.into_iter().chain(baselines).flatten().all(Timing::is_plausible)
+        }) && run.breaks.iter().flatten().all(|one| one.us > 0.0 && one.larger_us > 0.0);
+        ensure!(plausible, "{} has a dimension or a time that is not above 0", path.display());
+        Ok(run)
+    }
+
+    /// One run with the points of all, each once: of several at the same place the one with the most columns, and of those
+    /// the last. Runs that measured our kernel alone, for [`breaks`](Self::breaks), count only if there are no others. The
+    /// circumstances are those of the first run that counts.
+    pub fn merged(runs: &[Run]) -> Run {
+        let compared = |run: &&Run| run.breaks.is_none();
+        let mut counted: Vec<&Run> = runs.iter().filter(compared).collect();
+        if counted.is_empty() {
+            counted = runs.iter().collect();
+        }
+        let Some((first, others)) = counted.split_first() else {
+            return Run::default();
+        };
+        let mut merged = Run { points: Vec::new(), ..(*first).clone() };
+        merged.complete = counted.iter().all(|run| run.complete);
+        for note in others.iter().flat_map(|run| &run.notes) {
+            if !merged.notes.contains(note) {
+                merged.notes.push(note.clone());
+            }
+        }
+        for point in counted.iter().flat_map(|run| &run.points) {
+            let same = |other: &&mut Point| (other.m, other.matrix()) == (point.m, point.matrix());
+            match merged.points.iter_mut().find(same) {
+                Some(other) if other.columns() <= point.columns() => *other = point.clone(),
+                Some(_) => {}
+                None => merged.points.push(point.clone()),
+            }
+        }
+        // By matrix, each where it first occurs, and then by M.
+        let order = merged.matrices();
+        merged.points.sort_by_key(|point| (order.iter().position(|&other| other == point.matrix()), point.m));
+        merged
     }
 
     /// The matrices, in the order in which they first occur.
@@ -238,7 +292,7 @@ fn permissions() -> std::fs::Permissions {
 pub(super) mod tests {
     use super::*;
 
-    /// A point whose rivals take 3, 2 and 4 times as long as our kernel.
+    /// A point whose baselines take 3, 2 and 4 times as long as our kernel.
     pub(crate) fn point(m: usize, n: usize, k: usize, us: f64) -> Point {
         let timing = |us: f64| Timing::new(vec![us * 0.99, us, us * 1.02], 20).unwrap();
         Point {
@@ -247,8 +301,8 @@ pub(super) mod tests {
             k,
             plan: "tile".into(),
             ours: timing(us),
-            stream: timing(us * 0.8),
-            mma: timing(us * 0.5),
+            stream: Some(timing(us * 0.8)),
+            mma: Some(timing(us * 0.5)),
             int8: Some(timing(us * 3.0)),
             fp8: Some(timing(us * 2.0)),
             bf16: Some(timing(us * 4.0)),
@@ -264,8 +318,8 @@ pub(super) mod tests {
         assert!((point.ideal() - 69.448).abs() < 0.01, "{}", point.ideal());
         assert!((point.over_ideal() - 1.43993).abs() < 1e-3);
         assert!((point.tops() - 1374.39).abs() < 0.1);
-        assert!((point.score() - 0.8).abs() < 1e-12);
-        assert_eq!(point.speedup(Rival::Fp8), Some(2.0));
+        assert!((point.score().unwrap() - 0.8).abs() < 1e-12);
+        assert_eq!(point.speedup(Baseline::Fp8), Some(2.0));
         // One token: bytes decide.
         assert!((super::tests::point(1, 4096, 4096, 10.0).ideal() - 2.879).abs() < 1e-3);
     }
@@ -286,5 +340,59 @@ pub(super) mod tests {
         assert_eq!(run.mismatches().count(), 1);
         std::fs::write(&path, "{}").unwrap();
         assert!(Run::load(&path).is_err());
+    }
+
+    #[test]
+    fn runs_without_pace_probes_or_breaks_are_read_as_they_were_written_then() {
+        let mut run =
+            serde_json::to_value(Run { points: vec![point(1, 64, 128, 3.25)], ..Run::default() }).unwrap();
+        run.as_object_mut().unwrap().remove("pace").unwrap();
+        assert!(run.get("breaks").is_none());
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("run.json");
+        write_json(&path, &run).unwrap();
+        let loaded = Run::load(&path).unwrap();
+        assert_eq!((loaded.pace, loaded.breaks), (Pace::THOROUGH, None));
+        for column in ["stream", "mma"] {
+            run["points"][0].as_object_mut().unwrap().remove(column).unwrap();
+        }
+        write_json(&path, &run).unwrap();
+        assert_eq!(Run::load(&path).unwrap().points[0].score(), None);
+    }
+
+    #[test]
+    fn times_and_dimensions_of_zero_are_refused() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("run.json");
+        let wrong: [fn(&mut Point); 4] = [
+            |point| point.ours.us = 0.0,
+            |point| point.fp8.as_mut().unwrap().us = 0.0,
+            |point| point.mma.as_mut().unwrap().us = 0.0,
+            |point| point.m = 0,
+        ];
+        for spoil in wrong {
+            let mut point = point(1, 64, 128, 3.25);
+            spoil(&mut point);
+            Run { points: vec![point], ..Run::default() }.save(&path).unwrap();
+            let error = Run::load(&path).unwrap_err().to_string();
+            assert!(error.ends_with("run.json has a dimension or a time that is not above 0"), "{error}");
+        }
+    }
+
+    #[test]
+    fn merged_runs_have_every_point_once_and_the_one_with_most_columns() {
+        let run = |points| Run { points, complete: true, ..Run::default() };
+        let bare = Point { fp8: None, ..point(8, 64, 64, 9.0) };
+        let runs = [
+            run(vec![point(8, 64, 64, 1.0), point(16, 64, 64, 2.0), point(1, 64, 128, 3.0)]),
+            Run { complete: false, ..run(vec![bare, point(4, 64, 64, 4.0), point(16, 64, 64, 5.0)]) },
+            Run { breaks: Some(Vec::new()), ..run(vec![point(24, 64, 64, 6.0)]) },
+        ];
+        let merged = Run::merged(&runs);
+        let times: Vec<(usize, f64)> = merged.points.iter().map(|point| (point.m, point.ours.us)).collect();
+        assert_eq!(times, [(4, 4.0), (8, 1.0), (16, 5.0), (1, 3.0)]);
+        assert!(!merged.complete);
+        assert_eq!(Run::merged(&runs[2..]).points, runs[2].points);
+        assert!(Run::merged(&[]).points.is_empty());
     }
 }

@@ -2,23 +2,26 @@
 //! each replay give its time. Launch costs on the host stay outside, and the launches follow one another as
 //! they do in a server.
 
+use std::fmt;
 use std::ptr;
 use std::time::Duration;
 
 use cust::event::{Event, EventFlags};
 use cust::stream::Stream;
 use cust::sys::{self, CUgraph, CUgraphExec, CUstreamCaptureMode_enum};
+use serde::{Deserialize, Serialize};
 
 use super::statistics::Timing;
 use crate::gpu::{During, GpuError};
 
 /// How much is measured.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Pace {
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pace {
     /// Each kernel is replayed in so many turns, so that a slow drift of the clocks meets all kernels alike …
     turns: usize,
-    /// … each after an idle rest, so that every kernel finds a GPU that the one before it has not heated or throttled …
-    rest: Duration,
+    /// … each after an idle rest of so many milliseconds, so that every kernel finds a GPU that the one before it has not
+    /// heated or throttled …
+    rest_ms: u64,
     /// … with so many replays that don't count …
     warm_up_replays: usize,
     /// … and so many that do. They follow one another: what power a kernel draws itself, it is measured with.
@@ -26,12 +29,29 @@ pub(super) struct Pace {
 }
 
 impl Pace {
-    /// For results.
-    pub(super) const THOROUGH: Self =
-        Self { turns: 2, rest: Duration::from_millis(60), warm_up_replays: 2, replays: 6 };
+    /// For results. A kernel takes 120 ms of rest and 16 replays of 1 to 15 ms.
+    pub const THOROUGH: Self = Self { turns: 2, rest_ms: 60, warm_up_replays: 2, replays: 6 };
+    /// For many points: a third of the time, with as much rest for each replay. A kernel takes 40 ms of rest and 6 replays.
+    pub const BRIEF: Self = Self { turns: 2, rest_ms: 20, warm_up_replays: 1, replays: 2 };
     /// For ranking many plans.
-    pub(super) const BRIEF: Self =
-        Self { turns: 1, rest: Duration::from_millis(20), warm_up_replays: 1, replays: 3 };
+    pub(super) const RANKING: Self = Self { turns: 1, rest_ms: 20, warm_up_replays: 1, replays: 3 };
+}
+
+/// The pace of every run that was recorded before there was a choice.
+impl Default for Pace {
+    fn default() -> Self {
+        Self::THOROUGH
+    }
+}
+
+impl fmt::Display for Pace {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { turns, rest_ms, warm_up_replays, replays } = self;
+        write!(
+            f,
+            "{turns} turns, each {rest_ms} ms of rest, {warm_up_replays} replays that don't count and {replays} that do"
+        )
+    }
 }
 
 /// A replay should last so long that its own start does not matter …
@@ -79,7 +99,7 @@ impl<'s> Clock<'s> {
             contenders.iter().map(|contender| self.prepare(contender)).collect();
         for _ in 0..self.pace.turns {
             for race in &mut races {
-                std::thread::sleep(self.pace.rest);
+                std::thread::sleep(Duration::from_millis(self.pace.rest_ms));
                 if let Ok(ready) = race
                     && let Err(error) = self.turn(ready)
                 {

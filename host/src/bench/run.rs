@@ -12,7 +12,8 @@ use super::check::{self, Reference};
 use super::circumstances::Circumstances;
 use super::cublaslt::{CublasLt, Gemm};
 use super::data;
-use super::record::{Point, Rival, Run, moved_bytes};
+use super::monotone;
+use super::record::{Baseline, Point, Run, moved_bytes};
 use super::replay::{Clock, Contender, Pace};
 use super::shapes::{Case, Matrix};
 use super::statistics::Timing;
@@ -24,10 +25,16 @@ use crate::{OutputType, PackedWeights, Plan};
 pub struct Options {
     /// The problems.
     pub cases: Vec<Case>,
-    /// Whether cuBLASLt runs too.
-    pub cublaslt: bool,
-    /// How many of its heuristics' algorithms are tried; the fastest counts.
+    /// What of cuBLASLt runs too.
+    pub baselines: Vec<Baseline>,
+    /// Whether the probes run too.
+    pub probes: bool,
+    /// How many of cuBLASLt's heuristics' algorithms are tried; the fastest counts.
     pub algorithms: usize,
+    /// How much is measured.
+    pub pace: Pace,
+    /// Whether to find out where fewer tokens take longer than more.
+    pub monotone: bool,
     /// A token tile to use instead of the planner's choice.
     pub tile: Option<TileShape>,
 }
@@ -49,26 +56,26 @@ pub trait Observer {
 
 /// Measures everything.
 ///
-/// A wrong result of our kernel is recorded in its point and does not end the run; a rival that fails leaves its
+/// A wrong result of our kernel is recorded in its point and does not end the run; a baseline that fails leaves its
 /// column empty.
 ///
 /// # Errors
 /// If the GPU or our kernel fails, or the observer does.
 pub fn run(gpu: &Gpu, options: &Options, observer: &mut dyn Observer) -> anyhow::Result<Run> {
-    let mut run = Run { circumstances: Circumstances::of(gpu), ..Run::default() };
-    let cublaslt =
-        if options.cublaslt { open_cublaslt(options.algorithms, &mut run, observer) } else { None };
-    let stage = Stage::new(gpu, &options.cases, cublaslt)?;
+    let mut run = Run { circumstances: Circumstances::of(gpu), pace: options.pace, ..Run::default() };
+    let cublaslt = if options.baselines.is_empty() {
+        None
+    } else {
+        open_cublaslt(options.algorithms, &mut run, observer)
+    };
+    let stage = Stage::new(gpu, &options.cases, cublaslt, &options.baselines)?;
     for case in &options.cases {
-        let bed = stage.bed(case)?;
+        let fixture = stage.fixture(case)?;
+        let first = run.points.len();
         for &m in &case.tokens {
             observer.starts(m, case.matrix);
-            let plan = match options.tile {
-                Some(tile) => Plan::with_tile(m, bed.n(), bed.k(), tile, gpu.multiprocessors())?,
-                None => gpu.plan(m, bed.n(), bed.k())?,
-            };
             let (point, remarks) = stage
-                .point(&bed, m, &plan, options.algorithms)
+                .point(&fixture, m, options)
                 .with_context(|| format!("measuring M = {m}, N×K = {}", case.matrix))?;
             run.points.push(point);
             for remark in remarks {
@@ -78,6 +85,12 @@ pub fn run(gpu: &Gpu, options: &Options, observer: &mut dyn Observer) -> anyhow:
                 }
             }
             observer.measured(&run)?;
+        }
+        if options.monotone {
+            let found = monotone::confirmed(&mut run.points[first..], |points, pair| {
+                stage.measure_again(&fixture, points, pair, options)
+            })?;
+            run.breaks.get_or_insert_default().extend(found);
         }
     }
     run.complete = true;
@@ -109,16 +122,18 @@ pub(super) struct Stage<'g> {
     pub(super) stream: Stream,
     pub(super) workspace: Workspace,
     pub(super) arena: Arena,
+    /// Empty if there is no cuBLASLt.
+    baselines: Vec<Baseline>,
     cublaslt: Option<CublasLt>,
 }
 
 /// Our weights for one matrix, and what the products with them should be.
-pub(super) struct Bed {
+pub(super) struct Fixture {
     weights: Vec<DeviceWeights>,
     reference: Reference,
 }
 
-impl Bed {
+impl Fixture {
     pub(super) fn n(&self) -> usize {
         self.weights[0].n()
     }
@@ -129,8 +144,14 @@ impl Bed {
 }
 
 impl<'g> Stage<'g> {
-    /// For these problems, with cuBLASLt if it is to be measured too.
-    pub(super) fn new(gpu: &'g Gpu, cases: &[Case], cublaslt: Option<CublasLt>) -> anyhow::Result<Self> {
+    /// For these problems, with these of cuBLASLt's products, if there is one.
+    pub(super) fn new(
+        gpu: &'g Gpu,
+        cases: &[Case],
+        cublaslt: Option<CublasLt>,
+        baselines: &[Baseline],
+    ) -> anyhow::Result<Self> {
+        let baselines = if cublaslt.is_some() { baselines.to_vec() } else { Vec::new() };
         for Case { matrix, .. } in cases {
             ensure!(matrix.k.is_multiple_of(16), "the bench takes K in multiples of 16, and {matrix} isn't");
         }
@@ -139,7 +160,8 @@ impl<'g> Stage<'g> {
             gpu,
             stream: Stream::new(StreamFlags::NON_BLOCKING, None)?,
             workspace: gpu.workspace()?,
-            arena: Arena::new(cases, cublaslt.is_some(), gpu.multiprocessors())?,
+            arena: Arena::new(cases, &baselines, gpu.multiprocessors())?,
+            baselines,
             cublaslt,
         })
     }
@@ -149,10 +171,10 @@ impl<'g> Stage<'g> {
     }
 
     /// Makes a matrix's weights, uploads copies of them, and computes the reference.
-    pub(super) fn bed(&self, case: &Case) -> anyhow::Result<Bed> {
+    pub(super) fn fixture(&self, case: &Case) -> anyhow::Result<Fixture> {
         let weights = data::random_weights(case.matrix.n, case.matrix.k)?;
         let copies = arena::copies(weights.bricks().len());
-        Ok(Bed {
+        Ok(Fixture {
             weights: (0..copies).map(|_| self.gpu.upload(&weights)).collect::<Result<_, _>>()?,
             reference: self.reference(&weights, case)?,
         })
@@ -163,54 +185,84 @@ impl<'g> Stage<'g> {
         Reference::new(weights, self.arena.int8(), &self.arena.token_scales, &case.tokens)
     }
 
-    /// Measures one problem. The second result are remarks about rivals that could not be measured.
+    /// Measures one problem. The second result are remarks about baselines that could not be measured.
     fn point(
         &self,
-        bed: &Bed,
+        fixture: &Fixture,
         m: usize,
-        plan: &Plan,
-        algorithms: usize,
+        options: &Options,
     ) -> anyhow::Result<(Point, BTreeSet<String>)> {
-        let (n, k) = (bed.n(), bed.k());
-        let clock = self.clock(Pace::THOROUGH)?;
+        let (n, k) = (fixture.n(), fixture.k());
+        let plan = self.plan(fixture, m, options)?;
+        let clock = self.clock(options.pace)?;
         let mut remarks = BTreeSet::new();
-        let mut remark = |rival: Rival, error: &anyhow::Error| {
-            remarks.insert(format!("cuBLASLt {}: {error:#}", rival.name()).replace('\n', " "));
+        let mut remark = |baseline: Baseline, error: &anyhow::Error| {
+            remarks.insert(format!("cuBLASLt {}: {error:#}", baseline.name()).replace('\n', " "));
         };
 
-        let mut contenders =
-            vec![self.ours(bed, m, plan), self.stream_probe(m, n, k), self.mma_probe(m, n, k)];
+        let mut contenders = vec![self.ours(fixture, m, &plan)];
+        if options.probes {
+            contenders.extend([self.stream_probe(m, n, k), self.mma_probe(m, n, k)]);
+        }
         let mut entered = Vec::new();
-        for rival in Rival::ALL {
-            match self.rival(&clock, rival, m, n, k, algorithms) {
-                Ok(Some((contender, tokens))) => {
+        for &baseline in &self.baselines {
+            match self.baseline(&clock, baseline, m, n, k, options.algorithms) {
+                Ok((contender, tokens)) => {
                     contenders.push(contender);
-                    entered.push(rival);
+                    entered.push(baseline);
                     if tokens != m {
-                        remark(rival, &anyhow::anyhow!("M = {m} is measured as M = {tokens}"));
+                        remark(baseline, &anyhow::anyhow!("M = {m} is measured as M = {tokens}"));
                     }
                 }
-                Ok(None) => {}
-                Err(error) => remark(rival, &error),
+                Err(error) => remark(baseline, &error),
             }
         }
 
         self.clear_output()?;
         let mut timings = clock.measure(&contenders).into_iter();
         let mut next = || timings.next().unwrap_or_else(|| bail!("not measured"));
-        let [ours, stream, mma] = [next()?, next()?, next()?];
-        let mut rivals: [Option<Timing>; Rival::ALL.len()] = [None; Rival::ALL.len()];
-        for rival in entered {
+        let ours = next()?;
+        let (stream, mma) = if options.probes { (Some(next()?), Some(next()?)) } else { (None, None) };
+        let mut baselines: [Option<Timing>; Baseline::ALL.len()] = [None; Baseline::ALL.len()];
+        for baseline in entered {
             match next() {
-                Ok(timing) => rivals[rival as usize] = Some(timing),
-                Err(error) => remark(rival, &error),
+                Ok(timing) => baselines[baseline as usize] = Some(timing),
+                Err(error) => remark(baseline, &error),
             }
         }
-        let (tokens_checked, mismatch) = bed.reference.compare(&self.arena, m)?;
-        let [int8, fp8, bf16] = rivals;
+        let (tokens_checked, mismatch) = fixture.reference.compare(&self.arena, m)?;
+        let [int8, fp8, bf16] = baselines;
         let plan = plan.to_string();
         let point = Point { m, n, k, plan, ours, stream, mma, int8, fp8, bf16, tokens_checked, mismatch };
         Ok((point, remarks))
+    }
+
+    /// The plan of one problem: the planner's, or one with the tile that was asked for.
+    fn plan(&self, fixture: &Fixture, m: usize, options: &Options) -> anyhow::Result<Plan> {
+        let (n, k) = (fixture.n(), fixture.k());
+        Ok(match options.tile {
+            Some(tile) => Plan::with_tile(m, n, k, tile, self.gpu.multiprocessors())?,
+            None => self.gpu.plan(m, n, k)?,
+        })
+    }
+
+    /// Times our kernel on two of a matrix's problems once more, in turns.
+    fn measure_again(
+        &self,
+        fixture: &Fixture,
+        points: &mut [Point],
+        pair: [usize; 2],
+        options: &Options,
+    ) -> anyhow::Result<()> {
+        let mut contenders = Vec::new();
+        for index in pair {
+            let m = points[index].m;
+            contenders.push(self.ours(fixture, m, &self.plan(fixture, m, options)?));
+        }
+        for (index, timing) in pair.into_iter().zip(self.clock(Pace::THOROUGH)?.measure(&contenders)) {
+            points[index].ours = timing?;
+        }
+        Ok(())
     }
 
     /// Overwrites our output, so that what an earlier launch left there can't pass for this one's.
@@ -219,19 +271,19 @@ impl<'g> Stage<'g> {
     }
 
     /// Whether the output of the last launch of our kernel is right: the first difference, if there is one.
-    pub(super) fn difference(&self, bed: &Bed, m: usize) -> anyhow::Result<Option<String>> {
-        Ok(bed.reference.compare(&self.arena, m)?.1)
+    pub(super) fn difference(&self, fixture: &Fixture, m: usize) -> anyhow::Result<Option<String>> {
+        Ok(fixture.reference.compare(&self.arena, m)?.1)
     }
 
     /// Our kernel.
-    pub(super) fn ours<'a>(&'a self, bed: &'a Bed, m: usize, plan: &Plan) -> Contender<'a> {
-        let operands = self.operands([m, bed.n(), bed.k()]);
+    pub(super) fn ours<'a>(&'a self, fixture: &'a Fixture, m: usize, plan: &Plan) -> Contender<'a> {
+        let operands = self.operands([m, fixture.n(), fixture.k()]);
         let plan = *plan;
         Contender {
-            copies: bed.weights.len(),
+            copies: fixture.weights.len(),
             launch: Box::new(move |copy| {
-                let (weights, workspace, stream) = (&bed.weights[copy], &self.workspace, &self.stream);
-                // SAFETY: all memory lives in the stage and the bed, and one stream orders the launches.
+                let (weights, workspace, stream) = (&fixture.weights[copy], &self.workspace, &self.stream);
+                // SAFETY: all memory lives in the stage and the fixture, and one stream orders the launches.
                 unsafe { self.gpu.gemm(weights, &operands, &plan, workspace, stream) }?;
                 Ok(())
             }),
@@ -285,38 +337,35 @@ impl<'g> Stage<'g> {
         }
     }
 
-    /// A rival, checked, and the tokens that it is measured with: more than `m` where it takes no fewer. `None`
-    /// if there are no rivals in this run.
-    fn rival(
+    /// A baseline, checked, and the tokens that it is measured with: more than `m` where it takes no fewer.
+    fn baseline(
         &self,
         clock: &Clock<'_>,
-        rival: Rival,
+        baseline: Baseline,
         m: usize,
         n: usize,
         k: usize,
         algorithms: usize,
-    ) -> anyhow::Result<Option<(Contender<'_>, usize)>> {
-        let Some(library) = &self.cublaslt else {
-            return Ok(None);
-        };
-        let operands = &self.arena.operands[rival as usize];
+    ) -> anyhow::Result<(Contender<'_>, usize)> {
+        let library = self.cublaslt.as_ref().context("there is no cuBLASLt")?;
+        let operands = self.arena.operands(baseline).context("no memory for it")?;
         let slices = operands.slices(n, k).context("no memory for it")?;
-        let mut outcome = self.fastest(clock, library, rival, [m, n, k], algorithms, &slices);
+        let mut outcome = self.fastest(clock, library, baseline, [m, n, k], algorithms, &slices);
         let mut tokens = m;
         for padded in [16, MAX_PADDED_TOKENS] {
             if outcome.is_err() && m < padded {
-                let retry = self.fastest(clock, library, rival, [padded, n, k], algorithms, &slices);
+                let retry = self.fastest(clock, library, baseline, [padded, n, k], algorithms, &slices);
                 if retry.is_ok() {
                     (outcome, tokens) = (retry, padded);
                 }
             }
         }
         let contender = outcome?;
-        arena::set_bytes(&self.arena.rival_output, 0xFF)?;
+        arena::set_bytes(&self.arena.baseline_output, 0xFF)?;
         (contender.launch)(0)?;
         self.stream.synchronize()?;
-        check::rival_is_right(rival, &self.arena, operands, [tokens, n, k])?;
-        Ok(Some((contender, tokens)))
+        check::baseline_is_right(baseline, &self.arena, operands, [tokens, n, k])?;
+        Ok((contender, tokens))
     }
 
     /// The fastest of a library's algorithms for a product.
@@ -324,14 +373,14 @@ impl<'g> Stage<'g> {
         &'a self,
         clock: &Clock<'_>,
         library: &'a CublasLt,
-        rival: Rival,
+        baseline: Baseline,
         [m, n, k]: [usize; 3],
         algorithms: usize,
         slices: &Slices,
     ) -> anyhow::Result<Contender<'a>> {
         let mut fastest: Option<(f64, Contender<'a>)> = None;
         let mut failure = None;
-        for gemm in library.gemm(rival, m, n, k, algorithms)? {
+        for gemm in library.gemm(baseline, m, n, k, algorithms)? {
             let contender = self.library_contender(gemm, slices);
             match clock.estimate(&contender) {
                 Ok(us) if fastest.as_ref().is_none_or(|(best, _)| us < *best) => {
@@ -350,7 +399,7 @@ impl<'g> Stage<'g> {
 
     fn library_contender<'a>(&'a self, gemm: Gemm<'a>, slices: &Slices) -> Contender<'a> {
         let Slices { first_weights, stride, copies, activations } = *slices;
-        let output = DeviceSpan::from(&self.arena.rival_output).address();
+        let output = DeviceSpan::from(&self.arena.baseline_output).address();
         Contender {
             copies,
             launch: Box::new(move |copy| {

@@ -57,16 +57,30 @@ struct Model {
     intermediate: usize,
 }
 
-const MODELS: [Model; 6] = [
+const MODELS: [Model; 7] = [
     Model { name: "LLaMA-2-7B", hidden: 4096, key_value: 4096, intermediate: 11008 },
     Model { name: "LLaMA-2-13B", hidden: 5120, key_value: 5120, intermediate: 13824 },
     Model { name: "LLaMA-2-70B", hidden: 8192, key_value: 1024, intermediate: 28672 },
+    LLAMA_3_70B,
     Model { name: "LLaMA-3-8B", hidden: 4096, key_value: 1024, intermediate: 14336 },
     Model { name: "Mistral-7B", hidden: 4096, key_value: 1024, intermediate: 14336 },
     Model { name: "Yi-34B", hidden: 7168, key_value: 1024, intermediate: 20480 },
 ];
 
+/// The model whose shards are measured.
+const LLAMA_3_70B: Model = Model { name: "LLaMA-3-70B", hidden: 8192, key_value: 1024, intermediate: 28672 };
+/// How many GPUs its layers are cut for.
+const SHARDED_OVER: [usize; 2] = [4, 8];
+
 impl Model {
+    /// Its layers cut for tensor parallelism: QKV and gate-up by their channels, O and down along K.
+    fn shards(&self, gpus: usize) -> [(&'static str, Matrix); 4] {
+        self.layers().map(|(name, Matrix { n, k })| match name {
+            "O" | "down" => (name, Matrix { n, k: k / gpus }),
+            _ => (name, Matrix { n: n / gpus, k }),
+        })
+    }
+
     fn layers(&self) -> [(&'static str, Matrix); 4] {
         let (hidden, intermediate) = (self.hidden, self.intermediate);
         [
@@ -88,7 +102,84 @@ pub fn origin(matrix: Matrix) -> String {
             }
         }
     }
+    for gpus in SHARDED_OVER {
+        for (layer, candidate) in LLAMA_3_70B.shards(gpus) {
+            if candidate == matrix {
+                names.push(format!("{} {layer} on {gpus} GPUs", LLAMA_3_70B.name));
+            }
+        }
+    }
     names.join(", ")
+}
+
+/// Batch sizes between the powers of two.
+const BETWEEN: [usize; 26] = [
+    24, 40, 48, 56, 72, 80, 96, 112, 136, 160, 176, 192, 208, 224, 240, 272, 320, 352, 384, 448, 640, 768,
+    896, 1280, 1536, 3072,
+];
+/// Batch sizes of the shards beside the powers of two.
+const SHARDS_BETWEEN: [usize; 10] = [24, 48, 96, 160, 192, 224, 320, 384, 640, 768];
+/// Batch sizes beside the multiples of 8 at which time must not fall with M: just above a tile, and odd ones.
+const ODD: [usize; 12] = [17, 33, 65, 100, 129, 200, 257, 333, 500, 513, 1000, 1025];
+/// Matrices whose time is drawn against every eighth M: of each layer one.
+const CURVES: [Matrix; 4] = [
+    Matrix { n: 4096, k: 4096 },
+    Matrix { n: 12288, k: 4096 },
+    Matrix { n: 28672, k: 4096 },
+    Matrix { n: 8192, k: 28672 },
+];
+
+/// 1, 8, 16 … 512.
+fn steps_of_eight() -> Vec<usize> {
+    std::iter::once(1).chain((8..=512).step_by(8)).collect()
+}
+
+/// The peers' matrices between the powers of two.
+pub fn between_cases() -> Vec<Case> {
+    custom_cases(&peer_matrices(), &BETWEEN)
+}
+
+/// LLaMA-3-70B's layers cut for 4 and 8 GPUs, at M = 1, 2, 4 … 1024 and some between.
+pub fn shard_cases() -> Vec<Case> {
+    let matrices: Vec<Matrix> =
+        SHARDED_OVER.iter().flat_map(|&gpus| LLAMA_3_70B.shards(gpus)).map(|(_, matrix)| matrix).collect();
+    custom_cases(&matrices, &[powers_of_two(1024), SHARDS_BETWEEN.to_vec()].concat())
+}
+
+/// Whether a matrix is one of the shards.
+pub fn is_shard(matrix: Matrix) -> bool {
+    SHARDED_OVER.iter().flat_map(|&gpus| LLAMA_3_70B.shards(gpus)).any(|(_, shard)| shard == matrix)
+}
+
+/// The peers' matrices at M = 1, 8, 16 … 512 and at odd ones up to 1025.
+pub fn monotone_cases() -> Vec<Case> {
+    custom_cases(&peer_matrices(), &[steps_of_eight(), ODD.to_vec()].concat())
+}
+
+/// A matrix of each layer at M = 1, 8, 16 … 512.
+pub fn curve_cases() -> Vec<Case> {
+    custom_cases(&CURVES, &steps_of_eight())
+}
+
+/// The peers' matrices, each once.
+pub fn peer_matrices() -> Vec<Matrix> {
+    distinct(super::peers::pages()[0].points.iter().map(super::peers::PeerPoint::matrix))
+}
+
+/// Several lists as one: each matrix once, with the batch sizes of all.
+pub fn merged(lists: impl IntoIterator<Item = Vec<Case>>) -> Vec<Case> {
+    let mut cases: Vec<Case> = Vec::new();
+    for Case { matrix, tokens } in lists.into_iter().flatten() {
+        match cases.iter_mut().find(|case| case.matrix == matrix) {
+            Some(case) => case.tokens.extend(tokens),
+            None => cases.push(Case { matrix, tokens }),
+        }
+    }
+    for case in &mut cases {
+        case.tokens.sort_unstable();
+        case.tokens.dedup();
+    }
+    cases
 }
 
 /// 1, 2, 4 … up to `last`.
@@ -98,12 +189,7 @@ fn powers_of_two(last: usize) -> Vec<usize> {
 
 /// Every linear layer of the models, each shape once, at M = 1, 2, 4 … 8192.
 pub fn default_cases() -> Vec<Case> {
-    let mut matrices: Vec<Matrix> = Vec::new();
-    for (_, matrix) in MODELS.iter().flat_map(Model::layers) {
-        if !matrices.contains(&matrix) {
-            matrices.push(matrix);
-        }
-    }
+    let matrices = distinct(MODELS.iter().flat_map(Model::layers).map(|(_, matrix)| matrix));
     custom_cases(&matrices, &powers_of_two(8192))
 }
 
@@ -120,18 +206,12 @@ pub fn ablation_cases() -> Vec<Case> {
     custom_cases(&matrices, &powers_of_two(1024))
 }
 
-/// Exactly the points that the peers were measured at, and M = N = K = 8192.
+/// The peers' matrices at the powers of two that their first page has, and M = N = K = 8192.
 pub fn peer_cases() -> Vec<Case> {
-    let mut cases: Vec<Case> = Vec::new();
-    let cube = (Matrix { n: 8192, k: 8192 }, 8192);
-    let points = super::peers::page().points.iter().map(|point| (point.matrix(), point.m));
-    for (matrix, m) in points.chain([cube]) {
-        match cases.iter_mut().find(|case| case.matrix == matrix) {
-            Some(case) => case.tokens.push(m),
-            None => cases.push(Case { matrix, tokens: vec![m] }),
-        }
-    }
-    cases
+    let cube = Case { matrix: Matrix { n: 8192, k: 8192 }, tokens: vec![8192] };
+    let points = super::peers::pages()[0].points.iter();
+    let points = points.map(|point| vec![Case { matrix: point.matrix(), tokens: vec![point.m] }]);
+    merged(points.chain([vec![cube]]))
 }
 
 /// The matrices among these, in the order in which they first occur.
@@ -211,6 +291,7 @@ mod tests {
         matrices.sort_unstable();
         matrices.dedup();
         assert_eq!(matrices.len(), 19);
+        assert_eq!(origin(Matrix { n: 57344, k: 8192 }), "LLaMA-2-70B gate-up, LLaMA-3-70B gate-up");
         assert_eq!(origin(Matrix { n: 28672, k: 4096 }), "LLaMA-3-8B gate-up, Mistral-7B gate-up");
     }
 
@@ -228,6 +309,38 @@ mod tests {
         assert_eq!(cases.len(), 10);
         assert_eq!(cases.iter().map(|case| case.tokens.len()).sum::<usize>(), 121);
         assert!(cases.iter().all(|case| case.tokens.is_sorted()));
+    }
+
+    #[test]
+    fn shards_are_a_fourth_and_an_eighth_of_each_layer() {
+        let cases = shard_cases();
+        let named: Vec<String> = cases.iter().map(|case| case.matrix.to_string()).collect();
+        let quarters = ["2560x8192", "8192x2048", "14336x8192", "8192x7168"];
+        let eighths = ["1280x8192", "8192x1024", "7168x8192", "8192x3584"];
+        assert_eq!(named, [quarters, eighths].concat());
+        assert!(cases.iter().all(|case| case.tokens.len() == 21 && case.tokens.is_sorted()));
+        assert!(cases.iter().all(|case| is_shard(case.matrix)) && !is_shard(Matrix { n: 8192, k: 8192 }));
+        assert_eq!(origin(cases[5].matrix), "LLaMA-3-70B O on 8 GPUs");
+    }
+
+    #[test]
+    fn lists_between_powers_of_two_have_none_and_the_dense_ones_every_eighth() {
+        let between = between_cases();
+        assert_eq!((between.len(), between[0].tokens.len()), (10, 26));
+        assert!(between[0].tokens.iter().all(|m| !m.is_power_of_two()));
+        assert_eq!(monotone_cases()[9].tokens.len(), 65 + 11);
+        assert_eq!(curve_cases()[3].tokens[..3], [1, 8, 16]);
+        for case in curve_cases() {
+            assert!(peer_matrices().contains(&case.matrix));
+        }
+    }
+
+    #[test]
+    fn merged_lists_have_every_matrix_and_batch_size_once() {
+        let list = |text: &str, tokens| custom_cases(&[text.parse().unwrap()], tokens);
+        let cases = merged([list("64x64", &[8, 2]), list("64x128", &[1]), list("64x64", &[4, 2])]);
+        assert_eq!(cases.len(), 2);
+        assert_eq!(cases[0].tokens, [2, 4, 8]);
     }
 
     #[test]

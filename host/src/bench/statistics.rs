@@ -36,6 +36,11 @@ impl Timing {
         })
     }
 
+    /// Whether the median is a time that something can have taken.
+    pub(super) fn is_plausible(&self) -> bool {
+        self.us.is_finite() && self.us > 0.0
+    }
+
     /// Half the distance between the quartiles, as a fraction of the median.
     pub fn spread(&self) -> f64 {
         (self.upper_quartile - self.lower_quartile) / 2.0 / self.us

@@ -60,20 +60,25 @@ pub fn sweep(
     observer: &mut dyn Observer,
     mut measured: impl FnMut(Sweep) -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
-    let stage = Stage::new(gpu, cases, None)?;
+    let stage = Stage::new(gpu, cases, None, &[])?;
     for case in cases {
-        let bed = stage.bed(case)?;
+        let fixture = stage.fixture(case)?;
         for &m in &case.tokens {
             observer.starts(m, case.matrix);
-            measured(one(&stage, &bed, m, gpu.multiprocessors())?)?;
+            measured(one(&stage, &fixture, m, gpu.multiprocessors())?)?;
         }
     }
     Ok(())
 }
 
-fn one(stage: &Stage<'_>, bed: &super::run::Bed, m: usize, multiprocessors: u32) -> anyhow::Result<Sweep> {
-    let (n, k) = (bed.n(), bed.k());
-    let clock = stage.clock(Pace::BRIEF)?;
+fn one(
+    stage: &Stage<'_>,
+    fixture: &super::run::Fixture,
+    m: usize,
+    multiprocessors: u32,
+) -> anyhow::Result<Sweep> {
+    let (n, k) = (fixture.n(), fixture.k());
+    let clock = stage.clock(Pace::RANKING)?;
     let mut floor: f64 = 0.0;
     for probe in clock.measure(&[stage.stream_probe(m, n, k), stage.mma_probe(m, n, k)]) {
         floor = floor.max(probe?.us);
@@ -81,14 +86,14 @@ fn one(stage: &Stage<'_>, bed: &super::run::Bed, m: usize, multiprocessors: u32)
     let chosen = Plan::new(m, n, k, multiprocessors)?;
     let mut estimates = Vec::new();
     for plan in Plan::candidates(m, n, k, multiprocessors)? {
-        estimates.push((clock.estimate(&stage.ours(bed, m, &plan))?, plan));
+        estimates.push((clock.estimate(&stage.ours(fixture, m, &plan))?, plan));
     }
     let fastest = estimates.iter().map(|(us, _)| *us).fold(f64::INFINITY, f64::min);
     let mut plans = Vec::new();
     for (estimate, plan) in estimates {
         let hopeless = estimate > HOPELESS * fastest && !plan.launches_like(&chosen);
         stage.clear_output()?;
-        let contender = stage.ours(bed, m, &plan);
+        let contender = stage.ours(fixture, m, &plan);
         let us = if hopeless {
             clock.estimate(&contender)?
         } else {
@@ -99,7 +104,7 @@ fn one(stage: &Stage<'_>, bed: &super::run::Bed, m: usize, multiprocessors: u32)
             us,
             estimated: hopeless,
             chosen: plan.launches_like(&chosen),
-            mismatch: stage.difference(bed, m)?,
+            mismatch: stage.difference(fixture, m)?,
         });
     }
     plans.sort_by(|a, b| a.us.partial_cmp(&b.us).unwrap_or(Ordering::Equal));

@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use super::record::{Point, Rival, Run};
+use super::record::{Baseline, Point, Run};
 use super::targets::band_means;
 
 /// The heading over [`row`]s, with units.
@@ -11,16 +11,16 @@ pub fn heading() -> String {
         "{:>5} {:>6} {:>6} {:>9} {:>6} {:>6} {:>6} {:>9} {:>9} {:>6} {:>7}",
         "M", "N", "K", "ours µs", "±", "TOPS", "W GB/s", "stream µs", "mma µs", "score", "t/ideal"
     );
-    for rival in Rival::ALL {
-        write!(text, " {:>9} {:>6}", format!("{} µs", rival.name()), "ratio").expect("a String takes all");
+    for baseline in Baseline::ALL {
+        write!(text, " {:>9} {:>6}", format!("{} µs", baseline.name()), "ratio").expect("a String takes all");
     }
     text
 }
 
-/// One point. `ratio` is the rival's time over ours.
+/// One point. `ratio` is the baseline's time over ours.
 pub fn row(point: &Point) -> String {
     let mut text = format!(
-        "{:>5} {:>6} {:>6} {:>9.2} {:>5.1}% {:>6.0} {:>6.0} {:>9.2} {:>9.2} {:>6.3} {:>7.3}",
+        "{:>5} {:>6} {:>6} {:>9.2} {:>5.1}% {:>6.0} {:>6.0} {:>9} {:>9} {:>6} {:>7.3}",
         point.m,
         point.n,
         point.k,
@@ -28,13 +28,13 @@ pub fn row(point: &Point) -> String {
         100.0 * point.ours.spread(),
         point.tops(),
         point.weight_gigabytes_per_second(),
-        point.stream.us,
-        point.mma.us,
-        point.score(),
+        or_dash(point.stream.map(|timing| timing.us), 2),
+        or_dash(point.mma.map(|timing| timing.us), 2),
+        or_dash(point.score(), 3),
         point.over_ideal()
     );
-    for rival in Rival::ALL {
-        match point.rival(rival).zip(point.speedup(rival)) {
+    for baseline in Baseline::ALL {
+        match point.baseline(baseline).zip(point.speedup(baseline)) {
             Some((timing, ratio)) => write!(text, " {:>9.2} {ratio:>6.3}", timing.us),
             None => write!(text, " {:>9} {:>6}", "-", "-"),
         }
@@ -44,6 +44,11 @@ pub fn row(point: &Point) -> String {
         write!(text, "  WRONG: {mismatch}").expect("a String takes all");
     }
     text
+}
+
+/// A number, or a dash where there is none.
+pub(super) fn or_dash(value: Option<f64>, digits: usize) -> String {
+    value.map_or("-".into(), |value| format!("{value:.digits$}"))
 }
 
 /// What the columns mean.
@@ -56,26 +61,22 @@ stream and mma; t/ideal: ours / max(bytes / 3.10 TB/s, operations / 1979 TOPS); 
 /// Geometric means of each band of M over the whole run.
 pub fn bands(run: &Run) -> String {
     let mut text = format!("{:<12} {:>6} {:>7} {:>8}", "M", "points", "score", "t/ideal");
-    for rival in Rival::ALL {
-        write!(text, " {:>7}", format!("× {}", rival.name())).expect("a String takes all");
+    for baseline in Baseline::ALL {
+        write!(text, " {:>7}", format!("× {}", baseline.name())).expect("a String takes all");
     }
     text.push_str("   (geometric means)\n");
-    for means in band_means(run) {
+    for means in band_means(&run.points.iter().collect::<Vec<_>>()) {
         write!(
             text,
-            "{:<12} {:>6} {:>7.3} {:>8.3}",
-            means.band.to_string(),
+            "{:<12} {:>6} {:>7} {:>8.3}",
+            means.name,
             means.points,
-            means.score,
+            or_dash(means.score, 3),
             means.over_ideal
         )
         .expect("a String takes all");
         for speedup in means.speedups {
-            match speedup {
-                Some(speedup) => write!(text, " {speedup:>7.3}"),
-                None => write!(text, " {:>7}", "-"),
-            }
-            .expect("a String takes all");
+            write!(text, " {:>7}", or_dash(speedup, 3)).expect("a String takes all");
         }
         text.push('\n');
     }
@@ -91,7 +92,8 @@ mod tests {
     fn columns_stand_under_their_headings() {
         let full = row(&point(8192, 57344, 8192, 5432.1));
         assert_eq!(full.chars().count(), heading().chars().count());
-        let empty = Point { int8: None, fp8: None, bf16: None, ..point(1, 4096, 4096, 3.0) };
+        let bare = Point { int8: None, fp8: None, bf16: None, ..point(1, 4096, 4096, 3.0) };
+        let empty = Point { stream: None, mma: None, ..bare };
         assert_eq!(row(&empty).chars().count(), heading().chars().count());
         assert!(row(&empty).ends_with("-"));
     }

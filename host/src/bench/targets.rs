@@ -1,51 +1,128 @@
-//! The bands of M, what each is meant to reach, and which points miss it.
+//! What is meant to be reached, and which points miss it.
 //!
-//! Targets hold on the peers' matrices and on M = N = K = 8192. "Faster than its best peer" compares ratios to
-//! cuBLASLt fp8, ours from this run and the peer's from its page, because times move from machine to machine.
+//! Targets hold on the peers' matrices, on the shards, and on M = N = K = 8192. "Faster than its best peer" compares ratios
+//! to cuBLASLt fp8, ours from this run and the peer's from its page, because times move from machine to machine.
 
 use std::fmt::{self, Write};
 
 use super::peers;
-use super::record::{Point, Rival, Run};
+use super::record::{Baseline, Point, Run};
+use super::shapes::{is_shard, peer_matrices};
 use super::statistics::geometric_mean;
 
-/// Batch sizes that are judged together.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Band {
-    first: usize,
-    last: usize,
-    /// The largest M that a target speaks of.
-    last_with_target: usize,
+/// On which matrices a target holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Matrices {
+    /// The peers'.
+    Peers,
+    /// LLaMA-3-70B's, cut for several GPUs.
+    Shards,
+}
+
+/// What some batch sizes are meant to reach together.
+#[derive(Clone, Copy, Debug)]
+pub struct Target {
+    matrices: Matrices,
+    /// In rising order.
+    tokens: &'static [usize],
     /// Least geometric mean of cuBLASLt fp8's time over ours.
     fp8: f64,
+    /// Least of these ratios at any point, where not the one over all batch sizes counts.
+    slowest: Option<f64>,
     /// Largest geometric mean of our time over the ideal floor.
-    over_ideal: f64,
+    over_ideal: Option<f64>,
     /// Whether being as fast as the best peer is enough.
     tie_is_enough: bool,
 }
 
-/// From single tokens to long prompts.
-pub const BANDS: [Band; 5] = [
-    Band { first: 1, last: 8, last_with_target: 8, fp8: 1.90, over_ideal: 1.25, tie_is_enough: false },
-    Band { first: 16, last: 64, last_with_target: 64, fp8: 1.85, over_ideal: 1.25, tie_is_enough: false },
-    Band { first: 128, last: 256, last_with_target: 256, fp8: 1.50, over_ideal: 1.38, tie_is_enough: false },
-    Band { first: 512, last: 1024, last_with_target: 1024, fp8: 1.15, over_ideal: 1.25, tie_is_enough: true },
-    Band {
-        first: 2048,
-        last: 8192,
-        last_with_target: 4096,
-        fp8: 1.12,
-        over_ideal: 1.25,
+/// A target of the peers' matrices at powers of two.
+const fn power(tokens: &'static [usize], fp8: f64, over_ideal: f64, tie_is_enough: bool) -> Target {
+    let over_ideal = Some(over_ideal);
+    Target { matrices: Matrices::Peers, tokens, fp8, slowest: None, over_ideal, tie_is_enough }
+}
+
+/// A target of the peers' matrices between the powers of two.
+const fn between(tokens: &'static [usize], fp8: f64) -> Target {
+    Target { matrices: Matrices::Peers, tokens, fp8, slowest: None, over_ideal: None, tie_is_enough: true }
+}
+
+/// Every target but those of single points.
+pub const TARGETS: [Target; 12] = [
+    power(&[1, 4, 8], 1.97, 1.25, false),
+    power(&[16, 32, 64], 1.93, 1.25, false),
+    power(&[128, 256], 1.51, 1.38, false),
+    power(&[512, 1024], 1.12, 1.25, true),
+    power(&[2048, 4096], 1.11, 1.25, true),
+    between(&[24, 40, 48, 56], 1.90),
+    between(&[72, 80, 96, 112], 1.82),
+    between(&[136, 160, 176, 192], 1.45),
+    between(&[208, 224, 240], 1.40),
+    between(&[272, 320, 352, 384, 448], 1.20),
+    between(&[640, 768, 896, 1280, 1536, 3072], 1.12),
+    Target {
+        matrices: Matrices::Shards,
+        tokens: &[1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 512, 640, 768, 1024],
+        fp8: 1.35,
+        slowest: Some(1.0),
+        over_ideal: None,
         tie_is_enough: true,
     },
 ];
 
+/// Least of cuBLASLt fp8's time over ours on the peers' matrices, at any batch size.
+const SLOWEST: f64 = 1.0;
 /// M = N = K of the largest cube.
 const CUBE: usize = 8192;
 /// Least cuBLASLt fp8's time over ours on the cube.
 const CUBE_FP8: f64 = 1.15;
 /// Least speed on the cube, in tera-operations a second.
 const CUBE_TOPS: f64 = 1500.0;
+
+impl Target {
+    /// Its points in a run.
+    fn points<'a>(&self, run: &'a Run) -> Vec<&'a Point> {
+        let matrices = peer_matrices();
+        let holds = |point: &&Point| {
+            let matrix = point.matrix();
+            self.tokens.contains(&point.m)
+                && match self.matrices {
+                    Matrices::Peers => matrices.contains(&matrix),
+                    Matrices::Shards => is_shard(matrix),
+                }
+        };
+        run.points.iter().filter(holds).collect()
+    }
+
+    fn is_between(&self) -> bool {
+        self.matrices == Matrices::Peers && !self.tokens.iter().all(|m| m.is_power_of_two())
+    }
+}
+
+impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let prefix = if self.matrices == Matrices::Shards { "shards, " } else { "" };
+        match self.tokens {
+            [first, .., last] => f.pad(&format!("{prefix}M {first}–{last}")),
+            rest => f.pad(&format!("{prefix}M {rest:?}")),
+        }
+    }
+}
+
+/// Batch sizes whose mean is given, whatever the matrices.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Band {
+    first: usize,
+    last: usize,
+}
+
+/// From single tokens to long prompts.
+pub const BANDS: [Band; 5] = [
+    Band { first: 1, last: 8 },
+    Band { first: 16, last: 64 },
+    Band { first: 128, last: 256 },
+    Band { first: 512, last: 1024 },
+    Band { first: 2048, last: 8192 },
+];
 
 impl Band {
     /// Whether a batch size belongs here. Each belongs to one band: those between two named ones to the upper.
@@ -61,65 +138,96 @@ impl fmt::Display for Band {
     }
 }
 
-/// Geometric means over a band of one run.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct BandMeans {
-    /// The band.
-    pub band: Band,
-    /// Points in it.
+/// Geometric means over some points.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Means {
+    /// What the points have in common.
+    pub name: String,
+    /// How many there are.
     pub points: usize,
-    /// Floor over time.
-    pub score: f64,
+    /// Floor over time, where the probes ran.
+    pub score: Option<f64>,
     /// Time over ideal floor.
     pub over_ideal: f64,
-    /// Each rival's time over ours, in the order of [`Rival::ALL`], where it ran.
+    /// Each baseline's time over ours, in the order of [`Baseline::ALL`], where it ran.
     pub speedups: [Option<f64>; 3],
 }
 
-/// The means of every band that has points.
-pub fn band_means(run: &Run) -> Vec<BandMeans> {
-    let means = |band: &Band| {
-        let points: Vec<&Point> = run.points.iter().filter(|point| band.contains(point.m)).collect();
-        Some(BandMeans {
-            band: *band,
+impl Means {
+    /// `None` of no points.
+    pub fn of(name: String, points: &[&Point]) -> Option<Self> {
+        Some(Self {
+            name,
             points: points.len(),
-            score: geometric_mean(points.iter().map(|point| point.score()))?,
+            score: geometric_mean(points.iter().filter_map(|point| point.score())),
             over_ideal: geometric_mean(points.iter().map(|point| point.over_ideal()))?,
-            speedups: Rival::ALL
-                .map(|rival| geometric_mean(points.iter().filter_map(|point| point.speedup(rival)))),
+            speedups: Baseline::ALL
+                .map(|baseline| geometric_mean(points.iter().filter_map(|point| point.speedup(baseline)))),
         })
+    }
+}
+
+/// The means of every band that has points.
+pub fn band_means(points: &[&Point]) -> Vec<Means> {
+    let means = |band: &Band| {
+        let points: Vec<&Point> = points.iter().copied().filter(|point| band.contains(point.m)).collect();
+        Means::of(band.to_string(), &points)
     };
     BANDS.iter().filter_map(means).collect()
 }
 
-/// How one band, or the cube, stands against its targets.
+/// The means of the targets between the powers of two that have points.
+pub fn between_means(run: &Run) -> Vec<Means> {
+    let targets = TARGETS.iter().filter(|target| target.is_between());
+    targets.filter_map(|target| Means::of(target.to_string(), &target.points(run))).collect()
+}
+
+/// How one target is met.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Verdict {
-    /// The band, as `M 1–8`.
+    /// The batch sizes, as `M 1–8`.
     pub name: String,
     /// Points that were judged.
     pub points: usize,
-    /// What was reached and what is asked for.
-    pub goals: Vec<Goal>,
+    /// The mean of cuBLASLt fp8's time over ours.
+    pub fp8: Option<Goal>,
+    /// The least of these ratios.
+    pub slowest: Option<Goal>,
+    /// Time over the ideal floor, or tera-operations a second.
+    pub absolute: Option<Goal>,
     /// Points that are behind their best peer, in words.
     pub behind_peer: Vec<String>,
     /// Points that were compared with a best peer.
     pub peers_compared: usize,
+    /// Points at which no single ratio may be this low, in words.
+    pub slower_than_fp8: Vec<String>,
 }
 
+/// The headings of [`Verdict::cells`].
+pub(super) const CELLS: [&str; 4] = ["× fp8", "slowest × fp8", "time / ideal", "ahead of best peer"];
+
 impl Verdict {
-    /// The two goals and how many points are ahead of their best peer, as every report shows them.
-    pub(super) fn cells(&self) -> [String; 3] {
-        let mut goals = self.goals.iter().map(|goal| match goal.name {
-            "TOPS" => format!("TOPS {goal}"),
-            _ => goal.to_string(),
-        });
-        let (first, second) = (goals.next().unwrap_or_default(), goals.next().unwrap_or_default());
+    fn goals(&self) -> impl Iterator<Item = &Goal> {
+        [&self.fp8, &self.slowest, &self.absolute].into_iter().flatten()
+    }
+
+    /// The goals and how many points are ahead of their best peer, as every report shows them.
+    pub(super) fn cells(&self) -> [String; 4] {
+        let cell = |goal: &Option<Goal>| match goal {
+            Some(goal) if goal.name == "TOPS" => format!("TOPS {goal}"),
+            Some(goal) => goal.to_string(),
+            None => "-".into(),
+        };
         let ahead = match self.peers_compared {
             0 => "-".into(),
             all => format!("{} of {all}", all - self.behind_peer.len()),
         };
-        [first, second, ahead]
+        [cell(&self.fp8), cell(&self.slowest), cell(&self.absolute), ahead]
+    }
+
+    /// Whether everything was measured and reached.
+    pub fn met(&self) -> bool {
+        self.goals().all(|goal| goal.met() == Some(true)) && self.behind_peer.is_empty()
     }
 }
 
@@ -160,104 +268,145 @@ impl fmt::Display for Goal {
     }
 }
 
-impl Verdict {
-    /// Whether everything was measured and reached.
-    pub fn met(&self) -> bool {
-        self.goals.iter().all(|goal| goal.met() == Some(true)) && self.behind_peer.is_empty()
-    }
-}
-
-/// Judges every band that has points of the peers' page, and the cube.
+/// Judges every target that has points in a run.
 pub fn judge(run: &Run) -> Vec<Verdict> {
-    let mut verdicts: Vec<Verdict> = BANDS.iter().filter_map(|band| judge_band(run, band)).collect();
+    let mut verdicts: Vec<Verdict> = TARGETS.iter().filter_map(|target| judge_target(run, target)).collect();
+    verdicts.extend(judge_every_point(run));
     verdicts.extend(run.points.iter().find(|point| [point.m, point.n, point.k] == [CUBE; 3]).map(judge_cube));
     verdicts
 }
 
-fn judge_band(run: &Run, band: &Band) -> Option<Verdict> {
-    let page = peers::page();
-    let on_page = |point: &&Point| {
-        band.contains(point.m)
-            && point.m <= band.last_with_target
-            && page.at(point.m, point.n, point.k).is_some()
-    };
-    let points: Vec<&Point> = run.points.iter().filter(on_page).collect();
-    let over_ideal = geometric_mean(points.iter().map(|point| point.over_ideal()))?;
-    let fp8 = geometric_mean(points.iter().filter_map(|point| point.speedup(Rival::Fp8)));
-
+fn judge_target(run: &Run, target: &Target) -> Option<Verdict> {
+    let points = target.points(run);
+    let means = Means::of(target.to_string(), &points)?;
     let mut behind_peer = Vec::new();
     let mut peers_compared = 0;
     for point in &points {
-        let (Some(speedup), Some(peer)) = (point.speedup(Rival::Fp8), page.at(point.m, point.n, point.k))
+        let (Some(speedup), Some((name, best))) =
+            (point.speedup(Baseline::Fp8), peers::best(point.m, point.n, point.k))
         else {
             continue;
         };
         peers_compared += 1;
-        let (ours, (name, best)) = (1.0 / speedup, peer.best());
-        let ahead = if band.tie_is_enough { ours <= best } else { ours < best };
+        let ours = 1.0 / speedup;
+        let ahead = if target.tie_is_enough { ours <= best } else { ours < best };
         if !ahead {
             behind_peer.push(format!(
-                "M = {}, N = {}, K = {}: {:.1} µs is {ours:.3} × fp8, {name} {best:.3}: {:.1} % behind",
-                point.m,
-                point.n,
-                point.k,
+                "{}: {:.1} µs is {ours:.3} × fp8, {name} {best:.3}: {:.1} % behind",
+                place(point),
                 point.ours.us,
                 100.0 * (ours / best - 1.0)
             ));
         }
     }
+    let fp8 = means.speedups[Baseline::Fp8 as usize];
+    let slowest = target.slowest.map(|least| (slowest(&points, least), slower(&points, least)));
+    let (slowest, slower_than_fp8) = slowest.unzip();
     Some(Verdict {
-        name: format!("M {}–{}", band.first, band.last_with_target),
-        points: points.len(),
-        goals: vec![
-            Goal { name: "× fp8", value: fp8, target: band.fp8, at_least: true },
-            Goal { name: "time / ideal", value: Some(over_ideal), target: band.over_ideal, at_least: false },
-        ],
+        name: means.name,
+        points: means.points,
+        fp8: Some(Goal { name: "× fp8", value: fp8, target: target.fp8, at_least: true }),
+        slowest,
+        absolute: target.over_ideal.map(|most| Goal {
+            name: "time / ideal",
+            value: Some(means.over_ideal),
+            target: most,
+            at_least: false,
+        }),
         behind_peer,
         peers_compared,
+        slower_than_fp8: slower_than_fp8.unwrap_or_default(),
+    })
+}
+
+/// Every point of the peers' matrices, whatever its batch size. `None` if cuBLASLt fp8 is missing everywhere.
+fn judge_every_point(run: &Run) -> Option<Verdict> {
+    let matrices = peer_matrices();
+    let with_fp8 = |point: &&Point| point.fp8.is_some() && matrices.contains(&point.matrix());
+    let points: Vec<&Point> = run.points.iter().filter(with_fp8).collect();
+    (!points.is_empty()).then(|| Verdict {
+        name: "every M".into(),
+        points: points.len(),
+        fp8: None,
+        slowest: Some(slowest(&points, SLOWEST)),
+        absolute: None,
+        behind_peer: Vec::new(),
+        peers_compared: 0,
+        slower_than_fp8: slower(&points, SLOWEST),
     })
 }
 
 fn judge_cube(point: &Point) -> Verdict {
+    let fp8 = Goal { name: "× fp8", value: point.speedup(Baseline::Fp8), target: CUBE_FP8, at_least: true };
     Verdict {
         name: format!("M = N = K = {CUBE}"),
         points: 1,
-        goals: vec![
-            Goal { name: "× fp8", value: point.speedup(Rival::Fp8), target: CUBE_FP8, at_least: true },
-            Goal { name: "TOPS", value: Some(point.tops()), target: CUBE_TOPS, at_least: true },
-        ],
+        fp8: Some(fp8),
+        slowest: None,
+        absolute: Some(Goal { name: "TOPS", value: Some(point.tops()), target: CUBE_TOPS, at_least: true }),
         behind_peer: Vec::new(),
         peers_compared: 0,
+        slower_than_fp8: Vec::new(),
     }
 }
 
-/// The verdicts as text: one line each, then every point that is behind its best peer.
+/// The least of cuBLASLt fp8's time over ours.
+fn slowest(points: &[&Point], target: f64) -> Goal {
+    let value = points.iter().filter_map(|point| point.speedup(Baseline::Fp8)).min_by(f64::total_cmp);
+    Goal { name: "slowest × fp8", value, target, at_least: true }
+}
+
+/// The points at which it is less than `least`, in words.
+fn slower(points: &[&Point], least: f64) -> Vec<String> {
+    let words = |point: &&Point| {
+        let (speedup, fp8) = (point.speedup(Baseline::Fp8)?, point.fp8.as_ref()?.us);
+        (speedup < least)
+            .then(|| format!("{}: {:.1} µs, fp8 {fp8:.1} µs, × {speedup:.3}", place(point), point.ours.us))
+    };
+    points.iter().filter_map(words).collect()
+}
+
+fn place(point: &Point) -> String {
+    format!("M = {}, N = {}, K = {}", point.m, point.n, point.k)
+}
+
+/// The verdicts as text: one line each, then every point that is slower than fp8 or behind its best peer.
 pub fn report(verdicts: &[Verdict]) -> String {
     let mut text = String::new();
     if verdicts.is_empty() {
         return text;
     }
     let mut line = |line: String| writeln!(text, "{}", line.trim_end()).expect("a String takes all");
-    line(format!(
-        "{:<18} {:>6}  {:<24} {:<26} ahead of best peer",
-        "targets", "points", "× fp8", "time / ideal"
-    ));
+    let row = |name: &str, points: &str, [fp8, slowest, absolute, ahead]: [&str; 4]| {
+        format!("{name:<18} {points:>6}  {fp8:<24} {slowest:<24} {absolute:<26} {ahead}")
+    };
+    line(row("targets", "points", CELLS));
     for verdict in verdicts {
-        let [first, second, ahead] = verdict.cells();
-        line(format!("{:<18} {:>6}  {first:<24} {second:<26} {ahead}", verdict.name, verdict.points));
+        let cells = verdict.cells();
+        line(row(&verdict.name, &verdict.points.to_string(), cells.each_ref().map(String::as_str)));
     }
-    let behind: Vec<&String> = verdicts.iter().flat_map(|verdict| &verdict.behind_peer).collect();
-    if !behind.is_empty() {
-        line("\nbehind the best peer:".into());
-        behind.into_iter().for_each(|point| line(format!("  {point}")));
+    for (heading, points) in misses(verdicts) {
+        line(format!("\n{heading}:"));
+        points.into_iter().for_each(|point| line(format!("  {point}")));
     }
     text
+}
+
+/// Lists of points that miss what each of them is meant to reach, with a heading; none that is empty.
+pub(super) fn misses(verdicts: &[Verdict]) -> Vec<(&'static str, Vec<&String>)> {
+    let slower = verdicts.iter().flat_map(|verdict| &verdict.slower_than_fp8).collect();
+    let behind = verdicts.iter().flat_map(|verdict| &verdict.behind_peer).collect();
+    let mut lists: Vec<(_, Vec<&String>)> =
+        vec![("slower than cuBLASLt fp8", slower), ("behind the best peer", behind)];
+    lists.retain(|(_, points)| !points.is_empty());
+    lists
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::bench::record::tests::point;
+    use crate::bench::shapes;
 
     fn run(points: Vec<Point>) -> Run {
         Run { points, ..Run::default() }
@@ -272,10 +421,30 @@ mod tests {
     }
 
     #[test]
+    fn every_point_of_the_lists_has_exactly_one_target() {
+        let lists = [shapes::peer_cases(), shapes::between_cases(), shapes::shard_cases()];
+        let mut judged = 0;
+        for case in lists.iter().flatten() {
+            for &m in &case.tokens {
+                let one = run(vec![point(m, case.matrix.n, case.matrix.k, 5.0)]);
+                let targets = TARGETS.iter().filter(|target| !target.points(&one).is_empty()).count();
+                assert_eq!(targets, usize::from(m != CUBE), "M = {m}, {}", case.matrix);
+                judged += targets;
+            }
+        }
+        assert_eq!(judged, 120 + 260 + 8 * 21);
+        let names: Vec<String> = TARGETS.iter().map(Target::to_string).collect();
+        assert_eq!((names[0].as_str(), names[11].as_str()), ("M 1–8", "shards, M 1–1024"));
+        let tokens = |target: &Target| target.tokens.is_sorted();
+        assert!(TARGETS.iter().all(tokens));
+    }
+
+    #[test]
     fn means_are_per_band() {
-        let means = band_means(&run(vec![point(1, 4096, 4096, 5.0), point(64, 4096, 4096, 5.0)]));
+        let points = [point(1, 4096, 4096, 5.0), point(64, 4096, 4096, 5.0)];
+        let means = band_means(&points.iter().collect::<Vec<_>>());
         assert_eq!(means.len(), 2);
-        assert_eq!(means[0].points, 1);
+        assert_eq!((means[0].points, means[0].name.as_str()), (1, "1–8"));
         let speedups = means[1].speedups.map(|speedup| speedup.unwrap());
         for (speedup, expected) in speedups.into_iter().zip([3.0, 2.0, 4.0]) {
             assert!((speedup - expected).abs() < 1e-12);
@@ -283,8 +452,17 @@ mod tests {
     }
 
     #[test]
+    fn means_between_are_those_of_the_targets() {
+        let run =
+            run(vec![point(24, 4096, 4096, 5.0), point(48, 4096, 4096, 5.0), point(32, 4096, 4096, 5.0)]);
+        let means = between_means(&run);
+        assert_eq!(means.len(), 1);
+        assert_eq!((means[0].points, means[0].name.as_str()), (2, "M 24–56"));
+    }
+
+    #[test]
     fn peers_are_judged_through_fp8_and_not_by_microseconds() {
-        // At M = 64 on 57344×8192 the best peer is at 107.2 / 172.1 = 0.623 of fp8.
+        // At M = 64 on 57344×8192 the best peer is at 95.9 / 164.1 = 0.584 of fp8.
         let shape = (64, 57344, 8192);
         let at = |us: f64, fp8: f64| {
             let mut point = point(shape.0, shape.1, shape.2, us);
@@ -296,34 +474,77 @@ mod tests {
         // Faster in microseconds, on a faster machine: behind.
         let verdict = at(90.0, 120.0);
         assert_eq!((verdict.peers_compared, verdict.behind_peer.len()), (1, 1));
-        assert!(verdict.behind_peer[0].contains("CUTLASS int4 x fp8"), "{}", verdict.behind_peer[0]);
+        assert!(verdict.behind_peer[0].contains("Humming W4A8 per channel"), "{}", verdict.behind_peer[0]);
         assert!(!verdict.met());
     }
 
     #[test]
-    fn points_off_the_page_have_no_target() {
-        assert!(judge(&run(vec![point(2, 4096, 4096, 1.0), point(1, 5120, 5120, 1.0)])).is_empty());
-        // 8192 has a mean but no target.
-        assert!(judge(&run(vec![point(8192, 4096, 4096, 200.0)])).is_empty());
+    fn peers_between_the_powers_of_two_are_judged_too() {
+        // Humming is at 29.96 / 51.6 of fp8 there.
+        let point = point(96, 28672, 4096, 30.0);
+        let behind = |fp8: f64| {
+            let mut point = point.clone();
+            point.fp8.as_mut().unwrap().us = fp8;
+            judge(&run(vec![point])).remove(0)
+        };
+        assert!(behind(52.5).behind_peer.is_empty());
+        assert_eq!(behind(50.0).behind_peer.len(), 1);
+        assert_eq!(behind(50.0).fp8.unwrap().target, 1.82);
+    }
+
+    #[test]
+    fn points_off_the_lists_have_no_mean_to_reach() {
+        assert!(judge(&run(vec![point(1, 5120, 5120, 1.0)])).is_empty());
+        // On the peers' matrices they may not be slower than fp8.
+        for m in [2, 8192] {
+            let verdicts = judge(&run(vec![point(m, 4096, 4096, 1.0)]));
+            assert_eq!(verdicts.iter().map(|verdict| verdict.name.as_str()).collect::<Vec<_>>(), ["every M"]);
+            assert!(verdicts[0].met());
+        }
+    }
+
+    #[test]
+    fn points_slower_than_fp8_are_listed_each() {
+        let with_fp8 = |m, n, k, us, fp8| {
+            let mut point = point(m, n, k, us);
+            point.fp8.as_mut().unwrap().us = fp8;
+            point
+        };
+        let points = vec![
+            with_fp8(1000, 4096, 4096, 10.0, 9.0),
+            with_fp8(1000, 8192, 8192, 10.0, 11.0),
+            with_fp8(64, 2560, 8192, 10.0, 9.5),
+            // Neither a shard nor the peers'.
+            with_fp8(64, 5120, 5120, 10.0, 5.0),
+        ];
+        let verdicts = judge(&run(points));
+        let named: Vec<(&str, usize)> =
+            verdicts.iter().map(|one| (one.name.as_str(), one.slower_than_fp8.len())).collect();
+        assert_eq!(named, [("shards, M 1–1024", 1), ("every M", 1)]);
+        assert!(verdicts.iter().all(|verdict| !verdict.met()));
+        let text = report(&verdicts);
+        assert!(text.contains("  M = 1000, N = 4096, K = 4096: 10.0 µs, fp8 9.0 µs, × 0.900\n"), "{text}");
+        assert!(text.contains("0.95 (≥ 1.00) MISSED") && !text.contains("behind the best peer"), "{text}");
     }
 
     #[test]
     fn without_fp8_the_ratio_is_not_measured_and_nothing_is_met() {
         let point = Point { fp8: None, ..point(1, 4096, 4096, 2.9) };
-        let verdict = judge(&run(vec![point])).remove(0);
-        assert_eq!(verdict.goals[0].met(), None);
-        assert_eq!(verdict.goals[1].met(), Some(true));
-        assert!(!verdict.met());
-        assert!(report(&[verdict]).contains("not measured"));
+        let verdicts = judge(&run(vec![point]));
+        assert_eq!(verdicts.len(), 1);
+        assert_eq!(verdicts[0].fp8.as_ref().unwrap().met(), None);
+        assert_eq!(verdicts[0].absolute.as_ref().unwrap().met(), Some(true));
+        assert!(!verdicts[0].met());
+        assert!(report(&verdicts).contains("not measured"));
     }
 
     #[test]
     fn cube_is_judged_by_speed_and_fp8() {
         // 1,500 TOPS are 733 µs.
-        let verdict = judge(&run(vec![point(8192, 8192, 8192, 730.0)])).remove(0);
+        let verdict = judge(&run(vec![point(8192, 8192, 8192, 730.0)])).pop().unwrap();
         assert!(verdict.met(), "{verdict:?}");
-        let verdict = judge(&run(vec![point(8192, 8192, 8192, 740.0)])).remove(0);
-        assert_eq!(verdict.goals[1].met(), Some(false));
+        let verdict = judge(&run(vec![point(8192, 8192, 8192, 740.0)])).pop().unwrap();
+        assert_eq!(verdict.absolute.as_ref().unwrap().met(), Some(false));
         assert!(report(&[verdict]).contains("TOPS 1486 (≥ 1500) MISSED"));
     }
 }

@@ -5,13 +5,17 @@ use std::io::Write;
 use std::path::PathBuf;
 
 use anyhow::{Context, bail};
+use clap::ValueEnum;
 use indicatif::{ProgressBar, ProgressStyle};
 use liquidgemm::bench::ablation::Ablation;
-use liquidgemm::bench::record::Run;
+use liquidgemm::bench::circumstances::Circumstances;
+use liquidgemm::bench::plots::Pictures;
+use liquidgemm::bench::record::{Baseline, Run};
+use liquidgemm::bench::replay::Pace;
 use liquidgemm::bench::run::{Observer, Options};
 use liquidgemm::bench::shapes::{self, Case, Matrix};
 use liquidgemm::bench::sweep::Sweep;
-use liquidgemm::bench::{self, markdown, plots, table, targets};
+use liquidgemm::bench::{self, markdown, monotone, plots, table, targets};
 use liquidgemm::gpu::Gpu;
 use liquidgemm_format::tile::{TILE_SHAPES, TileShape};
 
@@ -23,22 +27,43 @@ use super::Report;
 /// M = 1, 2, 4 … 8192. cuBLASLt is loaded if it is installed; LIQUIDGEMM_CUBLASLT names the library or its
 /// directory where the loader doesn't find it. A result that is not bit for bit that of the CPU backend fails the run.
 #[derive(clap::Args)]
+#[command(group = clap::ArgGroup::new("problems").multiple(true))]
 pub(super) struct Arguments {
     /// A dozen points over all batch sizes
-    #[arg(long, group = "problems")]
+    #[arg(long, group = "problems", conflicts_with_all = ["peers", "between", "shards", "curve", "monotone", "shapes"])]
     quick: bool,
-    /// Exactly the points that peers were measured at, and M = N = K = 8192
+    /// The ten matrices that peers were measured on, at M = 1, 4, 8, 16 … 4096, and M = N = K = 8192
     #[arg(long, group = "problems")]
     peers: bool,
-    /// Weight matrices, NxK, with commas between
+    /// The peers' matrices at 26 batch sizes between the powers of two, 24 … 3072
+    #[arg(long, group = "problems")]
+    between: bool,
+    /// LLaMA-3-70B's layers cut for tensor parallelism over 4 and 8 GPUs, at M = 1, 2, 4 … 1024 and ten between
+    #[arg(long, group = "problems")]
+    shards: bool,
+    /// Four matrices at M = 1, 8, 16 … 512, for plots of time against M; by default without int8 and bf16
+    #[arg(long, group = "problems")]
+    curve: bool,
+    /// Our kernel alone on the peers' matrices at M = 1, 8, 16 … 512 and odd ones up to 1025; lists every M that takes over 3 %
+    /// longer than a larger M does, once a second measurement confirms it
+    #[arg(long, group = "problems", conflicts_with_all = ["peers", "between", "shards", "curve", "baselines", "algorithms", "sweep"])]
+    monotone: bool,
+    /// Weight matrices, NxK, with commas between; with the lists above, instead of theirs
     #[arg(long, value_name = "NxK", value_delimiter = ',', group = "problems")]
     shapes: Vec<Matrix>,
-    /// Batch sizes: numbers, or a..b for the powers of two, with commas between [default: 1..8192]
+    /// Batch sizes: numbers, or a..b for the powers of two, with commas between; with the lists above, instead of theirs
+    /// [default: 1..8192]
     #[arg(long, value_name = "M", value_parser = parse_tokens)]
     m: Option<Tokens>,
-    /// Measure without cuBLASLt
+    /// Which of cuBLASLt's products to measure: int8, fp8 and bf16, with commas between, or none [default: all three]
+    #[arg(long, alias = "rivals", value_name = "TYPES", value_parser = parse_baselines)]
+    baselines: Option<Baselines>,
+    /// Measure without the probes; the points have no floor and no score
     #[arg(long)]
-    no_cublas: bool,
+    no_probes: bool,
+    /// How long to measure each kernel; brief takes a third of the time [default: thorough, and brief with --monotone]
+    #[arg(long)]
+    pace: Option<PaceChoice>,
     /// Try this many of the algorithms that cuBLASLt's heuristics propose; the fastest counts
     #[arg(long, value_name = "COUNT", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=64))]
     algorithms: u8,
@@ -47,15 +72,15 @@ pub(super) struct Arguments {
     tile: Option<TileShape>,
     /// Instead measure every plan of each problem, without cuBLASLt, and say what the planner's choices lose; with --from, what
     /// today's planner would lose
-    #[arg(long, conflicts_with_all = ["tile", "plots", "markdown"])]
+    #[arg(long, conflicts_with_all = ["tile", "plots", "markdown", "baselines", "no_probes", "pace"])]
     sweep: bool,
     /// Instead measure what each idea of the kernel is worth: the arms of the paper's figure 13, by default on the
     /// feed-forward matrices of LLaMA-2-7B and -70B at M = 1 … 1024
-    #[arg(long, conflicts_with_all = ["tile", "sweep", "quick", "peers", "algorithms", "no_cublas"])]
+    #[arg(long, conflicts_with_all = ["tile", "sweep", "quick", "peers", "between", "shards", "curve", "monotone", "algorithms", "baselines", "no_probes", "pace"])]
     ablation: bool,
-    /// Measure nothing; read the results of an earlier run
-    #[arg(long, value_name = "JSON", conflicts_with_all = ["problems", "m", "tile", "json"])]
-    from: Option<PathBuf>,
+    /// Measure nothing; read the results of an earlier run, or of several: give the option again, or put commas between
+    #[arg(long, value_name = "JSON", value_delimiter = ',', conflicts_with_all = ["problems", "m", "tile", "json", "baselines", "no_probes", "pace"])]
+    from: Vec<PathBuf>,
     /// Write the results here, after every point
     #[arg(long, value_name = "PATH")]
     json: Option<PathBuf>,
@@ -75,6 +100,31 @@ fn parse_tokens(text: &str) -> anyhow::Result<Tokens> {
     shapes::parse_tokens(text).map(Tokens)
 }
 
+/// A list in one argument.
+#[derive(Clone)]
+struct Baselines(Vec<Baseline>);
+
+fn parse_baselines(text: &str) -> anyhow::Result<Baselines> {
+    if text == "none" {
+        return Ok(Baselines(Vec::new()));
+    }
+    let names: Vec<&str> = text.split(',').map(str::trim).collect();
+    if let Some(unknown) = names.iter().find(|name| Baseline::ALL.iter().all(|known| known.name() != **name))
+    {
+        bail!("there is no baseline {unknown:?}; there are int8, fp8 and bf16, or none");
+    }
+    Ok(Baselines(Baseline::ALL.into_iter().filter(|baseline| names.contains(&baseline.name())).collect()))
+}
+
+/// How long to measure each kernel.
+#[derive(Clone, Copy, ValueEnum)]
+enum PaceChoice {
+    /// Two turns of one replay that doesn't count and two that do, each after 20 ms of rest
+    Brief,
+    /// Two turns of two replays that don't count and six that do, each after 60 ms of rest
+    Thorough,
+}
+
 fn parse_tile(text: &str) -> anyhow::Result<TileShape> {
     let shape = text.parse().ok().and_then(TileShape::with_tokens);
     let mut known = TILE_SHAPES.map(|shape| shape.tokens.to_string()).to_vec();
@@ -84,32 +134,49 @@ fn parse_tile(text: &str) -> anyhow::Result<TileShape> {
 
 impl Arguments {
     fn cases(&self) -> Vec<Case> {
-        let cases = if self.ablation && self.shapes.is_empty() {
-            shapes::ablation_cases()
-        } else if self.quick {
-            shapes::quick_cases()
-        } else if self.peers {
-            shapes::peer_cases()
-        } else if self.shapes.is_empty() {
-            shapes::default_cases()
-        } else {
-            let tokens = if self.ablation { "1..1024" } else { "1..8192" };
-            shapes::custom_cases(&self.shapes, &shapes::parse_tokens(tokens).expect("it is valid"))
-        };
-        match &self.m {
-            Some(Tokens(tokens)) => {
-                let matrices: Vec<Matrix> = cases.iter().map(|case| case.matrix).collect();
-                shapes::custom_cases(&matrices, tokens)
-            }
-            None => cases,
+        type List = fn() -> Vec<Case>;
+        let lists: [(bool, List); 7] = [
+            (self.ablation, shapes::ablation_cases),
+            (self.quick, shapes::quick_cases),
+            (self.peers, shapes::peer_cases),
+            (self.between, shapes::between_cases),
+            (self.shards, shapes::shard_cases),
+            (self.curve, shapes::curve_cases),
+            (self.monotone, shapes::monotone_cases),
+        ];
+        let chosen: Vec<Vec<Case>> =
+            lists.into_iter().filter(|(chosen, _)| *chosen).map(|(_, list)| list()).collect();
+        let mut cases = if chosen.is_empty() { shapes::default_cases() } else { shapes::merged(chosen) };
+        if !self.shapes.is_empty() {
+            // All matrices of a list need not have the same batch sizes.
+            let tokens: Vec<usize> = cases.iter().flat_map(|case| case.tokens.clone()).collect();
+            cases = shapes::custom_cases(&self.shapes, &tokens);
         }
+        if let Some(Tokens(tokens)) = &self.m {
+            let matrices: Vec<Matrix> = cases.iter().map(|case| case.matrix).collect();
+            cases = shapes::custom_cases(&matrices, tokens);
+        }
+        cases
     }
 
     fn options(&self) -> Options {
         Options {
             cases: self.cases(),
-            cublaslt: !self.no_cublas,
+            baselines: match &self.baselines {
+                Some(Baselines(baselines)) => baselines.clone(),
+                None if self.monotone => Vec::new(),
+                None if self.curve => vec![Baseline::Fp8],
+                None => Baseline::ALL.to_vec(),
+            },
+            probes: !self.no_probes && !self.monotone,
             algorithms: self.algorithms.into(),
+            pace: match self.pace {
+                Some(PaceChoice::Brief) => Pace::BRIEF,
+                Some(PaceChoice::Thorough) => Pace::THOROUGH,
+                None if self.monotone => Pace::BRIEF,
+                None => Pace::THOROUGH,
+            },
+            monotone: self.monotone,
             tile: self.tile,
         }
     }
@@ -122,30 +189,40 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<Report> {
     if arguments.ablation {
         return ablation(arguments);
     }
-    let run = match &arguments.from {
-        Some(path) => Run::load(path)?,
-        None => measure(arguments)?,
+    let runs = match arguments.from.as_slice() {
+        [] => vec![measure(arguments)?],
+        paths => paths.iter().map(|path| Run::load(path)).collect::<Result<Vec<_>, _>>()?,
     };
     let mut text = String::new();
-    if arguments.from.is_some() {
-        text += &format!("{}\n{}\n", run.circumstances.device, table::heading());
-        run.points.iter().for_each(|point| text += &format!("{}\n", table::row(point)));
+    if !arguments.from.is_empty() {
+        for run in &runs {
+            let Circumstances { device, date, kernels, .. } = &run.circumstances;
+            text += &format!("{device}, {date}, kernels {kernels}\n{}\n", table::heading());
+            run.points.iter().for_each(|point| text += &format!("{}\n", table::row(point)));
+        }
     }
-    text += &format!("\n{}\n{}", table::LEGEND, table::bands(&run));
-    let verdicts = targets::report(&targets::judge(&run));
+    let merged = Run::merged(&runs);
+    text += &format!("\n{}\n{}", table::LEGEND, table::bands(&merged));
+    let verdicts = targets::report(&targets::judge(&merged));
     if !verdicts.is_empty() {
         text += &format!("\n{verdicts}");
     }
+    for run in &runs {
+        if let Some(breaks) = &run.breaks {
+            text += &format!("\n{}", monotone::report(breaks, &run.points));
+        }
+    }
     let pictures = match &arguments.plots {
-        Some(directory) => plots::write(&run, directory)?,
-        None => Vec::new(),
+        Some(directory) => plots::write(&runs, directory)?,
+        None => Pictures::default(),
     };
     if let Some(path) = &arguments.markdown {
-        markdown::write(&run, &pictures, path)?;
+        markdown::write(&runs, &pictures, path)?;
     }
-    let wrong = run.mismatches().count();
+    let wrong = runs.iter().flat_map(Run::mismatches).count();
     if wrong > 0 {
-        text += &format!("\n{wrong} of {} results differ from the CPU backend's\n", run.points.len());
+        let all: usize = runs.iter().map(|run| run.points.len()).sum();
+        text += &format!("\n{wrong} of {all} results differ from the CPU backend's\n");
     }
     Ok(Report { text, success: wrong == 0 })
 }
@@ -163,13 +240,14 @@ fn measure(arguments: &Arguments) -> anyhow::Result<Run> {
 }
 
 fn sweep(arguments: &Arguments) -> anyhow::Result<Report> {
-    let (sweeps, mut text) = match &arguments.from {
-        Some(path) => {
-            let sweeps = Sweep::load(path)?;
+    let (sweeps, mut text) = match arguments.from.as_slice() {
+        [] => (measure_sweep(arguments)?, String::new()),
+        paths => {
+            let loaded = paths.iter().map(|path| Sweep::load(path)).collect::<Result<Vec<_>, _>>()?;
+            let sweeps = loaded.concat();
             let text = sweeps.iter().map(Sweep::report).collect();
             (sweeps, text)
         }
-        None => (measure_sweep(arguments)?, String::new()),
     };
     if sweeps.iter().flat_map(|sweep| &sweep.plans).any(|plan| plan.mismatch.is_some()) {
         bail!("results differ from the CPU backend's");
@@ -200,12 +278,13 @@ fn measure_sweep(arguments: &Arguments) -> anyhow::Result<Vec<Sweep>> {
 }
 
 fn ablation(arguments: &Arguments) -> anyhow::Result<Report> {
-    let run = match &arguments.from {
-        Some(path) => Ablation::load(path)?,
-        None => measure_ablation(arguments)?,
+    let run = match arguments.from.as_slice() {
+        [] => measure_ablation(arguments)?,
+        [path] => Ablation::load(path)?,
+        _ => bail!("--ablation reads one run; give --from once"),
     };
     let mut text = String::new();
-    if arguments.from.is_some() {
+    if !arguments.from.is_empty() {
         text += &format!("{}\n{}\n", run.circumstances.device, bench::ablation::heading());
         run.points.iter().for_each(|point| text += &format!("{}\n", point.row()));
     }
@@ -331,9 +410,50 @@ mod tests {
             "--from a --quick",
             "--ablation --sweep",
             "--ablation --quick",
+            "--ablation --between",
+            "--quick --between",
+            "--quick --shapes 64x64",
+            "--monotone --peers",
+            "--monotone --baselines fp8",
+            "--monotone --sweep",
+            "--baselines fp16",
+            "--baselines fp8,none",
+            "--baselines ,",
+            "--pace slow",
+            "--sweep --pace brief",
+            "--from a --no-probes",
         ] {
             assert!(parse(wrong).is_err(), "{wrong}");
         }
         assert_eq!(parse("--tile 64").unwrap().options().tile.unwrap().tokens, 64);
+    }
+
+    #[test]
+    fn lists_of_problems_are_joined_and_narrowed() {
+        let points =
+            |line| -> usize { parse(line).unwrap().cases().iter().map(|case| case.tokens.len()).sum() };
+        assert_eq!(points("--between"), 260);
+        assert_eq!(points("--shards"), 8 * 21);
+        assert_eq!(points("--between --peers"), 260 + 121);
+        assert_eq!(points("--between --shapes 4096x4096,64x128"), 2 * 26);
+        assert_eq!(points("--between --shards --m 17"), 18);
+        assert_eq!(points("--monotone --shapes 4096x4096"), 76);
+        assert_eq!(points("--curve"), 4 * 65);
+        assert_eq!(points("--shapes 64x128"), 14);
+    }
+
+    #[test]
+    fn what_runs_beside_our_kernel_can_be_chosen() {
+        let options = |line| parse(line).unwrap().options();
+        assert_eq!(options("--between").baselines, Baseline::ALL);
+        assert_eq!(options("--between --baselines bf16,int8").baselines, [Baseline::Int8, Baseline::Bf16]);
+        assert_eq!(options("--curve").baselines, [Baseline::Fp8]);
+        assert_eq!(options("--curve --baselines none").baselines, []);
+        assert!(options("--peers").probes && !options("--peers --no-probes").probes);
+        assert_eq!(options("--peers").pace, Pace::THOROUGH);
+        assert_eq!(options("--peers --pace brief").pace, Pace::BRIEF);
+        let monotone = options("--monotone");
+        assert!(monotone.monotone && !monotone.probes && monotone.baselines.is_empty());
+        assert_eq!(monotone.pace, Pace::BRIEF);
     }
 }

@@ -76,7 +76,7 @@ pub fn run() -> ExitCode {
             if report.success { ExitCode::SUCCESS } else { ExitCode::FAILURE }
         }
         Err(error) => {
-            eprintln!("error: {}", error.to_string().replace('\n', "; "));
+            eprintln!("error: {}", format!("{error:#}").replace('\n', "; "));
             ExitCode::FAILURE
         }
     }

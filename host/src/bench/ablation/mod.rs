@@ -5,7 +5,7 @@ mod page;
 
 use std::path::Path;
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use liquidgemm_format::ablation::{TOKENS, tile};
 use serde::{Deserialize, Serialize};
 
@@ -116,9 +116,14 @@ impl Ablation {
     /// Reads a run back.
     ///
     /// # Errors
-    /// If the file can't be read or holds something else.
+    /// If the file can't be read or holds something else, which a dimension or a time of 0 is as well.
     pub fn load(path: &Path) -> anyhow::Result<Self> {
-        read_json(path, "ablation")
+        let run: Self = read_json(path, "ablation")?;
+        let plausible = run.points.iter().all(|point| {
+            point.m.min(point.n).min(point.k) > 0 && point.arms.iter().all(|arm| arm.timing.is_plausible())
+        });
+        ensure!(plausible, "{} has a dimension or a time that is not above 0", path.display());
+        Ok(run)
     }
 
     /// The matrices, in the order in which they first occur.
@@ -145,13 +150,14 @@ pub fn run(
     mut measured: impl FnMut(&Ablation) -> anyhow::Result<()>,
 ) -> anyhow::Result<Ablation> {
     let mut run = Ablation { circumstances: Circumstances::of(gpu), ..Ablation::default() };
-    let stage = Stage::new(gpu, cases, None)?;
+    let stage = Stage::new(gpu, cases, None, &[])?;
     for case in cases {
-        let bed = Bed::new(&stage, case)?;
+        let fixture = Fixture::new(&stage, case)?;
         for &m in &case.tokens {
             observer.starts(m, case.matrix);
-            let point =
-                bed.point(&stage, m).with_context(|| format!("measuring M = {m}, N×K = {}", case.matrix))?;
+            let point = fixture
+                .point(&stage, m)
+                .with_context(|| format!("measuring M = {m}, N×K = {}", case.matrix))?;
             run.points.push(point);
             measured(&run)?;
         }
@@ -161,12 +167,12 @@ pub fn run(
 }
 
 /// The weights of one matrix, and what the products with them should be.
-struct Bed {
+struct Fixture {
     weights: Vec<ArmWeights>,
     reference: Reference,
 }
 
-impl Bed {
+impl Fixture {
     fn new(stage: &Stage<'_>, case: &Case) -> anyhow::Result<Self> {
         let weights = data::random_weights(case.matrix.n, case.matrix.k)?;
         let copies = copies(weights.bricks().len());
@@ -204,7 +210,7 @@ impl Bed {
             copies: self.weights.len(),
             launch: Box::new(move |copy| {
                 let (weights, workspace, stream) = (&self.weights[copy], &stage.workspace, &stage.stream);
-                // SAFETY: all memory lives in the stage and the bed, and one stream orders the launches.
+                // SAFETY: all memory lives in the stage and the fixture, and one stream orders the launches.
                 unsafe { stage.gpu.ablation(arm, weights, &operands, &plan, workspace, stream) }?;
                 Ok(())
             }),
@@ -258,6 +264,9 @@ pub(super) mod tests {
         let path = directory.path().join("run.json");
         run.save(&path).unwrap();
         assert_eq!(Ablation::load(&path).unwrap(), run);
+        run.points[0].arms[1].timing.us = 0.0;
+        run.save(&path).unwrap();
+        assert!(Ablation::load(&path).unwrap_err().to_string().contains("not above 0"));
     }
 
     #[test]

@@ -49,7 +49,10 @@ fn page(run: &Ablation, pictures: &[Picture], base: &Path) -> Result<String, std
     circumstances(run, &mut text)?;
     text.push_str(METHOD);
     means(run, &mut text)?;
-    show(pictures, base, &mut text)?;
+    if !pictures.is_empty() {
+        text.push_str("\n## Pictures\n");
+        show(pictures, base, &mut text)?;
+    }
     text.push_str("\n## Every point\n");
     for matrix in run.matrices() {
         writeln!(text, "\n### {}\n", plots::title(matrix))?;

@@ -1,4 +1,4 @@
-//! NVIDIA's cuBLASLt as a rival, where it is installed: `sys` is the raw interface, this the safe one.
+//! NVIDIA's cuBLASLt as a baseline, where it is installed: `sys` is the raw interface, this the safe one.
 //!
 //! All three products are laid out as cuBLASLt likes them best on Hopper, "TN": weights `[n, k]` and activations
 //! `[m, k]`, both with k contiguous, output `[m, n]` with n contiguous. In its column-major terms that is
@@ -18,7 +18,7 @@ use anyhow::{bail, ensure};
 use cust::memory::DeviceBuffer;
 use libloading::Library;
 
-use super::record::Rival;
+use super::record::Baseline;
 use crate::gpu::StreamHandle;
 use sys::{Algorithm, ComputeType, DataType, Functions, Handle, HeuristicResult, MatmulAttribute, Status};
 
@@ -74,19 +74,19 @@ impl CublasLt {
     /// If the library has no algorithm for it.
     pub fn gemm(
         &self,
-        rival: Rival,
+        baseline: Baseline,
         m: usize,
         n: usize,
         k: usize,
         count: usize,
     ) -> anyhow::Result<Vec<Gemm<'_>>> {
-        let (input, output, compute, scale) = match rival {
-            Rival::Int8 => (DataType::I8, DataType::I32, ComputeType::I32, DataType::I32),
-            Rival::Fp8 => (DataType::E4m3, DataType::Bf16, ComputeType::F32, DataType::F32),
-            Rival::Bf16 => (DataType::Bf16, DataType::Bf16, ComputeType::F32, DataType::F32),
+        let (input, output, compute, scale) = match baseline {
+            Baseline::Int8 => (DataType::I8, DataType::I32, ComputeType::I32, DataType::I32),
+            Baseline::Fp8 => (DataType::E4m3, DataType::Bf16, ComputeType::F32, DataType::F32),
+            Baseline::Bf16 => (DataType::Bf16, DataType::Bf16, ComputeType::F32, DataType::F32),
         };
         let algorithms = {
-            let operation = self.operation(rival, compute, scale)?;
+            let operation = self.operation(baseline, compute, scale)?;
             let layouts = self.layouts(input, output, m, n, k)?;
             self.heuristics(&operation, &layouts, count)?
         };
@@ -95,23 +95,28 @@ impl CublasLt {
             .map(|algorithm| {
                 Ok(Gemm {
                     library: self,
-                    operation: self.operation(rival, compute, scale)?,
+                    operation: self.operation(baseline, compute, scale)?,
                     layouts: self.layouts(input, output, m, n, k)?,
                     algorithm,
-                    integer: matches!(rival, Rival::Int8),
+                    integer: matches!(baseline, Baseline::Int8),
                 })
             })
             .collect()
     }
 
-    fn operation(&self, rival: Rival, compute: ComputeType, scale: DataType) -> anyhow::Result<Descriptor> {
+    fn operation(
+        &self,
+        baseline: Baseline,
+        compute: ComputeType,
+        scale: DataType,
+    ) -> anyhow::Result<Descriptor> {
         let operation =
             Descriptor::new(self, "describing a product", self.functions.matmul_destroy, |handle| {
                 // SAFETY: the argument is valid for a write.
                 unsafe { (self.functions.matmul_create)(handle, compute, scale) }
             })?;
         self.set(&operation, MatmulAttribute::TransposeA, &sys::TRANSPOSE)?;
-        if matches!(rival, Rival::Fp8) {
+        if matches!(baseline, Baseline::Fp8) {
             let scale = self.scale.as_device_ptr().as_raw();
             self.set(&operation, MatmulAttribute::ScalePointerA, &scale)?;
             self.set(&operation, MatmulAttribute::ScalePointerB, &scale)?;

@@ -6,12 +6,15 @@ use plotters::prelude::*;
 
 use super::style::{self, Anchor, Entry, legend, microseconds, text};
 use super::{line_across, title};
-use crate::bench::record::{Point, Rival, Run};
+use crate::bench::record::{Baseline, Point, Run};
 use crate::bench::shapes::Matrix;
 
 const SIZE: (u32, u32) = (860, 520);
 /// Where the legend's line is.
 const LEGEND_Y: i32 = 54;
+
+/// Points of a line that each have a mark.
+const MANY: usize = 24;
 
 /// A line of the picture.
 struct Line {
@@ -40,16 +43,17 @@ pub(super) fn draw(run: &Run, matrix: Matrix) -> anyhow::Result<Option<String>> 
         width,
         points: points.iter().filter_map(|point| Some((point.m as f64, time(point)?))).collect(),
     };
-    let rival =
-        |name, colour, rival| line(name, colour, 2, &|point| point.rival(rival).map(|timing| timing.us));
+    let baseline = |name, colour, baseline| {
+        line(name, colour, 2, &|point| point.baseline(baseline).map(|timing| timing.us))
+    };
     let mut lines = vec![
-        rival("cuBLASLt bf16", style::BF16, Rival::Bf16),
-        rival("cuBLASLt int8", style::INT8, Rival::Int8),
-        rival("cuBLASLt fp8", style::FP8, Rival::Fp8),
+        baseline("cuBLASLt bf16", style::BF16, Baseline::Bf16),
+        baseline("cuBLASLt int8", style::INT8, Baseline::Int8),
+        baseline("cuBLASLt fp8", style::FP8, Baseline::Fp8),
         line("LiquidGEMM", style::OURS, 4, &|point| Some(point.ours.us)),
     ];
     lines.retain(|line| !line.points.is_empty());
-    let floor = line("floor: the slower probe", style::LIMIT, 1, &|point| Some(point.floor()));
+    let floor = line("floor: the slower probe", style::LIMIT, 1, &|point| point.floor());
 
     let all = || lines.iter().chain([&floor]).flat_map(|line| &line.points).map(|&(_, us)| us);
     let low = all().fold(f64::INFINITY, f64::min) / 1.6;
@@ -89,7 +93,9 @@ fn render(
     ground.extend(&floor.points);
     ground.extend(floor.points.last().map(|&(_, us)| (last, us)));
     ground.push((last, low));
-    chart.draw_series([Polygon::new(ground, style::OUT_OF_REACH.filled())])?;
+    if !floor.points.is_empty() {
+        chart.draw_series([Polygon::new(ground, style::OUT_OF_REACH.filled())])?;
+    }
 
     chart
         .configure_mesh()
@@ -124,12 +130,14 @@ fn render(
             line.colour.stroke_width(line.width),
         ))?;
         let radius = line.width + 1;
-        chart
-            .draw_series(line.points.iter().map(|&point| Circle::new(point, radius, line.colour.filled())))?;
+        // Where points are many, only those at powers of two have a mark.
+        let few = line.points.len() <= MANY;
+        let marked = line.points.iter().filter(|(m, _)| few || (*m as usize).is_power_of_two());
+        chart.draw_series(marked.map(|&point| Circle::new(point, radius, line.colour.filled())))?;
     }
 
     // Ours first.
-    let entries = lines.iter().rev().chain([floor]).map(|line| {
+    let entries = lines.iter().rev().chain([floor]).filter(|line| !line.points.is_empty()).map(|line| {
         // The floor is the one in dashes.
         Entry { name: line.name, colour: line.colour, width: line.width, dashed: line.width == 1 }
     });

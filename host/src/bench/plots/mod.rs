@@ -1,6 +1,7 @@
 //! The results as pictures: SVG text, drawn without a font system, so the same run gives the same file everywhere.
 
 mod ablation;
+mod curve;
 mod latency;
 mod peers;
 mod style;
@@ -9,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use super::ablation::Ablation;
 use super::record::{Run, write_atomically};
-use super::shapes::{Matrix, origin};
+use super::shapes::{Matrix, distinct, is_shard, origin};
 
 /// A picture that was written.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -20,20 +21,39 @@ pub struct Picture {
     pub title: String,
 }
 
-/// Writes every picture of a run into a directory: the comparison with peers, if the run has their points, then
-/// time against M for each matrix with more than one batch size.
+/// The pictures of some runs, by the section of the page that they belong to.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Pictures {
+    /// The comparison with peers, and time against M for every matrix that is no shard.
+    pub general: Vec<Picture>,
+    /// Time against M in steps of 8.
+    pub curves: Vec<Picture>,
+    /// Time against M for every shard.
+    pub shards: Vec<Picture>,
+}
+
+/// Writes every picture of some runs into a directory: the comparison with peers, if they have their points; time against M
+/// for each matrix with more than one batch size; and the curves of each matrix that one run has in steps of 8.
 ///
 /// # Errors
 /// If a file can't be written.
-pub fn write(run: &Run, directory: &Path) -> anyhow::Result<Vec<Picture>> {
-    let mut pictures = Vec::new();
-    if let Some(svg) = peers::draw(run)? {
+pub fn write(runs: &[Run], directory: &Path) -> anyhow::Result<Pictures> {
+    let mut pictures = Pictures::default();
+    let run = Run::merged(runs);
+    if let Some(svg) = peers::draw(&run)? {
         let title = "Speed relative to cuBLASLt fp8, against other kernels";
-        pictures.push(save(directory, "peers.svg".into(), title.into(), &svg)?);
+        pictures.general.push(save(directory, "peers.svg".into(), title.into(), &svg)?);
     }
     for matrix in run.matrices() {
-        if let Some(svg) = latency::draw(run, matrix)? {
-            pictures.push(save(directory, format!("latency-{matrix}.svg"), title(matrix), &svg)?);
+        if let Some(svg) = latency::draw(&run, matrix)? {
+            let section = if is_shard(matrix) { &mut pictures.shards } else { &mut pictures.general };
+            section.push(save(directory, format!("latency-{matrix}.svg"), title(matrix), &svg)?);
+        }
+    }
+    for matrix in distinct(runs.iter().flat_map(Run::matrices)) {
+        if let Some(svg) = curve::draw(runs, matrix)? {
+            let title = format!("Every eighth M, {}", title(matrix));
+            pictures.curves.push(save(directory, format!("curve-{matrix}.svg"), title, &svg)?);
         }
     }
     Ok(pictures)
@@ -88,28 +108,32 @@ mod tests {
     use crate::bench::record::Point;
     use crate::bench::record::tests::point;
 
-    /// Times near those that a GPU has: the ideal floor and a few microseconds.
     fn synthetic() -> Run {
+        synthetic_of(&crate::bench::shapes::peer_cases())
+    }
+
+    /// Times near those that a GPU has: the ideal floor and a few microseconds.
+    fn synthetic_of(cases: &[crate::bench::shapes::Case]) -> Run {
         let mut run = Run::default();
         run.circumstances.device = "NVIDIA H100 80GB HBM3".into();
-        for case in crate::bench::shapes::peer_cases() {
-            for m in case.tokens {
+        for case in cases {
+            for &m in &case.tokens {
                 let (n, k) = (case.matrix.n, case.matrix.k);
                 let ideal = point(m, n, k, 1.0).ideal();
                 let mut point = point(m, n, k, 1.2 * ideal + 2.0);
                 for (timing, us) in [
-                    (&mut point.stream, ideal * if m > 256 { 0.5 } else { 1.05 } + 1.5),
-                    (&mut point.mma, ideal * if m > 256 { 1.05 } else { 0.4 } + 1.5),
+                    (point.stream.as_mut().unwrap(), ideal * if m > 256 { 0.5 } else { 1.05 } + 1.5),
+                    (point.mma.as_mut().unwrap(), ideal * if m > 256 { 1.05 } else { 0.4 } + 1.5),
                 ] {
                     timing.us = us;
                 }
-                let rival = |timing: &mut Option<crate::bench::statistics::Timing>, us| {
+                let baseline = |timing: &mut Option<crate::bench::statistics::Timing>, us| {
                     timing.as_mut().unwrap().us = us;
                 };
                 let wide = if m > 256 { 1.4 } else { 2.0 };
-                rival(&mut point.fp8, ideal * wide + 4.0);
-                rival(&mut point.int8, ideal * wide * 1.3 + 6.0);
-                rival(&mut point.bf16, ideal * wide * 1.9 + 5.0);
+                baseline(&mut point.fp8, ideal * wide + 4.0);
+                baseline(&mut point.int8, ideal * wide * 1.3 + 6.0);
+                baseline(&mut point.bf16, ideal * wide * 1.9 + 5.0);
                 run.points.push(point);
             }
         }
@@ -119,9 +143,9 @@ mod tests {
     #[test]
     fn every_matrix_gets_a_picture_and_the_peers_one() {
         let directory = tempfile::tempdir().unwrap();
-        let pictures = write(&synthetic(), directory.path()).unwrap();
-        assert_eq!(pictures.len(), 11);
-        for picture in &pictures {
+        let pictures = write(&[synthetic()], directory.path()).unwrap();
+        assert_eq!((pictures.general.len(), pictures.shards.len(), pictures.curves.len()), (11, 0, 0));
+        for picture in &pictures.general {
             let svg = std::fs::read_to_string(&picture.path).unwrap();
             assert!(svg.starts_with("<svg") && svg.trim_end().ends_with("</svg>"));
             assert!(svg.contains("LiquidGEMM"), "{}", picture.path.display());
@@ -129,7 +153,33 @@ mod tests {
         }
         // To look at them: LIQUIDGEMM_KEEP_PLOTS=directory.
         if let Some(keep) = std::env::var_os("LIQUIDGEMM_KEEP_PLOTS") {
-            write(&synthetic(), Path::new(&keep)).unwrap();
+            write(&[synthetic()], Path::new(&keep)).unwrap();
+        }
+    }
+
+    #[test]
+    fn curves_are_drawn_from_the_run_with_the_most_columns_and_shards_apart() {
+        use crate::bench::shapes;
+        let directory = tempfile::tempdir().unwrap();
+        let mut monotone = synthetic_of(&shapes::monotone_cases());
+        monotone.breaks = Some(Vec::new());
+        for point in &mut monotone.points {
+            (point.fp8, point.stream, point.mma) = (None, None, None);
+        }
+        let curves = synthetic_of(&shapes::curve_cases());
+        let runs = [monotone, curves, synthetic_of(&shapes::shard_cases())];
+        let pictures = write(&runs, directory.path()).unwrap();
+        // The peers have points among the curves' too.
+        assert_eq!((pictures.general.len(), pictures.shards.len(), pictures.curves.len()), (1 + 4, 8, 10));
+        let with_fp8 = |picture: &&Picture| {
+            let svg = std::fs::read_to_string(&picture.path).unwrap();
+            assert!(svg.contains("LiquidGEMM") && !svg.contains("NaN") && !svg.contains("inf"));
+            assert_eq!(svg.contains("fp8"), svg.contains("floor"));
+            svg.contains("fp8")
+        };
+        assert_eq!(pictures.curves.iter().filter(with_fp8).count(), 4);
+        if let Some(keep) = std::env::var_os("LIQUIDGEMM_KEEP_PLOTS") {
+            write(&runs, Path::new(&keep)).unwrap();
         }
     }
 
@@ -163,12 +213,17 @@ mod tests {
         let bare = |m| Point { int8: None, fp8: None, bf16: None, ..point(m, 4096, 4096, 5.0 + m as f64) };
         let directory = tempfile::tempdir().unwrap();
         let run = Run { points: vec![bare(1), bare(64)], ..Run::default() };
-        let pictures = write(&run, directory.path()).unwrap();
+        let pictures = write(&[run], directory.path()).unwrap().general;
         assert_eq!(pictures.len(), 1);
         let svg = std::fs::read_to_string(&pictures[0].path).unwrap();
-        assert!(!svg.contains("fp8"));
+        assert!(!svg.contains("fp8") && svg.contains("floor"));
+        let alone = |m| Point { stream: None, mma: None, ..bare(m) };
+        let run = Run { points: vec![alone(1), alone(64)], ..Run::default() };
+        let pictures = write(&[run], directory.path()).unwrap().general;
+        let svg = std::fs::read_to_string(&pictures[0].path).unwrap();
+        assert!(svg.contains("LiquidGEMM") && !svg.contains("floor"));
         // One batch size makes no line.
         let run = Run { points: vec![bare(1)], ..Run::default() };
-        assert!(write(&run, directory.path()).unwrap().is_empty());
+        assert_eq!(write(&[run], directory.path()).unwrap(), Pictures::default());
     }
 }

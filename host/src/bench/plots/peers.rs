@@ -6,11 +6,10 @@ use plotters::coord::Shift;
 use plotters::prelude::*;
 
 use super::style::{self, Anchor, text};
-use crate::bench::peers::page;
-use crate::bench::record::{Point, Rival, Run};
-use crate::bench::statistics::geometric_mean;
+use crate::bench::peers::{Comparison, compare};
+use crate::bench::record::Run;
 
-const SIZE: (u32, u32) = (1080, 720);
+const SIZE: (u32, u32) = (1080, 800);
 /// Batch sizes, one panel each.
 const TOKENS: [usize; 6] = [16, 64, 128, 256, 1024, 4096];
 /// Room for the heading.
@@ -25,16 +24,13 @@ struct Bar {
 
 /// One batch size.
 struct Panel {
-    m: usize,
-    matrices: usize,
+    comparison: Comparison,
     bars: Vec<Bar>,
-    /// What the ideal floor would be.
-    limit: f64,
 }
 
 /// The picture as SVG; `None` if the run has no point with peers.
 pub(super) fn draw(run: &Run) -> anyhow::Result<Option<String>> {
-    let panels: Vec<Panel> = TOKENS.into_iter().filter_map(|m| panel(run, m)).collect();
+    let panels: Vec<Panel> = TOKENS.into_iter().filter_map(|m| Some(panel(compare(run, m)?))).collect();
     if panels.is_empty() {
         return Ok(None);
     }
@@ -43,28 +39,14 @@ pub(super) fn draw(run: &Run) -> anyhow::Result<Option<String>> {
     Ok(Some(svg))
 }
 
-fn panel(run: &Run, m: usize) -> Option<Panel> {
-    let points: Vec<(&Point, f64)> = run
-        .points
-        .iter()
-        .filter(|point| point.m == m && page().at(m, point.n, point.k).is_some())
-        .filter_map(|point| Some((point, point.speedup(Rival::Fp8)?)))
-        .collect();
-    let mut bars = vec![Bar {
-        name: "LiquidGEMM",
-        speed: geometric_mean(points.iter().map(|(_, speed)| *speed))?,
-        colour: style::OURS,
-    }];
-    for name in &page().columns {
-        let speeds = points.iter().filter_map(|(point, _)| {
-            let relative = page().at(m, point.n, point.k)?.relative().find(|(other, _)| other == name);
-            relative.map(|(_, time)| 1.0 / time)
-        });
+fn panel(comparison: Comparison) -> Panel {
+    let ours = Bar { name: "LiquidGEMM", speed: comparison.ours, colour: style::OURS };
+    let peers = comparison.peers.iter().map(|&(name, speed)| {
         let colour = if name == "cuBLASLt fp8" { style::FP8 } else { style::PLAIN };
-        bars.push(Bar { name, speed: geometric_mean(speeds)?, colour });
-    }
-    let limit = geometric_mean(points.iter().map(|(point, speed)| speed * point.over_ideal()))?;
-    Some(Panel { m, matrices: points.len(), bars, limit })
+        Bar { name, speed, colour }
+    });
+    let bars = std::iter::once(ours).chain(peers).collect();
+    Panel { comparison, bars }
 }
 
 fn render(svg: &mut String, panels: &[Panel]) -> Result<(), Box<dyn std::error::Error>> {
@@ -86,7 +68,7 @@ fn render(svg: &mut String, panels: &[Panel]) -> Result<(), Box<dyn std::error::
     let (_, body) = area.split_vertically(TOP as i32);
     let longest = panels
         .iter()
-        .flat_map(|panel| panel.bars.iter().map(|bar| bar.speed).chain([panel.limit]))
+        .flat_map(|panel| panel.bars.iter().map(|bar| bar.speed).chain([panel.comparison.limit]))
         .fold(1.0, f64::max);
     for (panel, area) in panels.iter().zip(body.split_evenly((rows as usize, 3))) {
         render_panel(&area, panel, longest)?;
@@ -102,10 +84,14 @@ fn render_panel<'a>(
 ) -> Result<(), DrawingAreaErrorKind<<SVGBackend<'a> as DrawingBackend>::ErrorType>> {
     let (width, height) = area.dim_in_pixel();
     let (left, right, top, bottom) = (172, width as i32 - 46, 34, height as i32 - 10);
-    let plural = if panel.matrices == 1 { "matrix" } else { "matrices" };
-    area.draw(&Text::new(format!("M = {}", panel.m), (left, 16), text(16, true, style::TEXT, Anchor::Left)))?;
+    let plural = if panel.comparison.matrices == 1 { "matrix" } else { "matrices" };
     area.draw(&Text::new(
-        format!("{} {plural}", panel.matrices),
+        format!("M = {}", panel.comparison.m),
+        (left, 16),
+        text(16, true, style::TEXT, Anchor::Left),
+    ))?;
+    area.draw(&Text::new(
+        format!("{} {plural}", panel.comparison.matrices),
         (right + 36, 16),
         text(12, false, style::FAINT_TEXT, Anchor::Right),
     ))?;
@@ -126,7 +112,7 @@ fn render_panel<'a>(
     }
     for y in (top..end).step_by(8) {
         area.draw(&PathElement::new(
-            [(x(panel.limit), y), (x(panel.limit), (y + 4).min(end))],
+            [(x(panel.comparison.limit), y), (x(panel.comparison.limit), (y + 4).min(end))],
             style::LIMIT.stroke_width(2),
         ))?;
     }

@@ -48,6 +48,7 @@ pub(super) fn microseconds(us: f64) -> String {
 }
 
 /// An entry of a [`legend`].
+#[derive(Clone, Copy)]
 pub(super) struct Entry<'a> {
     pub(super) name: &'a str,
     pub(super) colour: RGBColor,

@@ -1,0 +1,102 @@
+//! Time against the number of tokens in steps of 8 for one matrix, both linear: where a larger tile takes over, and where
+//! time would fall with M, shows only here.
+
+use anyhow::anyhow;
+use plotters::prelude::*;
+
+use super::style::{self, Anchor, Entry, legend, text};
+use super::title;
+use crate::bench::record::{Point, Run};
+use crate::bench::shapes::Matrix;
+
+const SIZE: (u32, u32) = (860, 460);
+/// Where the legend's line is.
+const LEGEND_Y: i32 = 54;
+/// The largest M of the picture.
+const LAST: usize = 512;
+const STEP: usize = 8;
+/// As many of the steps make a curve.
+const ENOUGH: usize = LAST / STEP / 2;
+
+/// A line of the picture.
+struct Line {
+    entry: Entry<'static>,
+    points: Vec<(f64, f64)>,
+}
+
+/// The picture as SVG; `None` where no run has enough points. All lines are one run's, because times move from machine to
+/// machine: of the runs with enough points, the one with the most that have cuBLASLt fp8 beside them.
+pub(super) fn draw(runs: &[Run], matrix: Matrix) -> anyhow::Result<Option<String>> {
+    let points = |run: &'_ Run| -> Vec<Point> {
+        let on_curve = |point: &&Point| point.matrix() == matrix && point.m <= LAST;
+        let mut points: Vec<Point> = run.points.iter().filter(on_curve).cloned().collect();
+        points.sort_by_key(|point| point.m);
+        points.dedup_by_key(|point| point.m);
+        points
+    };
+    let enough = |points: &Vec<Point>| points.iter().filter(|point| point.m % STEP == 0).count() >= ENOUGH;
+    let rank =
+        |points: &Vec<Point>| (points.iter().filter(|point| point.fp8.is_some()).count(), points.len());
+    let Some(points) = runs.iter().map(points).filter(enough).max_by_key(rank) else {
+        return Ok(None);
+    };
+    let line = |name, colour, width, time: &dyn Fn(&Point) -> Option<f64>| Line {
+        // The floor is the one in dashes.
+        entry: Entry { name, colour, width, dashed: width == 1 },
+        points: points.iter().filter_map(|point| Some((point.m as f64, time(point)?))).collect(),
+    };
+    let mut lines = vec![
+        line("floor: the slower probe", style::LIMIT, 1, &Point::floor),
+        line("cuBLASLt fp8", style::FP8, 2, &|point| point.fp8.map(|timing| timing.us)),
+        line("LiquidGEMM", style::OURS, 4, &|point| Some(point.ours.us)),
+    ];
+    lines.retain(|line| !line.points.is_empty());
+    let mut svg = String::new();
+    render(&mut svg, &title(matrix), &lines)
+        .map_err(|error| anyhow!("cannot draw the curve of {matrix}: {error}"))?;
+    Ok(Some(svg))
+}
+
+fn render(svg: &mut String, title: &str, lines: &[Line]) -> Result<(), Box<dyn std::error::Error>> {
+    let high = lines.iter().flat_map(|line| &line.points).map(|&(_, us)| us).fold(0.0, f64::max) * 1.05;
+    let area = SVGBackend::with_string(svg, SIZE).into_drawing_area();
+    area.fill(&WHITE)?;
+    area.draw(&Text::new(title.to_owned(), (22, 26), text(18, true, style::TEXT, Anchor::Left)))?;
+    let mut chart = ChartBuilder::on(&area)
+        .margin_top(LEGEND_Y + 20)
+        .margin_right(24)
+        .margin_bottom(12)
+        .margin_left(10)
+        .x_label_area_size(46)
+        .y_label_area_size(66)
+        .build_cartesian_2d(0.0..LAST as f64, 0.0..high)?;
+    chart
+        .configure_mesh()
+        .light_line_style(TRANSPARENT)
+        .bold_line_style(style::GRID)
+        .axis_style(style::GRID)
+        .x_desc("M (tokens)")
+        .y_desc("µs")
+        .x_labels(12)
+        .y_labels(8)
+        .x_label_formatter(&|m| format!("{m}"))
+        .y_label_formatter(&|us| format!("{us}"))
+        .label_style(text(13, false, style::FAINT_TEXT, Anchor::Middle))
+        .axis_desc_style(text(14, false, style::TEXT, Anchor::Middle))
+        .draw()?;
+    for Line { entry, points } in lines {
+        let stroke = entry.colour.stroke_width(entry.width.max(2));
+        if entry.dashed {
+            chart.draw_series(DashedLineSeries::new(points.iter().copied(), 5, 4, stroke))?;
+        } else {
+            chart.draw_series(LineSeries::new(points.iter().copied(), stroke))?;
+            let radius = entry.width.div_ceil(2);
+            chart
+                .draw_series(points.iter().map(|&point| Circle::new(point, radius, entry.colour.filled())))?;
+        }
+    }
+    // Ours first.
+    legend(&area, LEGEND_Y, lines.iter().rev().map(|line| line.entry))?;
+    area.present()?;
+    Ok(())
+}

@@ -112,7 +112,7 @@ fn files_that_cannot_be_read_are_refused_with_the_reason() {
     zero.save(path("zero.json").as_ref()).unwrap();
     let (code, _, errors) = bench(&["--from", &path("zero.json"), "--plots", &path("plots")]);
     assert_eq!(code, 1);
-    assert!(errors.contains("zero.json has a dimension or a time that is not above 0"), "{errors}");
+    assert!(errors.contains("zero.json has a dimension of 0 or an impossible time"), "{errors}");
 }
 
 #[test]

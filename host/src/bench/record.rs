@@ -189,7 +189,7 @@ impl Run {
     /// Reads a run back.
     ///
     /// # Errors
-    /// If the file can't be read or holds something else, which a dimension or a time of 0 is as well.
+    /// If the file can't be read or holds something else, or a dimension or a time is impossible.
     pub fn load(path: &Path) -> anyhow::Result<Self> {
         let run: Self = read_json(path, "run of the bench")?;
         let plausible = run.points.iter().all(|point| {
@@ -198,7 +198,7 @@ impl Run {
             point.m.min(point.n).min(point.k) > 0
                 && probes.into_iter().chain(baselines).flatten().all(Timing::is_plausible)
         }) && run.breaks.iter().flatten().all(|one| one.us > 0.0 && one.larger_us > 0.0);
-        ensure!(plausible, "{} has a dimension or a time that is not above 0", path.display());
+        ensure!(plausible, "{} has a dimension of 0 or an impossible time", path.display());
         Ok(run)
     }
 
@@ -375,7 +375,7 @@ pub(super) mod tests {
             spoil(&mut point);
             Run { points: vec![point], ..Run::default() }.save(&path).unwrap();
             let error = Run::load(&path).unwrap_err().to_string();
-            assert!(error.ends_with("run.json has a dimension or a time that is not above 0"), "{error}");
+            assert!(error.ends_with("run.json has a dimension of 0 or an impossible time"), "{error}");
         }
     }
 

@@ -62,7 +62,12 @@ pub trait Observer {
 /// # Errors
 /// If the GPU or our kernel fails, or the observer does.
 pub fn run(gpu: &Gpu, options: &Options, observer: &mut dyn Observer) -> anyhow::Result<Run> {
-    let mut run = Run { circumstances: Circumstances::of(gpu), pace: options.pace, ..Run::default() };
+    let mut run = Run {
+        circumstances: Circumstances::of(gpu),
+        pace: options.pace,
+        breaks: options.monotone.then(Vec::new),
+        ..Run::default()
+    };
     let cublaslt = if options.baselines.is_empty() {
         None
     } else {

@@ -36,9 +36,9 @@ impl Timing {
         })
     }
 
-    /// Whether the median is a time that something can have taken.
+    /// Whether the median is a time that a launch can have taken: between a nanosecond and days.
     pub(super) fn is_plausible(&self) -> bool {
-        self.us.is_finite() && self.us > 0.0
+        (1e-3..1e12).contains(&self.us)
     }
 
     /// Half the distance between the quartiles, as a fraction of the median.
@@ -77,6 +77,8 @@ mod tests {
         assert!((timing.spread() - 1.0 / 3.0).abs() < 1e-12);
         assert_eq!(Timing::new(vec![1.0, 2.0], 1).unwrap().us, 1.5);
         assert_eq!(Timing::new(vec![], 1), None);
+        let plausible = |us| Timing::new(vec![us], 1).unwrap().is_plausible();
+        assert!(plausible(2.0) && ![0.0, -1.0, 1e300, f64::NAN].into_iter().any(plausible));
     }
 
     #[test]

@@ -148,9 +148,13 @@ impl Arguments {
             lists.into_iter().filter(|(chosen, _)| *chosen).map(|(_, list)| list()).collect();
         let mut cases = if chosen.is_empty() { shapes::default_cases() } else { shapes::merged(chosen) };
         if !self.shapes.is_empty() {
-            // All matrices of a list need not have the same batch sizes.
-            let tokens: Vec<usize> = cases.iter().flat_map(|case| case.tokens.clone()).collect();
-            cases = shapes::custom_cases(&self.shapes, &tokens);
+            // A matrix that no list has gets the batch sizes of all of them.
+            let all: Vec<usize> = cases.iter().flat_map(|case| case.tokens.clone()).collect();
+            let of = |&matrix: &Matrix| {
+                let listed = cases.iter().find(|case| case.matrix == matrix);
+                shapes::custom_cases(&[matrix], listed.map_or(&all, |case| &case.tokens))
+            };
+            cases = shapes::merged(self.shapes.iter().map(of).collect::<Vec<_>>());
         }
         if let Some(Tokens(tokens)) = &self.m {
             let matrices: Vec<Matrix> = cases.iter().map(|case| case.matrix).collect();
@@ -437,6 +441,7 @@ mod tests {
         assert_eq!(points("--between --peers"), 260 + 121);
         assert_eq!(points("--between --shapes 4096x4096,64x128"), 2 * 26);
         assert_eq!(points("--between --shards --m 17"), 18);
+        assert_eq!(points("--peers --shapes 4096x4096"), 12);
         assert_eq!(points("--monotone --shapes 4096x4096"), 76);
         assert_eq!(points("--curve"), 4 * 65);
         assert_eq!(points("--shapes 64x128"), 14);

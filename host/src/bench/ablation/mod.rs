@@ -116,13 +116,13 @@ impl Ablation {
     /// Reads a run back.
     ///
     /// # Errors
-    /// If the file can't be read or holds something else, which a dimension or a time of 0 is as well.
+    /// If the file can't be read or holds something else, or a dimension or a time is impossible.
     pub fn load(path: &Path) -> anyhow::Result<Self> {
         let run: Self = read_json(path, "ablation")?;
         let plausible = run.points.iter().all(|point| {
             point.m.min(point.n).min(point.k) > 0 && point.arms.iter().all(|arm| arm.timing.is_plausible())
         });
-        ensure!(plausible, "{} has a dimension or a time that is not above 0", path.display());
+        ensure!(plausible, "{} has a dimension of 0 or an impossible time", path.display());
         Ok(run)
     }
 
@@ -266,7 +266,7 @@ pub(super) mod tests {
         assert_eq!(Ablation::load(&path).unwrap(), run);
         run.points[0].arms[1].timing.us = 0.0;
         run.save(&path).unwrap();
-        assert!(Ablation::load(&path).unwrap_err().to_string().contains("not above 0"));
+        assert!(Ablation::load(&path).unwrap_err().to_string().contains("an impossible time"));
     }
 
     #[test]

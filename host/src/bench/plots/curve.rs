@@ -15,6 +15,8 @@ const LEGEND_Y: i32 = 54;
 /// The largest M of the picture.
 const LAST: usize = 512;
 const STEP: usize = 8;
+/// Tokens of a division of the axis, which plotters would put at round decimal numbers.
+const TICK: f64 = 64.0;
 /// As many of the steps make a curve.
 const ENOUGH: usize = LAST / STEP / 2;
 
@@ -43,7 +45,7 @@ pub(super) fn draw(runs: &[Run], matrix: Matrix) -> anyhow::Result<Option<String
     let line = |name, colour, width, time: &dyn Fn(&Point) -> Option<f64>| Line {
         // The floor is the one in dashes.
         entry: Entry { name, colour, width, dashed: width == 1 },
-        points: points.iter().filter_map(|point| Some((point.m as f64, time(point)?))).collect(),
+        points: points.iter().filter_map(|point| Some((point.m as f64 / TICK, time(point)?))).collect(),
     };
     let mut lines = vec![
         line("floor: the slower probe", style::LIMIT, 1, &Point::floor),
@@ -69,7 +71,7 @@ fn render(svg: &mut String, title: &str, lines: &[Line]) -> Result<(), Box<dyn s
         .margin_left(10)
         .x_label_area_size(46)
         .y_label_area_size(66)
-        .build_cartesian_2d(0.0..LAST as f64, 0.0..high)?;
+        .build_cartesian_2d(0.0..LAST as f64 / TICK, 0.0..high)?;
     chart
         .configure_mesh()
         .light_line_style(TRANSPARENT)
@@ -77,9 +79,9 @@ fn render(svg: &mut String, title: &str, lines: &[Line]) -> Result<(), Box<dyn s
         .axis_style(style::GRID)
         .x_desc("M (tokens)")
         .y_desc("µs")
-        .x_labels(12)
+        .x_labels(LAST / TICK as usize + 1)
         .y_labels(8)
-        .x_label_formatter(&|m| format!("{m}"))
+        .x_label_formatter(&|x| format!("{}", x * TICK))
         .y_label_formatter(&|us| format!("{us}"))
         .label_style(text(13, false, style::FAINT_TEXT, Anchor::Middle))
         .axis_desc_style(text(14, false, style::TEXT, Anchor::Middle))

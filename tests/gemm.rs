@@ -13,7 +13,10 @@ use rand::seq::IndexedRandom;
 const TESTS: [Test; 13] = [
     ("small_problems_equal_the_cpu_for_every_tile", small_problems_equal_the_cpu_for_every_tile),
     ("token_counts_around_tile_borders_equal_the_cpu", token_counts_around_tile_borders_equal_the_cpu),
-    ("every_token_count_of_skinny_kernels_equals_the_cpu", every_token_count_of_skinny_kernels_equals_the_cpu),
+    (
+        "every_token_count_of_skinny_kernels_equals_the_cpu",
+        every_token_count_of_skinny_kernels_equals_the_cpu,
+    ),
     ("every_output_type_equals_the_cpu_for_every_tile", every_output_type_equals_the_cpu_for_every_tile),
     ("random_problems_equal_the_cpu", random_problems_equal_the_cpu),
     ("the_longest_k_equals_the_cpu", the_longest_k_equals_the_cpu),
@@ -69,7 +72,14 @@ fn token_counts_around_tile_borders_equal_the_cpu(gpu: &'static Gpu) -> Result<(
             for (cluster, workers) in [(1, 3), (2, 2)] {
                 let plan = Plan::with_cut(m, n, k, Cut { shape, cluster, workers, streamed_waves: 1 })?;
                 problem.check_type(gpu, &session, &plan, OutputType::I32, false, 0)?;
-                problem.check_type(gpu, &session, &plan, OutputType::Bf16, true, n.next_multiple_of(8) - n)?;
+                problem.check_type(
+                    gpu,
+                    &session,
+                    &plan,
+                    OutputType::Bf16,
+                    true,
+                    n.next_multiple_of(8) - n,
+                )?;
             }
         }
     }

@@ -218,7 +218,7 @@ fn a_batch_too_large_for_small_tiles_is_planned_with_larger_ones() {
 
 #[test]
 fn a_tile_without_a_kernel_is_refused_by_name() {
-    for tokens in [0, 24] {
+    for tokens in [0, 40] {
         let shape = TileShape { tokens, ..TILE_SHAPES[0] };
         match Plan::with_tile(5, 5, 5, shape, 132) {
             Err(Error::Gpu(error @ GpuError::UnknownTile { .. })) => {

@@ -317,7 +317,6 @@ fn first_step(schedule: Schedule, cluster: Cluster) -> u32 {
 /// # Safety
 /// As for [`tma::load_2d`], for all boxes of the tile from `token` on.
 #[inline(always)]
-#[allow(clippy::too_many_arguments)]
 unsafe fn load_parts(
     to: u32,
     activations: TokenBoxes,

@@ -1,7 +1,7 @@
 //! The device side of LiquidGEMM: the kernels that the host crate launches by name.
 //!
 //! [`gemm`] reads top to bottom in the order in which things happen; [`dequant`], [`pipeline`], [`partials`] and
-//! [`epilogue`] are its parts; [`ablation`] has what it is compared with. [`wide`] is the same for the widest tile, [`skinny`] is the kernel for few tokens. Below them
+//! [`epilogue`] are its parts; [`ablation`] has what it is compared with. [`wide`] is the same for the widest tiles, [`skinny`] is the kernel for few tokens. Below them
 //! lie the instructions, [`ptx`].
 
 #![no_std]

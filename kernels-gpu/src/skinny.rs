@@ -67,7 +67,8 @@ pub unsafe fn skinny<const UNITS: usize, const GROUPS: usize, const STAGES: u32,
         place.init_barriers(shape);
         // Activations, scales and output belong to the launch before this one until it has ended.
         grid::await_previous();
-        let mut activations = ActivationRing::<GROUPS, STAGES>::new(activations, arguments, shape, place, steps);
+        let mut activations =
+            ActivationRing::<GROUPS, STAGES>::new(activations, arguments, shape, place, steps);
         let mut pass = first_unit;
         while pass < end_unit {
             let units = arguments.shares.pass.min(end_unit - pass);

@@ -1,5 +1,5 @@
-//! The GEMM for the widest tile, 192 channels × 256 tokens, whose sums leave no registers to a producer: three consumers fill
-//! the ring themselves. An activation that reaches a multiprocessor is multiplied by half as many channels more than in the tile of 128 × 256,
+//! The GEMM for the widest tiles, 192 channels × 144 to 256 tokens, whose accumulators leave no registers to a producer: three consumers fill
+//! the ring themselves. Each activation that reaches an SM is reused for 192 channels instead of 128,
 //! which saves what costs the most where the GPU's power is the limit.
 //!
 //! The first warp refills a stage while it waits for its own products of the next, so that no consumer is kept from it.

@@ -185,8 +185,8 @@ impl TileShape {
         self.tokens > most_tokens && self.has_producers()
     }
 
-    /// Whether two warps of their own fill the ring, one with bricks and one with activations. Three consumers of 256 tokens leave them no
-    /// registers: one of their own warps does it.
+    /// Whether two warps of their own fill the ring, one with bricks and one with activations. Three consumers of more than 128 tokens leave
+    /// them no registers: one of their own warps does it.
     #[must_use]
     pub const fn has_producers(self) -> bool {
         self.consumers() < 3 || self.tokens <= 128
@@ -368,7 +368,9 @@ impl TileShape {
         // Without a loop, which would be left in the kernels.
         match self.finished_tokens() {
             finished if !self.maps_output() && finished < MAX_EPILOGUE_TOKENS => finished,
-            finished if !self.maps_output() || finished.is_multiple_of(MAX_EPILOGUE_TOKENS) => MAX_EPILOGUE_TOKENS,
+            finished if !self.maps_output() || finished.is_multiple_of(MAX_EPILOGUE_TOKENS) => {
+                MAX_EPILOGUE_TOKENS
+            }
             finished if finished.is_multiple_of(24) => 24,
             finished if finished.is_multiple_of(16) => 16,
             _ => 8,

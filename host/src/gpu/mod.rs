@@ -245,7 +245,7 @@ impl Gpu {
         let operands = Operands {
             m: activations.m(),
             activations: (&codes).into(),
-            activation_stride: activations.k().next_multiple_of(16),
+            activation_stride: padded_stride(&activations),
             token_scales: (&scales).into(),
             bias: bias.as_ref().map(DeviceSpan::from),
             output: (&output).into(),
@@ -293,9 +293,14 @@ fn check_device(device: Device) -> Result<(), GpuError> {
     }
 }
 
-/// The rows with a stride that the copy engine accepts.
+/// Bytes from one row of a GPU's copy of the activations to the next: what TMA accepts and reads fast.
+fn padded_stride(activations: &ActivationsView<'_>) -> usize {
+    activations.k().next_multiple_of(64)
+}
+
+/// The rows with that stride.
 fn padded_rows(activations: &ActivationsView<'_>) -> Vec<i8> {
-    let stride = activations.k().next_multiple_of(16);
+    let stride = padded_stride(activations);
     let mut padded = vec![0; activations.m() * stride];
     for (token, row) in padded.chunks_exact_mut(stride).enumerate() {
         row[..activations.k()].copy_from_slice(activations.row(token));

@@ -1,106 +1,172 @@
 //! How long a plan will take, so that the planner can choose: a model of few terms, fitted to measured plans.
 //!
-//! A launch is as slow as its slower side, memory or the busiest worker; on top come a constant and, where tiles are
-//! shared along K, the handing over of partial sums. The constants were fitted to the plans of ten linear layers
-//! of LLaMA-2 and LLaMA-3 at 16 to 1,024 tokens, and of some of them at 8, 32, 2,048 and 4,096, on an H100 SXM: by least
-//! squares, and from there so that the choices lose least; the lines of tiles of 128 tokens whose K two blocks share, and what streams cost
-//! at the power limit, were set by hand; the lines of the smaller such tiles by sweeps of ten more matrices at 12 to 64 tokens, that of 192 × 256 and what
-//! two launches cost by two of the first ten at 128 to 4,096, and what many parts of a tile cost by one of eight small matrices. `docs/performance-log.md` says how much. They need not be
+//! A launch is as slow as its slower side, memory or the busiest persistent block; on top come a constant and, where tiles are
+//! shared along K, the handing over of partial sums. The constants were fitted to 14,000 timed plans of 314 problems on an H100 SXM: the
+//! linear layers of LLaMA-2 and LLaMA-3 and their shards, at powers of two and between, and eight other matrices; by least squares, and from
+//! there so that the choices lose least. `docs/performance-log.md` says how much. They need not be
 //! exact: a wrong choice costs time, never a bit of the result.
 
-use liquidgemm_format::tile::TileShape;
+use liquidgemm_format::tile::{TILE_SHAPES, TileShape};
 
 use super::Tiled;
 
 /// What one tile shape costs.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 struct ShapeCost {
-    channels: u32,
-    tokens: u32,
-    /// Blocks that share a tile's K.
-    split: u32,
     /// Microseconds for 128 along K.
     step: f64,
     /// Microseconds for what a tile needs besides its steps: scales, epilogue, refilling the pipeline.
     tile: f64,
 }
 
-const fn cost(channels: u32, tokens: u32, step: f64, tile: f64) -> ShapeCost {
-    ShapeCost { channels, tokens, split: 1, step, tile }
+/// Shapes that differ in their tokens only: channels, whether blocks share a tile's K, whether consumers load for themselves.
+type Family = (u32, bool, bool);
+
+const SINGLE_64: Family = (64, false, false);
+const SINGLE_128: Family = (128, false, false);
+const SINGLE_192: Family = (192, false, false);
+const CONSUMER_LOADED: Family = (192, false, true);
+const SPLIT_64: Family = (64, true, false);
+const SPLIT_128: Family = (128, true, false);
+const SPLIT_192: Family = (192, true, false);
+
+/// A shape of a family whose cost was fitted.
+struct Anchor {
+    family: Family,
+    tokens: u32,
+    cost: ShapeCost,
 }
 
-const fn split_cost(channels: u32, tokens: u32, step: f64, tile: f64) -> ShapeCost {
-    ShapeCost { split: 2, ..cost(channels, tokens, step, tile) }
+const fn anchor(family: Family, tokens: u32, step: f64, tile: f64) -> Anchor {
+    Anchor { family, tokens, cost: ShapeCost { step, tile } }
 }
 
-const SHAPE_COSTS: [ShapeCost; 31] = [
-    cost(64, 16, 0.112, 0.66),
-    cost(64, 32, 0.128, 0.63),
-    cost(64, 64, 0.137, 0.79),
-    cost(64, 96, 0.163, 1.00),
-    cost(64, 128, 0.211, 1.04),
-    cost(128, 8, 0.176, 0.58),
-    cost(128, 16, 0.203, 0.26),
-    cost(128, 32, 0.201, 0.59),
-    cost(128, 64, 0.229, 0.87),
-    cost(128, 96, 0.273, 0.89),
-    cost(128, 128, 0.318, 0.95),
-    cost(128, 160, 0.384, 1.06),
-    cost(128, 192, 0.454, 1.54),
-    cost(128, 256, 0.584, 2.27),
-    cost(192, 16, 0.268, 0.52),
-    cost(192, 32, 0.305, 0.78),
-    cost(192, 64, 0.354, 0.92),
-    cost(192, 96, 0.404, 1.04),
-    cost(192, 128, 0.464, 1.34),
-    cost(192, 144, 0.542, 3.20),
-    cost(192, 176, 0.620, 2.60),
-    cost(192, 208, 0.696, 2.91),
-    cost(192, 256, 0.844, 3.86),
-    split_cost(64, 16, 0.115, 0.90),
-    split_cost(64, 32, 0.141, 1.03),
-    split_cost(64, 64, 0.139, 1.49),
-    split_cost(64, 96, 0.167, 1.52),
-    split_cost(64, 128, 0.205, 1.72),
-    split_cost(128, 96, 0.278, 1.56),
-    split_cost(128, 128, 0.324, 1.48),
-    split_cost(192, 128, 0.465, 2.22),
+/// By family and then by tokens. The cost is linear in the tokens between two of them; beyond the first and the last it is theirs.
+const ANCHORS: [Anchor; 31] = [
+    anchor(SINGLE_64, 16, 0.1238, 0.712),
+    anchor(SINGLE_64, 32, 0.1196, 0.666),
+    anchor(SINGLE_64, 64, 0.1372, 0.770),
+    anchor(SINGLE_64, 96, 0.1688, 1.036),
+    anchor(SINGLE_64, 128, 0.2092, 1.083),
+    anchor(SINGLE_128, 8, 0.1826, 0.609),
+    anchor(SINGLE_128, 16, 0.2018, 0.550),
+    anchor(SINGLE_128, 32, 0.2260, 0.606),
+    anchor(SINGLE_128, 64, 0.2299, 0.847),
+    anchor(SINGLE_128, 96, 0.2720, 1.010),
+    anchor(SINGLE_128, 128, 0.3153, 0.970),
+    anchor(SINGLE_128, 160, 0.3796, 1.090),
+    anchor(SINGLE_128, 192, 0.4567, 1.417),
+    anchor(SINGLE_128, 256, 0.5814, 1.938),
+    anchor(SINGLE_192, 16, 0.3061, 0.470),
+    anchor(SINGLE_192, 32, 0.3122, 0.779),
+    anchor(SINGLE_192, 64, 0.3612, 0.942),
+    anchor(SINGLE_192, 96, 0.4017, 1.174),
+    anchor(SINGLE_192, 128, 0.4612, 1.248),
+    anchor(CONSUMER_LOADED, 144, 0.5577, 3.157),
+    anchor(CONSUMER_LOADED, 176, 0.6233, 2.260),
+    anchor(CONSUMER_LOADED, 208, 0.6948, 2.666),
+    anchor(CONSUMER_LOADED, 256, 0.8565, 3.423),
+    anchor(SPLIT_64, 16, 0.1354, 0.483),
+    anchor(SPLIT_64, 32, 0.1441, 0.753),
+    anchor(SPLIT_64, 64, 0.1625, 0.754),
+    anchor(SPLIT_64, 96, 0.1730, 1.115),
+    anchor(SPLIT_64, 128, 0.2190, 1.505),
+    anchor(SPLIT_128, 96, 0.2692, 1.717),
+    anchor(SPLIT_128, 128, 0.3182, 1.604),
+    anchor(SPLIT_192, 128, 0.4500, 2.900),
 ];
 
+/// The costs of all [`TILE_SHAPES`], in their order.
+static SHAPE_COSTS: [ShapeCost; TILE_SHAPES.len()] = {
+    let mut costs = [ANCHORS[0].cost; TILE_SHAPES.len()];
+    let mut index = 0;
+    while index < costs.len() {
+        costs[index] = fitted_cost(TILE_SHAPES[index]);
+        index += 1;
+    }
+    costs
+};
+
+/// The cost of a shape by its family's anchors.
+const fn fitted_cost(shape: TileShape) -> ShapeCost {
+    let (channels, is_split, loads) = (shape.channels(), shape.split > 1, !shape.has_producers());
+    let mut below: Option<&Anchor> = None;
+    let mut above: Option<&Anchor> = None;
+    let mut index = 0;
+    while index < ANCHORS.len() {
+        let anchor = &ANCHORS[index];
+        let (other_channels, other_split, other_loads) = anchor.family;
+        if other_channels == channels && other_split == is_split && other_loads == loads {
+            if anchor.tokens <= shape.tokens {
+                below = Some(anchor);
+            }
+            if anchor.tokens >= shape.tokens && above.is_none() {
+                above = Some(anchor);
+            }
+        }
+        index += 1;
+    }
+    let cost = match (below, above) {
+        (Some(below), Some(above)) if below.tokens < above.tokens => {
+            let share = (shape.tokens - below.tokens) as f64 / (above.tokens - below.tokens) as f64;
+            ShapeCost {
+                step: below.cost.step + (above.cost.step - below.cost.step) * share,
+                tile: below.cost.tile + (above.cost.tile - below.cost.tile) * share,
+            }
+        }
+        (Some(anchor), _) | (_, Some(anchor)) => anchor.cost,
+        (None, None) => panic!("a tile shape whose family has no anchor"),
+    };
+    let further_blocks = shape.split.saturating_sub(2);
+    ShapeCost { tile: cost.tile + SPLIT_BLOCK * further_blocks as f64, ..cost }
+}
+
 /// Microseconds of every launch.
-const LAUNCH: f64 = 1.754;
+const LAUNCH: f64 = 1.718;
 /// Megabytes that memory delivers in a microsecond: no more than its peak.
-const MEMORY: f64 = 3.244;
+const MEMORY: f64 = 3.292;
 /// Multiprocessors of an H100.
 pub(super) const MULTIPROCESSORS: f64 = 132.0;
 /// Microseconds for a tile's partial sums: a flag raised, seen and answered.
-const HANDOVER: f64 = 0.700;
+const HANDOVER: f64 = 0.663;
 /// Microseconds for each part of a tile beyond [`FREE_PARTS`]: its owner adds them up one after the other.
-const FURTHER_PART: f64 = 0.123;
+const FURTHER_PART: f64 = 0.0706;
 /// Parts of a tile that take no longer than the flag and their sums.
 const FREE_PARTS: f64 = 4.0;
 /// Microseconds for a megabyte of partial sums, written and read.
-const PARTIAL_SUMS: f64 = 0.0975;
+const PARTIAL_SUMS: f64 = 0.1039;
 /// How much longer a step takes in a cluster of two, which waits for two blocks at every stage.
-const CLUSTER_STEP: f64 = 1.053;
+const CLUSTER_STEP: f64 = 1.1796;
 /// How much longer a step of the stream takes where workers begin and end inside tiles, of blocks on their own and of
 /// clusters: they are no longer at the same place at the same time, and share less of what the L2 cache holds.
-const STAGGERED_STEP: [f64; 2] = [0.055, 0.030];
+const STAGGERED_STEP: [f64; 2] = [0.0612, 0.0297];
 /// How much longer still where the GPU's power is at its limit: what is fetched once more costs power.
-const HOT_STAGGERED_STEP: f64 = 0.288;
+const HOT_STAGGERED_STEP: f64 = 0.2521;
 /// How much longer a step takes in a block on its own once the GPU's power is at its limit: a cluster reads the activations
 /// once for two.
-const HOT_STEP: f64 = 0.1462;
+const HOT_STEP: f64 = 0.1181;
 /// Microseconds of multiplying after which half of that is felt.
 const HEATING: f64 = 160.7;
 /// How much shorter a step is for each multiprocessor, as a share of all, that takes no part: it leaves the others its part
 /// of the L2 cache and of the power.
-const IDLE_STEP: f64 = 0.366;
+const IDLE_STEP: f64 = 0.3186;
 /// Microseconds for each token of a tile at which a launch of another kernel begins: its instructions are no longer where the launch before
 /// left them, and what handles a tile's tokens is unrolled.
-pub(super) const SWITCH: f64 = 0.0054;
+pub(super) const SWITCH: f64 = 0.00430;
+/// The same for tiles of consumer-loaded kernels, which the tensor cores limit.
+const IDLE_CONSUMER_LOADED_STEP: f64 = 0.1055;
+/// Microseconds for a second launch behind the first.
+pub(super) const SECOND_LAUNCH: f64 = 0.2873;
 /// Microseconds for each block beyond two that share a tile's K.
-const SPLIT_PART: f64 = 0.121;
+const SPLIT_BLOCK: f64 = 0.2241;
+/// SMs that are enough to draw all that memory delivers ...
+const SATURATING: f64 = 124.0;
+/// ... and how much longer memory takes for each one less, as a share of all.
+const UNSATURATED: f64 = 0.6169;
+/// How much longer memory takes where blocks share a tile's K.
+const SPLIT_MEMORY: f64 = 1.060;
+/// Megabytes that the next launch's blocks load ahead on each SM that this one leaves to them.
+const LOADED_AHEAD: f64 = 0.2144;
 /// How sharply the slower of compute and memory hides the other.
 const SHARPNESS: i32 = 5;
 
@@ -109,8 +175,7 @@ impl Tiled {
     /// `elsewhere` microseconds.
     pub(super) fn estimate_us(&self, problem: [usize; 3], elsewhere: f64) -> f64 {
         let (shape, schedule) = (self.shape(), self.schedule());
-        let mut costs = shape_cost(shape);
-        costs.tile += SPLIT_PART * f64::from(shape.split.saturating_sub(2));
+        let costs = shape_cost(shape);
         let (workers, k_steps) = (schedule.workers as f64, (schedule.k_steps * shape.spans()) as f64);
         let streamed = schedule.streamed_tiles as f64;
 
@@ -120,10 +185,12 @@ impl Tiled {
         let splits = schedule.streamed_tiles > 0 && !schedule.streamed_tiles.is_multiple_of(schedule.workers);
         let even = splits && schedule.workers.is_multiple_of(schedule.streamed_tiles);
         let stream_tiles = (stream_steps / k_steps).ceil() + if splits && !even { 1.0 } else { 0.0 };
-        let idle = (1.0 - workers * self.cluster() as f64 / MULTIPROCESSORS).max(0.0);
+        let blocks = (workers * self.cluster() as f64).min(MULTIPROCESSORS);
+        let idle = 1.0 - blocks / MULTIPROCESSORS;
+        let idle_step = if shape.has_producers() { IDLE_STEP } else { IDLE_CONSUMER_LOADED_STEP };
         let shares_activations = self.cluster() > shape.split;
         let cluster = if shares_activations { CLUSTER_STEP } else { 1.0 };
-        let step = costs.step * cluster * (1.0 - IDLE_STEP * idle);
+        let step = costs.step * cluster * (1.0 - idle_step * idle);
         let compute = |stream_step: f64| {
             whole * k_steps * step + stream_steps * stream_step + (whole + stream_tiles) * costs.tile
         };
@@ -137,7 +204,10 @@ impl Tiled {
         let heat = if shares_activations { 0.0 } else { HOT_STEP * hotness(compute + elsewhere) };
         let compute = compute * (1.0 + heat);
 
-        let from_memory = moved_megabytes(problem) / MEMORY;
+        let all = moved_megabytes(problem) / MEMORY;
+        let drawn = all * (1.0 + UNSATURATED * (SATURATING - blocks).max(0.0) / MULTIPROCESSORS);
+        let from_memory = all.max(drawn - LOADED_AHEAD * (MULTIPROCESSORS - blocks) / MEMORY)
+            * if shape.split > 1 { SPLIT_MEMORY } else { 1.0 };
         let handover = if splits {
             let parts = (workers / streamed).max(1.0);
             let sums = megabytes(shape.partial_bytes() as f64 * workers * self.cluster() as f64);
@@ -171,32 +241,34 @@ pub(super) fn slower_of(compute: f64, memory: f64) -> f64 {
 }
 
 fn shape_cost(shape: TileShape) -> ShapeCost {
-    let family = || SHAPE_COSTS.iter().filter(|cost| (cost.channels, cost.split > 1) == (shape.channels(), shape.split > 1));
-    let below = family().filter(|cost| cost.tokens <= shape.tokens).last();
-    let above = family().find(|cost| cost.tokens >= shape.tokens);
-    let (below, above) = match (below, above) {
-        (Some(below), Some(above)) => (below, above),
-        (Some(one), None) | (None, Some(one)) => (one, one),
-        (None, None) => (&SHAPE_COSTS[0], &SHAPE_COSTS[0]),
-    };
-    if below.tokens == above.tokens {
-        return ShapeCost { step: below.step * (shape.tokens as f64 / below.tokens as f64).max(1.0), ..*below };
-    }
-    let t = f64::from(shape.tokens - below.tokens) / f64::from(above.tokens - below.tokens);
-    let mix = |a: f64, b: f64| a + (b - a) * t;
-    ShapeCost { tokens: shape.tokens, step: mix(below.step, above.step), tile: mix(below.tile, above.tile), ..*below }
+    // A plan's shape is always one of the list.
+    let index = TILE_SHAPES.iter().position(|&other| other == shape).unwrap_or(0);
+    SHAPE_COSTS[index]
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::Plan;
-    use liquidgemm_format::tile::TILE_SHAPES;
 
     #[test]
-    fn every_tile_shape_has_its_cost() {
+    fn anchors_cost_what_was_fitted_and_shapes_between_them_a_value_between() {
+        let step = |strips, tokens| shape_cost(TileShape::find(strips, tokens, 1, 1).unwrap()).step;
+        for anchor in ANCHORS.iter().filter(|anchor| anchor.family == SINGLE_128) {
+            assert_eq!(step(2, anchor.tokens), anchor.cost.step, "{} tokens", anchor.tokens);
+        }
+        assert!(step(2, 192) < step(2, 208) && step(2, 208) < step(2, 256));
+        assert!(step(3, 128) < step(3, 144), "tiles of consumer-loaded kernels are a family of their own");
+    }
+
+    #[test]
+    fn more_channels_and_tokens_take_longer() {
         for shape in TILE_SHAPES {
-            assert_eq!(shape_cost(shape).channels, shape.channels());
+            for other in TILE_SHAPES.into_iter().filter(|other| other.split == shape.split) {
+                if shape.channels() < other.channels() && shape.tokens == other.tokens {
+                    assert!(shape_cost(shape).step < shape_cost(other).step, "{shape:?} and {other:?}");
+                }
+            }
         }
     }
 

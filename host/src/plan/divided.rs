@@ -6,7 +6,7 @@ use std::ops::Range;
 use liquidgemm_format::brick::BRICK_CHANNELS;
 use liquidgemm_format::tile::{TILE_SHAPES, TileShape};
 
-use super::cost::SWITCH;
+use super::cost::{SECOND_LAUNCH, SWITCH};
 use super::{Cut, Method, Plan, Tiled, check_problem, clusters, is_half_empty};
 use crate::Error;
 use crate::gpu::GpuError;
@@ -38,7 +38,7 @@ impl Divided {
             let tiled = self.parts[index];
             tiled.estimate_us(problems[index], alone(1 - index)) + SWITCH * f64::from(tiled.shape().tokens)
         };
-        part(0) + part(1)
+        part(0) + part(1) + SECOND_LAUNCH
     }
 }
 

@@ -1,8 +1,8 @@
 //! How long a skinny plan will take, in the same microseconds as the estimates of tiled plans.
 //!
 //! A launch is as slow as the slower of memory and arithmetic; on top come a constant, every block's reading of all
-//! activations, and each further pass over K. The constants were fitted together with those of the tiled plans, to the
-//! plans of ten matrices at 16 tokens and of six at 8 and 32, on an H100 SXM (`docs/performance-log.md`).
+//! activations, and each further pass over K. The constants were fitted together with those of the tiled plans, on an H100 SXM
+//! (`docs/performance-log.md`).
 //! They need not be exact: a wrong choice costs time, never a bit of the result.
 
 use liquidgemm_format::brick;
@@ -11,16 +11,16 @@ use super::Skinny;
 use super::cost::{MULTIPROCESSORS, megabytes, moved_megabytes, slower_of};
 
 /// Microseconds of every launch.
-const LAUNCH: f64 = 1.382;
+const LAUNCH: f64 = 1.408;
 /// Megabytes that memory delivers in a microsecond.
-const MEMORY: f64 = 3.329;
+const MEMORY: f64 = 3.075;
 /// Megabytes of activations that the L2 cache delivers to all blocks in a microsecond, besides the weights.
-const ACTIVATIONS: f64 = 33.0;
+const ACTIVATIONS: f64 = 30.86;
 /// Microseconds for a brick's share of one unit in a block, of all units that the kernel computes in a pass, for 8, 16 and
 /// 32 tokens.
-const UNIT: [f64; 3] = [0.0133, 0.0200, 0.0186];
+const UNIT: [f64; 3] = [0.01188, 0.01362, 0.01435];
 /// Microseconds for every pass after the first: the warps' sums meet, and the activations are asked for anew.
-const PASS: f64 = 0.081;
+const PASS: f64 = 0.2664;
 
 impl Skinny {
     /// An estimate of the launch's time in microseconds, for a problem of `[m, n, k]`.

@@ -64,7 +64,7 @@ pub fn run(gpu: &Gpu, options: &Options, observer: &mut dyn Observer) -> anyhow:
         for &m in &case.tokens {
             observer.starts(m, case.matrix);
             let plan = match options.tile {
-                Some(tile) => Plan::with_tile(m, bed.n(), bed.k(), tile, gpu.multiprocessors())?,
+                Some(tile) => Plan::with_tile(m, bed.n(), bed.k(), tile, gpu.figures())?,
                 None => gpu.plan(m, bed.n(), bed.k())?,
             };
             let (point, remarks) = stage

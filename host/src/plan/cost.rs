@@ -8,71 +8,150 @@
 //! two launches cost by two of the first ten at 128 to 4,096, and what many parts of a tile cost by one of eight small matrices. `docs/performance-log.md` says how much. They need not be
 //! exact: a wrong choice costs time, never a bit of the result.
 
+//!
+//! The constants are an H100 SXM's. On another GPU what memory does scales with its memory's speed, and steps and tiles with the clock;
+//! latencies and the power limit stay. No other GPU has been measured.
+
 use liquidgemm_format::tile::TileShape;
 
-use super::Tiled;
+use super::layout::{Grid, Layout};
+use crate::DeviceFigures;
 
-/// What one tile shape costs.
-#[derive(Clone, Copy)]
-struct ShapeCost {
-    channels: u32,
-    tokens: u32,
-    /// Blocks that share a tile's K.
-    split: u32,
+/// What one tile shape costs on an H100 SXM.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct ShapeCost {
     /// Microseconds for 128 along K.
     step: f64,
     /// Microseconds for what a tile needs besides its steps: scales, epilogue, refilling the pipeline.
     tile: f64,
 }
 
-const fn cost(channels: u32, tokens: u32, step: f64, tile: f64) -> ShapeCost {
-    ShapeCost { channels, tokens, split: 1, step, tile }
+/// Shapes of a family differ only in their tokens and in how many blocks share a tile's K.
+#[derive(Clone, Copy)]
+struct Family {
+    strips: u32,
+    /// Consumers of a strip.
+    halves: u32,
+    /// Whether a cluster's blocks share a tile's K.
+    shares_k: bool,
+    /// Whether the consumers fill the ring themselves.
+    fills_itself: bool,
 }
 
-const fn split_cost(channels: u32, tokens: u32, step: f64, tile: f64) -> ShapeCost {
-    ShapeCost { split: 2, ..cost(channels, tokens, step, tile) }
+/// A shape whose cost was fitted.
+struct Anchor {
+    family: Family,
+    tokens: u32,
+    cost: ShapeCost,
 }
 
-const SHAPE_COSTS: [ShapeCost; 31] = [
-    cost(64, 16, 0.112, 0.66),
-    cost(64, 32, 0.128, 0.63),
-    cost(64, 64, 0.137, 0.79),
-    cost(64, 96, 0.163, 1.00),
-    cost(64, 128, 0.211, 1.04),
-    cost(128, 8, 0.176, 0.58),
-    cost(128, 16, 0.203, 0.26),
-    cost(128, 32, 0.201, 0.59),
-    cost(128, 64, 0.229, 0.87),
-    cost(128, 96, 0.273, 0.89),
-    cost(128, 128, 0.318, 0.95),
-    cost(128, 160, 0.384, 1.06),
-    cost(128, 192, 0.454, 1.54),
-    cost(128, 256, 0.584, 2.27),
-    cost(192, 16, 0.268, 0.52),
-    cost(192, 32, 0.305, 0.78),
-    cost(192, 64, 0.354, 0.92),
-    cost(192, 96, 0.404, 1.04),
-    cost(192, 128, 0.464, 1.34),
-    cost(192, 144, 0.542, 3.20),
-    cost(192, 176, 0.620, 2.60),
-    cost(192, 208, 0.696, 2.91),
-    cost(192, 256, 0.844, 3.86),
-    split_cost(64, 16, 0.115, 0.90),
-    split_cost(64, 32, 0.141, 1.03),
-    split_cost(64, 64, 0.139, 1.49),
-    split_cost(64, 96, 0.167, 1.52),
-    split_cost(64, 128, 0.205, 1.72),
-    split_cost(128, 96, 0.278, 1.56),
-    split_cost(128, 128, 0.324, 1.48),
-    split_cost(192, 128, 0.465, 2.22),
+const fn anchor(family: Family, tokens: u32, step: f64, tile: f64) -> Anchor {
+    Anchor { family, tokens, cost: ShapeCost { step, tile } }
+}
+
+const fn family(strips: u32, halves: u32) -> Family {
+    Family { strips, halves, shares_k: false, fills_itself: false }
+}
+
+const NARROW: Family = family(1, 2);
+const MIDDLE: Family = family(2, 1);
+const BROAD: Family = family(3, 1);
+const WIDE: Family = Family { fills_itself: true, ..BROAD };
+const NARROW_SPLIT: Family = Family { shares_k: true, ..NARROW };
+const MIDDLE_SPLIT: Family = Family { shares_k: true, ..MIDDLE };
+const BROAD_SPLIT: Family = Family { shares_k: true, ..BROAD };
+
+/// The fitted shapes, those of a family by their tokens. The costs of the others lie on straight lines between them.
+const ANCHORS: [Anchor; 31] = [
+    anchor(NARROW, 16, 0.112, 0.66),
+    anchor(NARROW, 32, 0.128, 0.63),
+    anchor(NARROW, 64, 0.137, 0.79),
+    anchor(NARROW, 96, 0.163, 1.00),
+    anchor(NARROW, 128, 0.211, 1.04),
+    anchor(MIDDLE, 8, 0.176, 0.58),
+    anchor(MIDDLE, 16, 0.203, 0.26),
+    anchor(MIDDLE, 32, 0.201, 0.59),
+    anchor(MIDDLE, 64, 0.229, 0.87),
+    anchor(MIDDLE, 96, 0.273, 0.89),
+    anchor(MIDDLE, 128, 0.318, 0.95),
+    anchor(MIDDLE, 160, 0.384, 1.06),
+    anchor(MIDDLE, 192, 0.454, 1.54),
+    anchor(MIDDLE, 256, 0.584, 2.27),
+    anchor(BROAD, 16, 0.268, 0.52),
+    anchor(BROAD, 32, 0.305, 0.78),
+    anchor(BROAD, 64, 0.354, 0.92),
+    anchor(BROAD, 96, 0.404, 1.04),
+    anchor(BROAD, 128, 0.464, 1.34),
+    anchor(WIDE, 144, 0.542, 3.20),
+    anchor(WIDE, 176, 0.620, 2.60),
+    anchor(WIDE, 208, 0.696, 2.91),
+    anchor(WIDE, 256, 0.844, 3.86),
+    anchor(NARROW_SPLIT, 16, 0.115, 0.90),
+    anchor(NARROW_SPLIT, 32, 0.141, 1.03),
+    anchor(NARROW_SPLIT, 64, 0.139, 1.49),
+    anchor(NARROW_SPLIT, 96, 0.167, 1.52),
+    anchor(NARROW_SPLIT, 128, 0.205, 1.72),
+    anchor(MIDDLE_SPLIT, 96, 0.278, 1.56),
+    anchor(MIDDLE_SPLIT, 128, 0.324, 1.48),
+    anchor(BROAD_SPLIT, 128, 0.465, 2.22),
 ];
+
+impl Family {
+    const fn of(shape: TileShape) -> Self {
+        Self {
+            strips: shape.strips,
+            halves: shape.halves,
+            shares_k: shape.split > 1,
+            fills_itself: !shape.has_producers(),
+        }
+    }
+
+    const fn is(self, other: Self) -> bool {
+        self.strips == other.strips
+            && self.halves == other.halves
+            && self.shares_k == other.shares_k
+            && self.fills_itself == other.fills_itself
+    }
+}
+
+/// The cost of a shape: that of its family's anchor of as many tokens, or on the line between the two next to it. Only ever evaluated by the
+/// compiler, which refuses a list of tile shapes in which one lies beyond its family's anchors.
+pub(super) const fn shape_cost(shape: TileShape) -> ShapeCost {
+    let family = Family::of(shape);
+    let [mut below, mut above]: [Option<&Anchor>; 2] = [None; 2];
+    let mut index = 0;
+    while index < ANCHORS.len() {
+        let anchor = &ANCHORS[index];
+        if anchor.family.is(family) {
+            if anchor.tokens <= shape.tokens {
+                below = Some(anchor);
+            }
+            if anchor.tokens >= shape.tokens && above.is_none() {
+                above = Some(anchor);
+            }
+        }
+        index += 1;
+    }
+    let (Some(below), Some(above)) = (below, above) else {
+        panic!("a tile shape lies beyond the anchors of its family");
+    };
+    let share = if above.tokens == below.tokens {
+        0.0
+    } else {
+        (shape.tokens - below.tokens) as f64 / (above.tokens - below.tokens) as f64
+    };
+    ShapeCost {
+        step: below.cost.step + (above.cost.step - below.cost.step) * share,
+        tile: below.cost.tile
+            + (above.cost.tile - below.cost.tile) * share
+            + SPLIT_PART * shape.split.saturating_sub(2) as f64,
+    }
+}
 
 /// Microseconds of every launch.
 const LAUNCH: f64 = 1.754;
 /// Megabytes that memory delivers in a microsecond: no more than its peak.
 const MEMORY: f64 = 3.244;
-/// Multiprocessors of an H100.
-pub(super) const MULTIPROCESSORS: f64 = 132.0;
 /// Microseconds for a tile's partial sums: a flag raised, seen and answered.
 const HANDOVER: f64 = 0.700;
 /// Microseconds for each part of a tile beyond [`FREE_PARTS`]: its owner adds them up one after the other.
@@ -104,50 +183,128 @@ const SPLIT_PART: f64 = 0.121;
 /// How sharply the slower of compute and memory hides the other.
 const SHARPNESS: i32 = 5;
 
-impl Tiled {
-    /// An estimate of the launch's time in microseconds, for a problem of `[m, n, k]`, where other launches of the same plan take
-    /// `elsewhere` microseconds.
-    pub(super) fn estimate_us(&self, problem: [usize; 3], elsewhere: f64) -> f64 {
-        let (shape, schedule) = (self.shape(), self.schedule());
-        let mut costs = shape_cost(shape);
-        costs.tile += SPLIT_PART * f64::from(shape.split.saturating_sub(2));
-        let (workers, k_steps) = (schedule.workers as f64, (schedule.k_steps * shape.spans()) as f64);
-        let streamed = schedule.streamed_tiles as f64;
+/// More than what rounding does to an estimate, as a share of it.
+const ROUNDING: f64 = 1e-9;
+
+/// The model of one GPU.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Model {
+    /// SMs.
+    pub(super) multiprocessors: f64,
+    /// Memory's speed as a multiple of an H100 SXM's.
+    pub(super) memory_speed: f64,
+    /// How much longer than on an H100 SXM a number of cycles takes.
+    pub(super) cycle: f64,
+}
+
+impl Model {
+    pub(super) fn new(figures: &DeviceFigures) -> Self {
+        Self {
+            multiprocessors: f64::from(figures.multiprocessors.max(1)),
+            memory_speed: figures.memory_speed(),
+            cycle: figures.cycle(),
+        }
+    }
+
+    /// Microseconds that memory takes for a launch in tiles, of a problem of `[m, n, k]`.
+    pub(super) fn memory(&self, problem: [usize; 3]) -> f64 {
+        moved_megabytes(problem) / (MEMORY * self.memory_speed)
+    }
+
+    /// An estimate of a launch's time in microseconds, where memory takes `memory` of them and other launches of the same plan
+    /// `elsewhere`.
+    pub(super) fn estimate(&self, layout: &Layout, memory: f64, elsewhere: f64) -> f64 {
+        let (compute, handover) = self.compute_and_handover(layout, elsewhere);
+        slower_of(compute, memory) + LAUNCH + handover
+    }
+
+    /// As [`estimate`](Self::estimate) of a plan's only launch, unless it is certainly longer than `limit`.
+    pub(super) fn estimate_below(&self, layout: &Layout, memory: f64, limit: f64) -> Option<f64> {
+        let (compute, handover) = self.compute_and_handover(layout, 0.0);
+        (!is_longer(compute, memory, limit - handover)).then(|| slower_of(compute, memory) + LAUNCH + handover)
+    }
+
+    /// Microseconds that the busiest worker computes at the least in any layout of a grid on at most `most` workers, where other launches
+    /// of the same plan take `elsewhere`: all workers busy all the time, none inside a tile that it shares.
+    ///
+    /// With fewer workers each step takes less, but by less than there is more to do for each.
+    pub(super) fn least_compute(&self, grid: &Grid, most: u32, elsewhere: f64) -> f64 {
+        let workers = most.min(grid.most_workers);
+        let cost = grid.facts.cost;
+        let steps = f64::from(grid.k_steps * grid.facts.spans) * f64::from(grid.tiles) / f64::from(workers);
+        let compute = steps * self.step(grid, workers)
+            + f64::from(grid.tiles.div_ceil(workers)) * (cost.tile * self.cycle);
+        self.heated(grid, compute, elsewhere)
+    }
+
+    /// The same for each tile of a grid, on a part of the GPU's SMs that its work would fill.
+    pub(super) fn least_tile_compute(&self, grid: &Grid) -> f64 {
+        let cost = grid.facts.cost;
+        let steps = f64::from(grid.k_steps * grid.facts.spans);
+        let blocks = f64::from(grid.cluster) / self.multiprocessors;
+        (steps * cost.step + cost.tile) * self.cycle * blocks
+    }
+
+    /// Microseconds of a step of 128 along K, where the GPU isn't hot and all workers begin and end with tiles.
+    fn step(&self, grid: &Grid, workers: u32) -> f64 {
+        let blocks = f64::from(workers) * f64::from(grid.cluster);
+        let idle = (1.0 - blocks / self.multiprocessors).max(0.0);
+        let cluster = if grid.shares_activations() { CLUSTER_STEP } else { 1.0 };
+        grid.facts.cost.step * self.cycle * cluster * (1.0 - IDLE_STEP * idle)
+    }
+
+    /// What multiplying takes where the power limit is felt.
+    fn heated(&self, grid: &Grid, compute: f64, elsewhere: f64) -> f64 {
+        let heat = if grid.shares_activations() { 0.0 } else { HOT_STEP * hotness(compute + elsewhere) };
+        compute * (1.0 + heat)
+    }
+
+    fn compute_and_handover(&self, layout: &Layout, elsewhere: f64) -> (f64, f64) {
+        let Layout { grid, workers, streamed_tiles, .. } = layout;
+        let (facts, workers, streamed_tiles) = (grid.facts, *workers, *streamed_tiles);
+        let k_steps = f64::from(grid.k_steps * facts.spans);
+        let tile = facts.cost.tile * self.cycle;
 
         // The busiest worker: its part of the stream, which may begin and end inside a tile, and whole tiles.
-        let whole = (schedule.whole_tiles() as f64 / workers).ceil();
-        let stream_steps = streamed * k_steps / workers;
-        let splits = schedule.streamed_tiles > 0 && !schedule.streamed_tiles.is_multiple_of(schedule.workers);
-        let even = splits && schedule.workers.is_multiple_of(schedule.streamed_tiles);
-        let stream_tiles = (stream_steps / k_steps).ceil() + if splits && !even { 1.0 } else { 0.0 };
-        let idle = (1.0 - workers * self.cluster() as f64 / MULTIPROCESSORS).max(0.0);
-        let shares_activations = self.cluster() > shape.split;
-        let cluster = if shares_activations { CLUSTER_STEP } else { 1.0 };
-        let step = costs.step * cluster * (1.0 - IDLE_STEP * idle);
+        let whole = f64::from((grid.tiles - streamed_tiles).div_ceil(workers));
+        let stream_steps = f64::from(streamed_tiles) * k_steps / f64::from(workers);
+        let splits = streamed_tiles > 0 && !streamed_tiles.is_multiple_of(workers);
+        let even = splits && workers.is_multiple_of(streamed_tiles);
+        let stream_tiles =
+            f64::from(streamed_tiles.div_ceil(workers)) + if splits && !even { 1.0 } else { 0.0 };
+        let step = self.step(grid, workers);
         let compute = |stream_step: f64| {
-            whole * k_steps * step + stream_steps * stream_step + (whole + stream_tiles) * costs.tile
+            whole * k_steps * step + stream_steps * stream_step + (whole + stream_tiles) * tile
         };
         let staggered = if splits && !even {
-            STAGGERED_STEP[usize::from(self.cluster() > 1)]
+            STAGGERED_STEP[usize::from(grid.cluster > 1)]
                 + HOT_STAGGERED_STEP * hotness(compute(step) + elsewhere).powi(2)
         } else {
             0.0
         };
-        let compute = compute(step * (1.0 + staggered));
-        let heat = if shares_activations { 0.0 } else { HOT_STEP * hotness(compute + elsewhere) };
-        let compute = compute * (1.0 + heat);
+        let compute = self.heated(grid, compute(step * (1.0 + staggered)), elsewhere);
 
-        let from_memory = moved_megabytes(problem) / MEMORY;
         let handover = if splits {
-            let parts = (workers / streamed).max(1.0);
-            let sums = megabytes(shape.partial_bytes() as f64 * workers * self.cluster() as f64);
+            let parts = (f64::from(workers) / f64::from(streamed_tiles)).max(1.0);
+            let sums = megabytes(facts.partial_bytes * f64::from(workers) * f64::from(grid.cluster));
             let further = (parts.ceil() - FREE_PARTS).max(0.0);
             HANDOVER + FURTHER_PART * further + PARTIAL_SUMS * sums * parts
         } else {
             0.0
         };
-        slower_of(compute, from_memory) + LAUNCH + handover
+        (compute, handover)
     }
+}
+
+/// The estimate of a launch that hands over no sums.
+pub(super) fn launch_estimate(compute: f64, memory: f64) -> f64 {
+    slower_of(compute, memory) + LAUNCH
+}
+
+/// Whether such a launch is certainly longer than `limit`: found without a root, and not where rounding could decide.
+pub(super) fn is_longer(compute: f64, memory: f64, limit: f64) -> bool {
+    let limit = (limit - LAUNCH) * (1.0 + ROUNDING);
+    limit < 0.0 || compute.powi(SHARPNESS) + memory.powi(SHARPNESS) > limit.powi(SHARPNESS)
 }
 
 pub(super) fn megabytes(bytes: f64) -> f64 {
@@ -170,50 +327,39 @@ pub(super) fn slower_of(compute: f64, memory: f64) -> f64 {
     (compute.powi(SHARPNESS) + memory.powi(SHARPNESS)).powf(1.0 / SHARPNESS as f64)
 }
 
-fn shape_cost(shape: TileShape) -> ShapeCost {
-    let family = || SHAPE_COSTS.iter().filter(|cost| (cost.channels, cost.split > 1) == (shape.channels(), shape.split > 1));
-    let below = family().filter(|cost| cost.tokens <= shape.tokens).last();
-    let above = family().find(|cost| cost.tokens >= shape.tokens);
-    let (below, above) = match (below, above) {
-        (Some(below), Some(above)) => (below, above),
-        (Some(one), None) | (None, Some(one)) => (one, one),
-        (None, None) => (&SHAPE_COSTS[0], &SHAPE_COSTS[0]),
-    };
-    if below.tokens == above.tokens {
-        return ShapeCost { step: below.step * (shape.tokens as f64 / below.tokens as f64).max(1.0), ..*below };
-    }
-    let t = f64::from(shape.tokens - below.tokens) / f64::from(above.tokens - below.tokens);
-    let mix = |a: f64, b: f64| a + (b - a) * t;
-    ShapeCost { tokens: shape.tokens, step: mix(below.step, above.step), tile: mix(below.tile, above.tile), ..*below }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::Plan;
-    use liquidgemm_format::tile::TILE_SHAPES;
 
     #[test]
-    fn every_tile_shape_has_its_cost() {
-        for shape in TILE_SHAPES {
-            assert_eq!(shape_cost(shape).channels, shape.channels());
-        }
+    fn anchors_cost_what_was_fitted_and_others_lie_between() {
+        let cost = |strips, tokens, halves, split| match TileShape::find(strips, tokens, halves, split) {
+            Some(shape) => shape_cost(shape),
+            None => panic!("no such shape"),
+        };
+        assert_eq!(cost(3, 128, 1, 1), ShapeCost { step: 0.464, tile: 1.34 });
+        let wide = cost(3, 160, 1, 1);
+        assert!((wide.step - 0.581).abs() < 1e-9 && (wide.tile - 2.9).abs() < 1e-9, "{wide:?}");
+        let [two, four] = [2, 4].map(|split| cost(1, 32, 2, split));
+        assert_eq!((two.step, two.tile + 2.0 * SPLIT_PART), (four.step, four.tile));
     }
 
     #[test]
     fn more_tokens_are_never_estimated_to_be_faster() {
         for (n, k) in [(4096, 4096), (12_288, 4096), (57_344, 8192)] {
-            let plan = |m| Plan::new(m, n, k, 132).unwrap();
+            let figures = DeviceFigures::H100_SXM;
+            let plan = |m| Plan::new(m, n, k, &figures).unwrap();
             for m in (0..13).map(|power| 1usize << power) {
                 let (fewer, more) = (plan(m), plan(2 * m));
                 // The constants of the kernel for few tokens were fitted apart from those of the tiles.
                 let same_kind = fewer.tiled().is_some() == more.tiled().is_some();
                 let least = if same_kind { 0.999 } else { 0.9 };
                 assert!(
-                    more.estimate_us() > least * fewer.estimate_us(),
+                    more.estimate_us(&figures) > least * fewer.estimate_us(&figures),
                     "{m} tokens of {n} x {k}: {} and {}",
-                    fewer.estimate_us(),
-                    more.estimate_us()
+                    fewer.estimate_us(&figures),
+                    more.estimate_us(&figures)
                 );
             }
         }

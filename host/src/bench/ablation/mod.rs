@@ -176,7 +176,7 @@ impl Bed {
 
     fn point(&self, stage: &Stage<'_>, m: usize) -> anyhow::Result<Point> {
         let (n, k) = (self.weights[0].n(), self.weights[0].k());
-        let plan = plan(m, n, k, stage.gpu.multiprocessors())?;
+        let plan = plan(m, n, k, stage.gpu.figures())?;
         let contenders = Arm::ALL.map(|arm| self.contender(stage, arm, &plan));
         let mut mismatches = Vec::new();
         let mut tokens_checked = 0;
@@ -214,13 +214,13 @@ impl Bed {
 
 /// The plan of every arm: the smallest tile that holds all tokens, or else the largest, and of its schedules the one that
 /// the planner takes for the fastest.
-fn plan(m: usize, n: usize, k: usize, multiprocessors: u32) -> anyhow::Result<Plan> {
+fn plan(m: usize, n: usize, k: usize, figures: &crate::DeviceFigures) -> anyhow::Result<Plan> {
     let tokens = TOKENS.into_iter().find(|&tokens| m <= tokens as usize).unwrap_or(TOKENS[TOKENS.len() - 1]);
     let tile = tile(tokens).context("the ablation lists a tile that it doesn't have")?;
     // The planner passes over tiles that are half empty, but this is about tiles alike in all arms.
     let full = m.max(tokens as usize / 2 + 1);
-    let candidates = Plan::candidates(full, n, k, multiprocessors)?.into_iter();
-    let estimate = |plan: &Plan| plan.estimate_us();
+    let candidates = Plan::candidates(full, n, k, figures)?.into_iter();
+    let estimate = |plan: &Plan| plan.estimate_us(figures);
     let best = candidates
         .filter(|plan| plan.tiled().is_some_and(|tiled| tiled.shape() == tile))
         .min_by(|a, b| estimate(a).total_cmp(&estimate(b)));

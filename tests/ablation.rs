@@ -76,7 +76,19 @@ fn other_outputs_and_tiles_are_refused(gpu: &'static Gpu) -> Result<(), Failed> 
     let problem = Problem::random(gpu, &mut rng, [8, 64, 128])?;
     let weights = gpu.upload_for_ablation(&problem.weights)?;
     let output = liquidgemm_gpu_tests::to_device(&vec![0u8; 8 * 64 * 4])?;
-    let plan = |shape| Plan::with_tile(8, 64, 128, shape, 1);
+    let plan = |shape| {
+        Plan::with_tile(
+            8,
+            64,
+            128,
+            shape,
+            &liquidgemm::DeviceFigures {
+                multiprocessors: 1,
+                clusters: [1, 0, 0, 0],
+                ..liquidgemm::DeviceFigures::H100_SXM
+            },
+        )
+    };
     let known = tile(16).ok_or("the ablation has tiles of 16 tokens")?;
     let unknown = TileShape::find(2, 8, 1, 1).ok_or("the library has tiles of 8 tokens")?;
     for (shape, output_type, bias) in

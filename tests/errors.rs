@@ -72,7 +72,13 @@ fn a_plan_for_a_larger_gpu_does_not_fit_the_workspace(gpu: &'static Gpu) -> Resu
         output_type: OutputType::F32,
     };
     let tile = TileShape::with_tokens(256).ok_or("there is a tile of 256 tokens")?;
-    let plan = Plan::with_tile(m, n, k, tile, 100_000)?;
+    let plan = Plan::with_tile(
+        m,
+        n,
+        k,
+        tile,
+        &liquidgemm::DeviceFigures { multiprocessors: 100_000, clusters: [100_000; 4], ..*gpu.figures() },
+    )?;
     // SAFETY: everything lives until the stream has been waited for.
     let outcome = unsafe { gpu.gemm(&weights, &operands, &plan, &session.workspace, &session.stream) };
     let is_expected = matches!(outcome, Err(Error::Gpu(GpuError::BufferTooSmall { what: "workspace", .. })));

@@ -106,7 +106,7 @@ fn every_output_type_equals_the_cpu_for_every_tile(gpu: &'static Gpu) -> Result<
     for shape in TILE_SHAPES {
         for (m, n, k) in [(300, 264, 448), (77, 1000, 1024)] {
             let problem = Problem::random(gpu, &mut rng, [m, n, k])?;
-            let plan = Plan::with_tile(m, n, k, shape, gpu.multiprocessors())?;
+            let plan = Plan::with_tile(m, n, k, shape, gpu.figures())?;
             for output_type in OutputType::ALL {
                 for bias in [false, true] {
                     // Aligned rows, and rows that allow no 16-byte stores.

@@ -322,7 +322,7 @@ fn skinny_gemms_and_tiled_ones_in_a_row(gpu: &'static Gpu) -> Result<(), Failed>
             let m = kernel.tokens as usize;
             let problem = Problem::random(gpu, &mut rng, [m, n, k])?;
             let skinny = Plan::skinny(m, n, k, kernel, gpu.multiprocessors())?;
-            let tiled = Plan::with_tile(m, n, k, TILE_SHAPES[1], gpu.multiprocessors())?;
+            let tiled = Plan::with_tile(m, n, k, TILE_SHAPES[1], gpu.figures())?;
             let outputs = [poisoned::<f32>(m * n)?, poisoned::<f32>(m * n)?];
             launches.push((problem, [skinny, tiled], outputs));
         }
@@ -360,7 +360,7 @@ fn different_gemms_in_a_row_share_a_workspace(gpu: &'static Gpu) -> Result<(), F
         // last one did.
         for [m, n, k] in [[shape.tokens as usize, 128, 16_384], [shape.tokens as usize + 1, 300, 2048]] {
             let problem = Problem::random(gpu, &mut rng, [m, n, k])?;
-            let plan = Plan::with_tile(m, n, k, shape, gpu.multiprocessors())?;
+            let plan = Plan::with_tile(m, n, k, shape, gpu.figures())?;
             let output = poisoned::<f32>(m * n)?;
             launches.push((problem, plan, output));
         }

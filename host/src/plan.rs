@@ -4,6 +4,9 @@
 
 mod cost;
 mod divided;
+mod layout;
+mod search;
+mod shapes;
 mod skinny;
 mod skinny_cost;
 
@@ -11,11 +14,14 @@ use std::fmt;
 use std::ops::Range;
 
 use liquidgemm_format::brick;
-use liquidgemm_format::schedule::{MAX_WORKERS, Schedule};
+use liquidgemm_format::schedule::Schedule;
 use liquidgemm_format::tile::{TILE_SHAPES, TileShape};
 
-use crate::Error;
 use crate::gpu::GpuError;
+use crate::{DeviceFigures, Error};
+use cost::Model;
+use layout::{Grid, Layout, sizes};
+use shapes::SHAPES;
 
 pub use divided::Divided;
 pub use skinny::Skinny;
@@ -43,6 +49,8 @@ pub enum Method {
 /// A problem cut into tiles.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Tiled {
+    /// Of its shape.
+    place: usize,
     cut: Cut,
     schedule: Schedule,
 }
@@ -64,28 +72,16 @@ pub struct Cut {
     pub streamed_waves: u32,
 }
 
-/// The least of K that is worth a thread block of its own.
-const MIN_K: u32 = 512;
-/// Percent of the persistent blocks that must have a tile in a wave, on the average, for a tile of a consumer-loaded kernel to be worth
-/// considering: what is left over can't be shared out.
-const LEAST_OCCUPANCY: u64 = 75;
-/// Channels walked together, so that a wave of 132 blocks covers a near-square piece of the output.
-const GROUP_CHANNELS: u32 = 2048;
-
 impl Plan {
-    /// The plan for `Y[m, n] = X[m, k] · W[n, k]ᵀ` on a GPU with `multiprocessors`: of all
-    /// [`candidates`](Self::candidates), the one with the lowest [estimate](Self::estimate_us).
-    ///
-    /// Planning takes 10 µs for few tokens and up to half a millisecond for many: what is called again and again keeps its plan.
+    /// The plan for `Y[m, n] = X[m, k] · W[n, k]ᵀ` on a GPU with these figures: of all [`candidates`](Self::candidates), the one with the
+    /// lowest [estimate](Self::estimate_us).
     ///
     /// # Errors
     /// If a dimension is 0 or too large.
-    pub fn new(m: usize, n: usize, k: usize, multiprocessors: u32) -> Result<Self, Error> {
-        let candidates = Self::candidates(m, n, k, multiprocessors)?;
-        let estimate = |plan: &Self| plan.estimate_us();
-        match candidates.into_iter().min_by(|a, b| estimate(a).total_cmp(&estimate(b))) {
+    pub fn new(m: usize, n: usize, k: usize, figures: &DeviceFigures) -> Result<Self, Error> {
+        match search::fastest([m, n, k], figures)? {
             Some(plan) => Ok(plan),
-            None => Self::with_tile(m, n, k, TILE_SHAPES[0], multiprocessors),
+            None => Self::with_tile(m, n, k, TILE_SHAPES[0], figures),
         }
     }
 
@@ -98,13 +94,13 @@ impl Plan {
         n: usize,
         k: usize,
         shape: TileShape,
-        multiprocessors: u32,
+        figures: &DeviceFigures,
     ) -> Result<Self, Error> {
         Self::with_cut(
             m,
             n,
             k,
-            Cut { shape, cluster: 1, workers: multiprocessors / shape.split.max(1), streamed_waves: 1 },
+            Cut { shape, cluster: 1, workers: figures.resident_clusters(shape.split), streamed_waves: 1 },
         )
     }
 
@@ -121,60 +117,38 @@ impl Plan {
     ///
     /// # Errors
     /// As [`Plan::new`].
-    pub fn candidates(m: usize, n: usize, k: usize, multiprocessors: u32) -> Result<Vec<Self>, Error> {
-        let mut plans = Self::whole_candidates(m, n, k, multiprocessors)?;
-        plans.extend(Self::divided_candidates(m, n, k, multiprocessors));
+    pub fn candidates(m: usize, n: usize, k: usize, figures: &DeviceFigures) -> Result<Vec<Self>, Error> {
+        let mut plans = Self::whole_candidates([m, n, k], figures)?;
+        plans.extend(Self::divided_candidates([m, n, k], figures));
         Ok(plans)
     }
 
     /// Those of one launch.
-    fn whole_candidates(m: usize, n: usize, k: usize, multiprocessors: u32) -> Result<Vec<Self>, Error> {
+    fn whole_candidates([m, n, k]: [usize; 3], figures: &DeviceFigures) -> Result<Vec<Self>, Error> {
         check_problem(m, n, k)?;
-        let mut plans = Self::skinny_candidates(m, n, k, multiprocessors)?;
+        let mut plans: Vec<Self> =
+            Self::skinny_candidates([m, n, k], figures.multiprocessors).collect::<Result<_, _>>()?;
         let mut too_many = None;
-        for shape in TILE_SHAPES {
-            if is_half_empty(shape, m) {
-                continue;
-            }
-            for cluster in clusters(shape, multiprocessors) {
-                let most = resident_clusters(multiprocessors, cluster);
-                let mut consider = |workers: u32, streamed_waves: u32| -> Result<u32, Error> {
-                    let tiled = Tiled::new(m, n, k, Cut { shape, cluster, workers, streamed_waves })?;
-                    let tiles = tiled.schedule.tiles();
-                    let plan = Self { m, n, k, method: Method::Tiled(tiled) };
-                    let places = tiles.div_ceil(most) as u64 * most as u64;
-                    if !shape.has_producers() && tiles as u64 * 100 < places * LEAST_OCCUPANCY {
-                        return Ok(tiles);
-                    }
-                    if !plans.iter().any(|other| other.launches_like(&plan)) {
-                        plans.push(plan);
-                    }
-                    Ok(tiles)
-                };
-                let tiles = match consider(most, 1) {
-                    Ok(tiles) => tiles,
+        for facts in SHAPES.iter().filter(|facts| !facts.is_half_empty(m)) {
+            for (cluster, most) in sizes(facts, figures) {
+                let grid = match Grid::new([m, n, k], facts, cluster) {
+                    Ok(grid) => grid,
                     // Too many tiles of this shape; a larger one may do.
-                    Err(error @ Error::Gpu(GpuError::OutOfRange { .. })) => {
+                    Err(error) => {
                         too_many.get_or_insert(error);
                         continue;
                     }
-                    Err(error) => return Err(error),
                 };
-                // Whole tiles, as even as can be.
-                consider(tiles.div_ceil(tiles.div_ceil(most)), 0)?;
-                if !shape.can_stream() {
-                    continue;
-                }
-                if tiles < most {
-                    // Every tile in the same number of equal parts.
-                    consider(tiles * (most / tiles), 1)?;
-                } else {
-                    consider(most, 2)?;
+                for layout in grid.layouts(most) {
+                    let plan = Self { m, n, k, method: Method::Tiled(layout.tiled()) };
+                    if !plans.iter().any(|other| other.launches_like(&plan)) {
+                        plans.push(plan);
+                    }
                 }
             }
         }
         match too_many {
-            Some(error) if plans.is_empty() => Err(error),
+            Some(error) if plans.is_empty() => Err(error.into()),
             _ => Ok(plans),
         }
     }
@@ -189,14 +163,19 @@ impl Plan {
         }
     }
 
-    /// An estimate of the time on an H100, in microseconds. It ranks the plans of one problem; the bench
+    /// An estimate of the time on a GPU with these figures, in microseconds. It ranks the plans of one problem; the bench
     /// measures.
     #[must_use]
-    pub fn estimate_us(&self) -> f64 {
+    pub fn estimate_us(&self, figures: &DeviceFigures) -> f64 {
+        self.estimate_with(&Model::new(figures))
+    }
+
+    fn estimate_with(&self, model: &Model) -> f64 {
+        let problem = self.problem();
         match self.method {
-            Method::Tiled(tiled) => tiled.estimate_us(self.problem(), 0.0),
-            Method::Divided(divided) => divided.estimate_us(self.problem()),
-            Method::Skinny(skinny) => skinny.estimate_us(self.problem()),
+            Method::Tiled(tiled) => model.estimate(&Layout::of(&tiled), model.memory(problem), 0.0),
+            Method::Divided(divided) => divided.estimate_us(problem, model),
+            Method::Skinny(skinny) => skinny.estimate_us(problem, model),
         }
     }
 
@@ -241,46 +220,16 @@ impl Plan {
 
 impl Tiled {
     /// Cuts a problem, and brings the cut's values down to what it can use.
-    fn new(m: usize, n: usize, k: usize, mut cut: Cut) -> Result<Self, Error> {
+    fn new(m: usize, n: usize, k: usize, cut: Cut) -> Result<Self, Error> {
         check_problem(m, n, k)?;
-        let TileShape { strips, tokens, halves, split, .. } = cut.shape;
-        let Some(shape) = TileShape::find(strips, tokens, halves, split) else {
+        let Some(facts) = shapes::find(cut.shape) else {
             return Err(GpuError::UnknownTile { shape: cut.shape }.into());
         };
-        cut.shape = shape;
-        cut.cluster = match shape.split {
-            1 => 1 << cut.cluster.clamp(1, shape.max_cluster()).ilog2(),
+        let cluster = match facts.shape.split {
+            1 => 1 << cut.cluster.clamp(1, facts.max_cluster).ilog2(),
             split => split,
         };
-        if !shape.can_stream() {
-            cut.streamed_waves = 0;
-        }
-        let cluster_channels = shape.channels() * cut.cluster / shape.split;
-        let channel_tiles = n.div_ceil(cluster_channels as usize) as u32;
-        let token_tiles = m.div_ceil(cut.shape.tokens as usize) as u32;
-        let k_steps = brick::k_blocks(k).div_ceil((cut.shape.stage_bricks() * shape.split) as usize) as u32;
-        let tiles = channel_tiles as u64 * token_tiles as u64;
-        if tiles * k_steps as u64 > u32::MAX as u64 {
-            let limit = u32::MAX as usize / k_steps as usize;
-            return Err(
-                GpuError::OutOfRange { what: "the number of tiles", value: tiles as usize, limit }.into()
-            );
-        }
-        let tiles = tiles as u32;
-        let most_workers = (tiles * k_steps).div_ceil(MIN_K / cut.shape.stage_k()).min(MAX_WORKERS);
-        cut.workers = cut.workers.clamp(1, most_workers);
-        let last_wave = match tiles % cut.workers {
-            0 => cut.workers,
-            partial => partial,
-        };
-        let streamed_tiles = match cut.streamed_waves {
-            0 => 0,
-            waves => cut.workers.saturating_mul(waves - 1).saturating_add(last_wave).min(tiles),
-        };
-        let channel_group = (GROUP_CHANNELS / cluster_channels).clamp(1, channel_tiles);
-        let schedule =
-            Schedule::new([channel_tiles, token_tiles, k_steps], cut.workers, streamed_tiles, channel_group);
-        Ok(Self { cut, schedule })
+        Ok(Grid::new([m, n, k], facts, cluster)?.layout(cut.workers, cut.streamed_waves).tiled())
     }
 
     /// What was chosen.
@@ -318,29 +267,6 @@ impl Tiled {
     pub fn schedule(&self) -> &Schedule {
         &self.schedule
     }
-}
-
-/// Whether a tile would be half empty: that wastes what the next smaller one doesn't. Only the smallest two are alike.
-fn is_half_empty(shape: TileShape, m: usize) -> bool {
-    shape.tokens > 16 && m <= shape.tokens as usize / 2
-}
-
-/// Clusters of so many blocks, one block an SM, that the GPU runs at a time. A cluster lies within one of the GPU's processing
-/// clusters (GPC), whose number of SMs it may not divide: an H100 with 132 SMs has room for 66 clusters of two blocks, but for 30 of four
-/// (`cuOccupancyMaxActiveClusters`). Other GPUs are taken to leave as many empty.
-fn resident_clusters(multiprocessors: u32, cluster: u32) -> u32 {
-    match cluster {
-        0..=2 => multiprocessors / cluster.max(1),
-        _ => multiprocessors * 30 / 132 * 4 / cluster,
-    }
-    .max(1)
-}
-
-/// Thread blocks that a cluster may have: one or two, as many as share a tile's K if blocks do.
-fn clusters(shape: TileShape, multiprocessors: u32) -> impl Iterator<Item = u32> {
-    let fits =
-        move |cluster: &u32| (shape.split..=shape.max_cluster().min(multiprocessors)).contains(cluster);
-    [1, 2, 4, 8].into_iter().filter(fits)
 }
 
 /// Fails if a dimension is 0 or larger than the kernels can count.
@@ -394,8 +320,8 @@ mod tests {
     #[test]
     fn candidates_hold_the_planners_choice_and_no_launch_twice() {
         for (m, n, k) in [(1, 4096, 4096), (100, 4096, 4096), (5000, 300, 64), (256, 57_344, 8192)] {
-            let plans = Plan::candidates(m, n, k, 132).unwrap();
-            assert!(plans.contains(&Plan::new(m, n, k, 132).unwrap()));
+            let plans = Plan::candidates(m, n, k, &DeviceFigures::H100_SXM).unwrap();
+            assert!(plans.contains(&Plan::new(m, n, k, &DeviceFigures::H100_SXM).unwrap()));
             for (index, plan) in plans.iter().enumerate() {
                 assert!(!plans[..index].iter().any(|other| other.launches_like(plan)), "{plan}");
                 assert!(plan.blocks() <= 132, "{plan}");
@@ -407,7 +333,7 @@ mod tests {
     fn the_widest_tile_is_considered_where_it_fills_its_waves_and_stays_whole() {
         let Some(widest) = TileShape::find(3, 256, 1, 1) else { panic!("no tile of 192 x 256") };
         let considered = |m, n, k| {
-            let plans = Plan::candidates(m, n, k, 132).unwrap();
+            let plans = Plan::candidates(m, n, k, &DeviceFigures::H100_SXM).unwrap();
             plans.iter().filter_map(Plan::tiled).any(|tiled| tiled.shape() == widest)
         };
         // 920 tiles in 7 waves of 132, and 86 in one.

@@ -1,7 +1,7 @@
 //! Plans: whatever is asked for, all of the output is computed once and the launch fits the GPU.
 
 use liquidgemm::gpu::GpuError;
-use liquidgemm::{Cut, Error, Method, Plan, Tiled};
+use liquidgemm::{Cut, DeviceFigures, Error, Method, Plan, Tiled};
 use liquidgemm_format::tile::{TILE_SHAPES, TileShape};
 use proptest::prelude::*;
 
@@ -106,6 +106,12 @@ fn dimension(limit: usize) -> impl Strategy<Value = usize> {
     prop_oneof![round, 1..=limit]
 }
 
+/// An H100's figures, with another number of SMs.
+fn figures(multiprocessors: u32) -> DeviceFigures {
+    let clusters = DeviceFigures::cautious_clusters(multiprocessors);
+    DeviceFigures { multiprocessors, clusters, ..DeviceFigures::H100_SXM }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(300))]
 
@@ -113,7 +119,7 @@ proptest! {
     fn every_plan_covers_its_problem_once_and_fits_the_gpu(
         m in dimension(3000), n in dimension(8192), k in dimension(32_768), multiprocessors in 2..=144u32,
     ) {
-        let plan = Plan::new(m, n, k, multiprocessors).unwrap();
+        let plan = Plan::new(m, n, k, &figures(multiprocessors)).unwrap();
         prop_assert_eq!(plan.problem(), [m, n, k]);
         check_cover(&plan)?;
         check_fit(&plan, multiprocessors)?;
@@ -123,15 +129,15 @@ proptest! {
     fn every_candidate_is_a_plan_for_the_problem_and_none_is_estimated_below_the_chosen(
         m in dimension(1000), n in dimension(4096), k in dimension(16_384), multiprocessors in 2..=144u32,
     ) {
-        let chosen = Plan::new(m, n, k, multiprocessors).unwrap();
-        let candidates = Plan::candidates(m, n, k, multiprocessors).unwrap();
+        let chosen = Plan::new(m, n, k, &figures(multiprocessors)).unwrap();
+        let candidates = Plan::candidates(m, n, k, &figures(multiprocessors)).unwrap();
         prop_assert!(candidates.contains(&chosen));
         for candidate in candidates {
             check_cover(&candidate)?;
             check_fit(&candidate, multiprocessors)?;
-            let us = candidate.estimate_us();
+            let us = candidate.estimate_us(&figures(multiprocessors));
             prop_assert!(us.is_finite(), "{us} µs: {candidate}");
-            prop_assert!(us >= chosen.estimate_us(), "{us} µs: {candidate}");
+            prop_assert!(us >= chosen.estimate_us(&figures(multiprocessors)), "{us} µs: {candidate}");
         }
     }
 
@@ -143,7 +149,7 @@ proptest! {
         multiprocessors in 1..=144u32,
         shape in prop::sample::select(&TILE_SHAPES[..]),
     ) {
-        let plan = Plan::with_tile(m, n, k, shape, multiprocessors).unwrap();
+        let plan = Plan::with_tile(m, n, k, shape, &figures(multiprocessors)).unwrap();
         prop_assert_eq!(tiled(&plan).shape(), shape);
         check_cover(&plan)?;
         check_fit(&plan, multiprocessors.max(shape.split))?;
@@ -168,16 +174,22 @@ proptest! {
 
 #[test]
 fn the_largest_k_has_a_plan_and_the_next_has_none() {
-    assert!(Plan::new(1, 1, 131_072, 132).is_ok());
-    assert!(matches!(Plan::new(1, 1, 131_073, 132), Err(Error::KTooLarge { k: 131_073 })));
-    assert!(matches!(Plan::new(1, 1, usize::MAX, 132), Err(Error::KTooLarge { k: usize::MAX })));
+    assert!(Plan::new(1, 1, 131_072, &DeviceFigures::H100_SXM).is_ok());
+    assert!(matches!(
+        Plan::new(1, 1, 131_073, &DeviceFigures::H100_SXM),
+        Err(Error::KTooLarge { k: 131_073 })
+    ));
+    assert!(matches!(
+        Plan::new(1, 1, usize::MAX, &DeviceFigures::H100_SXM),
+        Err(Error::KTooLarge { k: usize::MAX })
+    ));
 }
 
 #[test]
 fn dimensions_of_zero_are_named() {
     for (shape, name) in [([0, 5, 5], "m"), ([5, 0, 5], "n"), ([5, 5, 0], "k")] {
         let [m, n, k] = shape;
-        match Plan::new(m, n, k, 132) {
+        match Plan::new(m, n, k, &DeviceFigures::H100_SXM) {
             Err(Error::EmptyDimension { dimension }) => assert_eq!(dimension, name),
             other => panic!("{shape:?}: {other:?}"),
         }
@@ -188,7 +200,7 @@ fn dimensions_of_zero_are_named() {
 fn what_32_bits_cannot_count_is_an_error() {
     let too_long = 1 << 31;
     for (m, n, named) in [(too_long, 1, "m"), (1, too_long, "n"), (usize::MAX, 1, "m")] {
-        match Plan::new(m, n, 64, 132) {
+        match Plan::new(m, n, 64, &DeviceFigures::H100_SXM) {
             Err(Error::Gpu(GpuError::OutOfRange { what, value, .. })) => {
                 assert_eq!((what, value), (named, m.max(n)));
             }
@@ -196,7 +208,7 @@ fn what_32_bits_cannot_count_is_an_error() {
         }
     }
     let (m, n) = (i32::MAX as usize, i32::MAX as usize);
-    match Plan::new(m, n, 131_072, 132) {
+    match Plan::new(m, n, 131_072, &DeviceFigures::H100_SXM) {
         Err(Error::Gpu(error @ GpuError::OutOfRange { what: "the number of tiles", .. })) => {
             assert!(error.to_string().contains("at most"), "{error}");
         }
@@ -208,11 +220,14 @@ fn what_32_bits_cannot_count_is_an_error() {
 fn a_batch_too_large_for_small_tiles_is_planned_with_larger_ones() {
     let small = TILE_SHAPES[0];
     // Some of the larger tiles are too small for so many tokens, too.
-    let plan = Plan::new(40_000_000, 57_344, 8192, 132).unwrap();
+    let plan = Plan::new(40_000_000, 57_344, 8192, &DeviceFigures::H100_SXM).unwrap();
     assert!(launches(&plan).iter().all(|tiled| tiled.shape().tokens > small.tokens), "{plan}");
     let (m, n, k) = (4_000_000, 57_344, 8192);
-    assert!(matches!(Plan::with_tile(m, n, k, small, 132), Err(Error::Gpu(GpuError::OutOfRange { .. }))));
-    let plan = Plan::new(m, n, k, 132).unwrap();
+    assert!(matches!(
+        Plan::with_tile(m, n, k, small, &DeviceFigures::H100_SXM),
+        Err(Error::Gpu(GpuError::OutOfRange { .. }))
+    ));
+    let plan = Plan::new(m, n, k, &DeviceFigures::H100_SXM).unwrap();
     assert!(launches(&plan).iter().all(|tiled| tiled.shape().tokens > small.tokens), "{plan}");
 }
 
@@ -220,7 +235,7 @@ fn a_batch_too_large_for_small_tiles_is_planned_with_larger_ones() {
 fn a_tile_without_a_kernel_is_refused_by_name() {
     for tokens in [0, 40] {
         let shape = TileShape { tokens, ..TILE_SHAPES[0] };
-        match Plan::with_tile(5, 5, 5, shape, 132) {
+        match Plan::with_tile(5, 5, 5, shape, &DeviceFigures::H100_SXM) {
             Err(Error::Gpu(error @ GpuError::UnknownTile { .. })) => {
                 assert!(error.to_string().contains(&format!("{tokens} tokens")), "{error}");
             }
@@ -231,11 +246,42 @@ fn a_tile_without_a_kernel_is_refused_by_name() {
 
 #[test]
 fn a_plan_shows_its_tile_and_workers_on_one_line() {
-    let plan = Plan::new(64, 12_288, 4096, 132).unwrap();
+    let plan = Plan::new(64, 12_288, 4096, &DeviceFigures::H100_SXM).unwrap();
     let text = plan.to_string();
     assert_eq!(text.lines().count(), 1);
     let tiled = tiled(&plan);
     let tile = format!("{} channels x {} tokens", tiled.cluster_channels(), tiled.shape().tokens);
     assert!(text.contains(&tile), "{text}");
     assert!(text.contains(&format!("{} workers", tiled.cut().workers)), "{text}");
+}
+
+#[test]
+fn the_search_finds_the_least_estimate_of_all_candidates_and_fits_every_gpu() {
+    let gpus = [
+        DeviceFigures::H100_SXM,
+        DeviceFigures::H100_PCIE,
+        DeviceFigures::H200,
+        DeviceFigures::GH200,
+        DeviceFigures::H20,
+    ];
+    let matrices = [(4096, 4096), (12_288, 4096), (10_240, 8192), (57_344, 8192), (1280, 8192), (5001, 130)];
+    for figures in gpus {
+        for (n, k) in matrices {
+            for m in [1, 9, 33, 100, 129, 300, 512, 1500, 5000, 100_000] {
+                let plan = Plan::new(m, n, k, &figures).unwrap();
+                let estimates = Plan::candidates(m, n, k, &figures).unwrap();
+                let least = estimates.iter().map(|plan| plan.estimate_us(&figures)).fold(f64::MAX, f64::min);
+                assert_eq!(plan.estimate_us(&figures), least, "{m} x {n} x {k}: {plan}");
+                assert!(plan.blocks() <= figures.multiprocessors, "{plan}");
+                for tiled in launches(&plan) {
+                    let clusters = figures.clusters[tiled.cluster().ilog2() as usize];
+                    assert!(tiled.cut().workers <= clusters, "{plan}");
+                }
+                let faster = DeviceFigures { memory_bytes_per_second: 6_000_000_000_000, ..figures };
+                let slower = DeviceFigures { clock_hz: 1_000_000_000, ..figures };
+                assert!(plan.estimate_us(&faster) <= plan.estimate_us(&figures), "{plan}");
+                assert!(plan.estimate_us(&slower) >= plan.estimate_us(&figures), "{plan}");
+            }
+        }
+    }
 }

@@ -60,7 +60,10 @@ extern "C" fn cuDeviceGetName(name: *mut c_char, length: c_int, _device: c_int) 
 extern "C" fn cuDeviceGetAttribute(value: *mut c_int, attribute: c_int, _device: c_int) -> c_int {
     let capability = setting("FAKE_CUDA_CAPABILITY", 90);
     let answer = match attribute {
+        13 => 1_980_000, // SM clock, kHz
         16 => 132, // multiprocessors
+        36 => 2_619_000, // memory clock, kHz
+        37 => 5120, // bits of the memory bus
         75 => capability / 10,
         76 => capability % 10,
         other => panic!("attribute {other} is not expected"),

@@ -38,7 +38,7 @@ pub const REFUSED_SHAPE: [usize; 3] = [5, 200, 201];
 pub fn refused_calls(good: Operands) -> Result<Vec<RefusedCall>, Error> {
     let [m, n, k] = REFUSED_SHAPE;
     let stride = good.activation_stride;
-    let good_plan = Plan::new(m, n, k, 132)?;
+    let good_plan = Plan::new(m, n, k, &liquidgemm::DeviceFigures::H100_SXM)?;
     let operands = |wrong, operands, is_expected: fn(&Error) -> bool, says| RefusedCall {
         wrong,
         operands,
@@ -156,19 +156,19 @@ pub fn refused_calls(good: Operands) -> Result<Vec<RefusedCall>, Error> {
         ),
         plan(
             "a plan for fewer tokens",
-            Plan::new(m - 1, n, k, 132)?,
+            Plan::new(m - 1, n, k, &liquidgemm::DeviceFigures::H100_SXM)?,
             is_gpu!(GpuError::PlanMismatch { .. }),
             "[4, 200, 201]",
         ),
         plan(
             "a plan for more channels",
-            Plan::new(m, n + 1, k, 132)?,
+            Plan::new(m, n + 1, k, &liquidgemm::DeviceFigures::H100_SXM)?,
             is_gpu!(GpuError::PlanMismatch { .. }),
             "[5, 201, 201]",
         ),
         plan(
             "a plan for another k",
-            Plan::new(m, n, 192, 132)?,
+            Plan::new(m, n, 192, &liquidgemm::DeviceFigures::H100_SXM)?,
             is_gpu!(GpuError::PlanMismatch { .. }),
             "[5, 200, 192]",
         ),

@@ -246,7 +246,7 @@ impl<'g> Stage<'g> {
     fn plan(&self, fixture: &Fixture, m: usize, options: &Options) -> anyhow::Result<Plan> {
         let (n, k) = (fixture.n(), fixture.k());
         Ok(match options.tile {
-            Some(tile) => Plan::with_tile(m, n, k, tile, self.gpu.multiprocessors())?,
+            Some(tile) => Plan::with_tile(m, n, k, tile, self.gpu.figures())?,
             None => self.gpu.plan(m, n, k)?,
         })
     }

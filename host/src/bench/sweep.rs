@@ -65,7 +65,7 @@ pub fn sweep(
         let fixture = stage.fixture(case)?;
         for &m in &case.tokens {
             observer.starts(m, case.matrix);
-            measured(one(&stage, &fixture, m, gpu.multiprocessors())?)?;
+            measured(one(&stage, &fixture, m, gpu.figures())?)?;
         }
     }
     Ok(())
@@ -75,7 +75,7 @@ fn one(
     stage: &Stage<'_>,
     fixture: &super::run::Fixture,
     m: usize,
-    multiprocessors: u32,
+    figures: &crate::DeviceFigures,
 ) -> anyhow::Result<Sweep> {
     let (n, k) = (fixture.n(), fixture.k());
     let clock = stage.clock(Pace::RANKING)?;
@@ -83,9 +83,9 @@ fn one(
     for probe in clock.measure(&[stage.stream_probe(m, n, k), stage.mma_probe(m, n, k)]) {
         floor = floor.max(probe?.us);
     }
-    let chosen = Plan::new(m, n, k, multiprocessors)?;
+    let chosen = Plan::new(m, n, k, figures)?;
     let mut estimates = Vec::new();
-    for plan in Plan::candidates(m, n, k, multiprocessors)? {
+    for plan in Plan::candidates(m, n, k, figures)? {
         estimates.push((clock.estimate(&stage.ours(fixture, m, &plan))?, plan));
     }
     let fastest = estimates.iter().map(|(us, _)| *us).fold(f64::INFINITY, f64::min);
@@ -108,7 +108,7 @@ fn one(
         });
     }
     plans.sort_by(|a, b| a.us.partial_cmp(&b.us).unwrap_or(Ordering::Equal));
-    Ok(Sweep { m, n, k, multiprocessors, floor, plans })
+    Ok(Sweep { m, n, k, multiprocessors: figures.multiprocessors, floor, plans })
 }
 
 impl Sweep {
@@ -119,7 +119,7 @@ impl Sweep {
     pub fn load(path: &Path) -> anyhow::Result<Vec<Self>> {
         let mut sweeps: Vec<Self> = read_json(path, "sweep")?;
         for sweep in &mut sweeps {
-            let chosen = Plan::new(sweep.m, sweep.n, sweep.k, sweep.multiprocessors)?.to_string();
+            let chosen = Plan::new(sweep.m, sweep.n, sweep.k, &crate::DeviceFigures::H100_SXM)?.to_string();
             sweep.plans.iter_mut().for_each(|plan| plan.chosen = plan.plan == chosen);
         }
         Ok(sweeps)
@@ -200,7 +200,7 @@ mod tests {
     #[test]
     fn a_loaded_sweep_is_judged_by_todays_planner() {
         let (m, n, k) = (64, 4096, 4096);
-        let plans: Vec<PlanTime> = Plan::candidates(m, n, k, 132)
+        let plans: Vec<PlanTime> = Plan::candidates(m, n, k, &crate::DeviceFigures::H100_SXM)
             .unwrap()
             .iter()
             .map(|candidate| PlanTime { plan: candidate.to_string(), ..plan(1.0, true, false) })
@@ -211,7 +211,7 @@ mod tests {
         let loaded = Sweep::load(&path).unwrap();
         let chosen: Vec<&str> =
             loaded[0].plans.iter().filter(|plan| plan.chosen).map(|plan| plan.plan.as_str()).collect();
-        assert_eq!(chosen, [Plan::new(m, n, k, 132).unwrap().to_string()]);
+        assert_eq!(chosen, [Plan::new(m, n, k, &crate::DeviceFigures::H100_SXM).unwrap().to_string()]);
     }
 
     #[test]

@@ -16,10 +16,6 @@ use crate::gpu::memory::{DeviceSpan, DeviceWeights, Workspace};
 use crate::gpu::tensor_map::{Boxes, TensorMap};
 use crate::{Error, Method, OutputType, Plan, Tiled};
 
-/// Bytes of weights a cycle that launches ask for in their rings' first turn: a little more than memory delivers, which is 3.35 TB/s
-/// at 1.7 to 1.8 GHz.
-const FIRST_TURN_BYTES: u32 = 2112;
-
 /// What a GEMM reads and writes in device memory, besides the weights.
 #[derive(Clone, Copy, Debug)]
 pub struct Operands {
@@ -295,7 +291,8 @@ impl Gpu {
             output_stride: operands.output_stride as u32,
             output_type: output_code(operands.output_type),
             output_is_mapped: is_mapped.into(),
-            first_turn_cycles: shape.strips * shape.strip_stage_bytes() * plan.blocks() / FIRST_TURN_BYTES,
+            first_turn_cycles: shape.strips * shape.strip_stage_bytes() * plan.blocks()
+                / self.figures.first_turn_bytes(),
             schedule: *plan.schedule(),
         };
         Ok(TiledLaunch {

@@ -34,7 +34,7 @@ pub use gemm::{Operands, StreamHandle};
 pub use kernels::ptx_hash;
 pub use memory::{DeviceSpan, DeviceWeights, Workspace};
 
-use crate::{ActivationsView, Error, Output, PackedWeights, Plan};
+use crate::{ActivationsView, DeviceFigures, Error, Output, PackedWeights, Plan};
 use memory::copy_to_device;
 
 /// The CUDA version that first understands the kernels' PTX (ISA 8.1).
@@ -45,7 +45,7 @@ const NEEDED_CUDA: cuda_driver::CudaVersion = cuda_driver::CudaVersion { major: 
 pub struct Gpu {
     name: String,
     driver: cuda_driver::CudaVersion,
-    multiprocessors: u32,
+    figures: DeviceFigures,
     context: CUcontext,
     kernels: kernels::KernelCache,
     encode_tensor_map: tensor_map::EncodeTiled,
@@ -133,12 +133,17 @@ impl Gpu {
     fn assemble(device: Device, context: CUcontext, primary: Option<Context>) -> Result<Self, Error> {
         let driver = Self::load_driver()?;
         check_device(device)?;
-        let multiprocessors = device.get_attribute(DeviceAttribute::MultiprocessorCount);
+        let attribute = |attribute| device.get_attribute(attribute).during("asking for the GPU's figures");
+        let figures = DeviceFigures::from_attributes(
+            attribute(DeviceAttribute::MultiprocessorCount)?,
+            attribute(DeviceAttribute::MemoryClockRate)?,
+            attribute(DeviceAttribute::GlobalMemoryBusWidth)?,
+            attribute(DeviceAttribute::ClockRate)?,
+        );
         Ok(Self {
             name: device.name().during("asking for the GPU's name")?,
             driver: driver.version(),
-            multiprocessors: multiprocessors.during("asking for the number of multiprocessors")?.max(1)
-                as u32,
+            figures,
             context,
             kernels: kernels::KernelCache::default(),
             encode_tensor_map: tensor_map::encoder(driver)?,
@@ -155,12 +160,17 @@ impl Gpu {
 
     /// Multiprocessors of the GPU.
     pub fn multiprocessors(&self) -> u32 {
-        self.multiprocessors
+        self.figures.multiprocessors
+    }
+
+    /// What plans depend on: the GPU's SMs, clusters, memory speed and clock.
+    pub fn figures(&self) -> &DeviceFigures {
+        &self.figures
     }
 
     /// Name, size and driver in one line.
     pub fn description(&self) -> String {
-        format!("{}, {} multiprocessors, driver for CUDA {}", self.name, self.multiprocessors, self.driver)
+        format!("{}, {} multiprocessors, driver for CUDA {}", self.name, self.multiprocessors(), self.driver)
     }
 
     /// Makes this GPU's context the current one of this thread.
@@ -188,7 +198,7 @@ impl Gpu {
     /// If memory runs out or the driver fails.
     pub fn workspace(&self) -> Result<Workspace, Error> {
         self.make_current()?;
-        Ok(Workspace::new(self.multiprocessors)?)
+        Ok(Workspace::new(self.multiprocessors())?)
     }
 
     /// The plan for `Y[m, n] = X[m, k] · W[n, k]ᵀ` on this GPU.
@@ -196,7 +206,7 @@ impl Gpu {
     /// # Errors
     /// If a dimension is 0 or too large.
     pub fn plan(&self, m: usize, n: usize, k: usize) -> Result<Plan, Error> {
-        Plan::new(m, n, k, self.multiprocessors)
+        Plan::new(m, n, k, &self.figures)
     }
 
     /// `[m, n]` of `T`, row-major: everything from host memory and back, waiting for the result.

@@ -5,32 +5,37 @@
 //! linear layers of LLaMA-2 and LLaMA-3 and their shards, at powers of two and between, and eight other matrices; by least squares, and from
 //! there so that the choices lose least. `docs/performance-log.md` says how much. They need not be
 //! exact: a wrong choice costs time, never a bit of the result.
+//!
+//! The constants are an H100 SXM's. On another GPU what memory does scales with its memory's speed, and steps and tiles with the clock;
+//! latencies and the power limit stay. No other GPU has been measured.
 
-use liquidgemm_format::tile::{TILE_SHAPES, TileShape};
+use liquidgemm_format::tile::TileShape;
 
-use super::Tiled;
+use super::layout::{Grid, Layout};
+use crate::DeviceFigures;
 
-/// What one tile shape costs.
+/// What one tile shape costs on an H100 SXM.
 #[derive(Clone, Copy, Debug, PartialEq)]
-struct ShapeCost {
+pub(super) struct ShapeCost {
     /// Microseconds for 128 along K.
     step: f64,
     /// Microseconds for what a tile needs besides its steps: scales, epilogue, refilling the pipeline.
     tile: f64,
 }
 
-/// Shapes that differ in their tokens only: channels, whether blocks share a tile's K, whether consumers load for themselves.
-type Family = (u32, bool, bool);
+/// Shapes of a family differ only in their tokens and in how many blocks share a tile's K.
+#[derive(Clone, Copy)]
+struct Family {
+    strips: u32,
+    /// Consumers of a strip.
+    halves: u32,
+    /// Whether a cluster's blocks share a tile's K.
+    shares_k: bool,
+    /// Whether the consumers fill the ring themselves.
+    fills_itself: bool,
+}
 
-const SINGLE_64: Family = (64, false, false);
-const SINGLE_128: Family = (128, false, false);
-const SINGLE_192: Family = (192, false, false);
-const CONSUMER_LOADED: Family = (192, false, true);
-const SPLIT_64: Family = (64, true, false);
-const SPLIT_128: Family = (128, true, false);
-const SPLIT_192: Family = (192, true, false);
-
-/// A shape of a family whose cost was fitted.
+/// A shape whose cost was fitted.
 struct Anchor {
     family: Family,
     tokens: u32,
@@ -41,62 +46,80 @@ const fn anchor(family: Family, tokens: u32, step: f64, tile: f64) -> Anchor {
     Anchor { family, tokens, cost: ShapeCost { step, tile } }
 }
 
-/// By family and then by tokens. The cost is linear in the tokens between two of them; beyond the first and the last it is theirs.
+const fn family(strips: u32, halves: u32) -> Family {
+    Family { strips, halves, shares_k: false, fills_itself: false }
+}
+
+const NARROW: Family = family(1, 2);
+const MIDDLE: Family = family(2, 1);
+const BROAD: Family = family(3, 1);
+const WIDE: Family = Family { fills_itself: true, ..BROAD };
+const NARROW_SPLIT: Family = Family { shares_k: true, ..NARROW };
+const MIDDLE_SPLIT: Family = Family { shares_k: true, ..MIDDLE };
+const BROAD_SPLIT: Family = Family { shares_k: true, ..BROAD };
+
+/// The fitted shapes, those of a family by their tokens. The costs of the others lie on straight lines between them.
 const ANCHORS: [Anchor; 31] = [
-    anchor(SINGLE_64, 16, 0.1238, 0.712),
-    anchor(SINGLE_64, 32, 0.1196, 0.666),
-    anchor(SINGLE_64, 64, 0.1372, 0.770),
-    anchor(SINGLE_64, 96, 0.1688, 1.036),
-    anchor(SINGLE_64, 128, 0.2092, 1.083),
-    anchor(SINGLE_128, 8, 0.1826, 0.609),
-    anchor(SINGLE_128, 16, 0.2018, 0.550),
-    anchor(SINGLE_128, 32, 0.2260, 0.606),
-    anchor(SINGLE_128, 64, 0.2299, 0.847),
-    anchor(SINGLE_128, 96, 0.2720, 1.010),
-    anchor(SINGLE_128, 128, 0.3153, 0.970),
-    anchor(SINGLE_128, 160, 0.3796, 1.090),
-    anchor(SINGLE_128, 192, 0.4567, 1.417),
-    anchor(SINGLE_128, 256, 0.5814, 1.938),
-    anchor(SINGLE_192, 16, 0.3061, 0.470),
-    anchor(SINGLE_192, 32, 0.3122, 0.779),
-    anchor(SINGLE_192, 64, 0.3612, 0.942),
-    anchor(SINGLE_192, 96, 0.4017, 1.174),
-    anchor(SINGLE_192, 128, 0.4612, 1.248),
-    anchor(CONSUMER_LOADED, 144, 0.5577, 3.157),
-    anchor(CONSUMER_LOADED, 176, 0.6233, 2.260),
-    anchor(CONSUMER_LOADED, 208, 0.6948, 2.666),
-    anchor(CONSUMER_LOADED, 256, 0.8565, 3.423),
-    anchor(SPLIT_64, 16, 0.1354, 0.483),
-    anchor(SPLIT_64, 32, 0.1441, 0.753),
-    anchor(SPLIT_64, 64, 0.1625, 0.754),
-    anchor(SPLIT_64, 96, 0.1730, 1.115),
-    anchor(SPLIT_64, 128, 0.2190, 1.505),
-    anchor(SPLIT_128, 96, 0.2692, 1.717),
-    anchor(SPLIT_128, 128, 0.3182, 1.604),
-    anchor(SPLIT_192, 128, 0.4500, 2.900),
+    anchor(NARROW, 16, 0.1238, 0.712),
+    anchor(NARROW, 32, 0.1196, 0.666),
+    anchor(NARROW, 64, 0.1372, 0.770),
+    anchor(NARROW, 96, 0.1688, 1.036),
+    anchor(NARROW, 128, 0.2092, 1.083),
+    anchor(MIDDLE, 8, 0.1826, 0.609),
+    anchor(MIDDLE, 16, 0.2018, 0.550),
+    anchor(MIDDLE, 32, 0.2260, 0.606),
+    anchor(MIDDLE, 64, 0.2299, 0.847),
+    anchor(MIDDLE, 96, 0.2720, 1.010),
+    anchor(MIDDLE, 128, 0.3153, 0.970),
+    anchor(MIDDLE, 160, 0.3796, 1.090),
+    anchor(MIDDLE, 192, 0.4567, 1.417),
+    anchor(MIDDLE, 256, 0.5814, 1.938),
+    anchor(BROAD, 16, 0.3061, 0.470),
+    anchor(BROAD, 32, 0.3122, 0.779),
+    anchor(BROAD, 64, 0.3612, 0.942),
+    anchor(BROAD, 96, 0.4017, 1.174),
+    anchor(BROAD, 128, 0.4612, 1.248),
+    anchor(WIDE, 144, 0.5577, 3.157),
+    anchor(WIDE, 176, 0.6233, 2.260),
+    anchor(WIDE, 208, 0.6948, 2.666),
+    anchor(WIDE, 256, 0.8565, 3.423),
+    anchor(NARROW_SPLIT, 16, 0.1354, 0.483),
+    anchor(NARROW_SPLIT, 32, 0.1441, 0.753),
+    anchor(NARROW_SPLIT, 64, 0.1625, 0.754),
+    anchor(NARROW_SPLIT, 96, 0.1730, 1.115),
+    anchor(NARROW_SPLIT, 128, 0.2190, 1.505),
+    anchor(MIDDLE_SPLIT, 96, 0.2692, 1.717),
+    anchor(MIDDLE_SPLIT, 128, 0.3182, 1.604),
+    anchor(BROAD_SPLIT, 128, 0.4500, 2.900),
 ];
 
-/// The costs of all [`TILE_SHAPES`], in their order.
-static SHAPE_COSTS: [ShapeCost; TILE_SHAPES.len()] = {
-    let mut costs = [ANCHORS[0].cost; TILE_SHAPES.len()];
-    let mut index = 0;
-    while index < costs.len() {
-        costs[index] = fitted_cost(TILE_SHAPES[index]);
-        index += 1;
+impl Family {
+    const fn of(shape: TileShape) -> Self {
+        Self {
+            strips: shape.strips,
+            halves: shape.halves,
+            shares_k: shape.split > 1,
+            fills_itself: !shape.has_producers(),
+        }
     }
-    costs
-};
 
-/// The cost of a shape by its family's anchors.
-const fn fitted_cost(shape: TileShape) -> ShapeCost {
-    let (channels, is_split, loads) = (shape.channels(), shape.split > 1, !shape.has_producers());
-    let mut below: Option<&Anchor> = None;
-    let mut above: Option<&Anchor> = None;
+    const fn is(self, other: Self) -> bool {
+        self.strips == other.strips
+            && self.halves == other.halves
+            && self.shares_k == other.shares_k
+            && self.fills_itself == other.fills_itself
+    }
+}
+
+/// The cost of a shape: that of its family's anchor of as many tokens, or on the line between the two next to it. Only ever evaluated by the
+/// compiler, which refuses a list of tile shapes in which one lies beyond its family's anchors.
+pub(super) const fn shape_cost(shape: TileShape) -> ShapeCost {
+    let family = Family::of(shape);
+    let [mut below, mut above]: [Option<&Anchor>; 2] = [None; 2];
     let mut index = 0;
     while index < ANCHORS.len() {
         let anchor = &ANCHORS[index];
-        let (other_channels, other_split, other_loads) = anchor.family;
-        if other_channels == channels && other_split == is_split && other_loads == loads {
+        if anchor.family.is(family) {
             if anchor.tokens <= shape.tokens {
                 below = Some(anchor);
             }
@@ -106,27 +129,26 @@ const fn fitted_cost(shape: TileShape) -> ShapeCost {
         }
         index += 1;
     }
-    let cost = match (below, above) {
-        (Some(below), Some(above)) if below.tokens < above.tokens => {
-            let share = (shape.tokens - below.tokens) as f64 / (above.tokens - below.tokens) as f64;
-            ShapeCost {
-                step: below.cost.step + (above.cost.step - below.cost.step) * share,
-                tile: below.cost.tile + (above.cost.tile - below.cost.tile) * share,
-            }
-        }
-        (Some(anchor), _) | (_, Some(anchor)) => anchor.cost,
-        (None, None) => panic!("a tile shape whose family has no anchor"),
+    let (Some(below), Some(above)) = (below, above) else {
+        panic!("a tile shape lies beyond the anchors of its family");
     };
-    let further_blocks = shape.split.saturating_sub(2);
-    ShapeCost { tile: cost.tile + SPLIT_BLOCK * further_blocks as f64, ..cost }
+    let share = if above.tokens == below.tokens {
+        0.0
+    } else {
+        (shape.tokens - below.tokens) as f64 / (above.tokens - below.tokens) as f64
+    };
+    ShapeCost {
+        step: below.cost.step + (above.cost.step - below.cost.step) * share,
+        tile: below.cost.tile
+            + (above.cost.tile - below.cost.tile) * share
+            + SPLIT_BLOCK * shape.split.saturating_sub(2) as f64,
+    }
 }
 
 /// Microseconds of every launch.
 const LAUNCH: f64 = 1.718;
 /// Megabytes that memory delivers in a microsecond: no more than its peak.
 const MEMORY: f64 = 3.292;
-/// Multiprocessors of an H100.
-pub(super) const MULTIPROCESSORS: f64 = 132.0;
 /// Microseconds for a tile's partial sums: a flag raised, seen and answered.
 const HANDOVER: f64 = 0.663;
 /// Microseconds for each part of a tile beyond [`FREE_PARTS`]: its owner adds them up one after the other.
@@ -159,9 +181,9 @@ const IDLE_CONSUMER_LOADED_STEP: f64 = 0.1055;
 pub(super) const SECOND_LAUNCH: f64 = 0.2873;
 /// Microseconds for each block beyond two that share a tile's K.
 const SPLIT_BLOCK: f64 = 0.2241;
-/// SMs that are enough to draw all that memory delivers ...
-const SATURATING: f64 = 124.0;
-/// ... and how much longer memory takes for each one less, as a share of all.
+/// SMs that are enough to draw all that memory delivers, as a share of all ...
+const SATURATING: f64 = 124.0 / 132.0;
+/// ... and how much longer memory takes for each one less.
 const UNSATURATED: f64 = 0.6169;
 /// How much longer memory takes where blocks share a tile's K.
 const SPLIT_MEMORY: f64 = 1.060;
@@ -170,54 +192,141 @@ const LOADED_AHEAD: f64 = 0.2144;
 /// How sharply the slower of compute and memory hides the other.
 const SHARPNESS: i32 = 5;
 
-impl Tiled {
-    /// An estimate of the launch's time in microseconds, for a problem of `[m, n, k]`, where other launches of the same plan take
-    /// `elsewhere` microseconds.
-    pub(super) fn estimate_us(&self, problem: [usize; 3], elsewhere: f64) -> f64 {
-        let (shape, schedule) = (self.shape(), self.schedule());
-        let costs = shape_cost(shape);
-        let (workers, k_steps) = (schedule.workers as f64, (schedule.k_steps * shape.spans()) as f64);
-        let streamed = schedule.streamed_tiles as f64;
+/// More than what rounding does to an estimate, as a share of it.
+const ROUNDING: f64 = 1e-9;
+
+/// The model of one GPU.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Model {
+    /// SMs.
+    pub(super) multiprocessors: f64,
+    /// Memory's speed as a multiple of an H100 SXM's.
+    pub(super) memory_speed: f64,
+    /// How much longer than on an H100 SXM a number of cycles takes.
+    pub(super) cycle: f64,
+}
+
+impl Model {
+    pub(super) fn new(figures: &DeviceFigures) -> Self {
+        Self {
+            multiprocessors: f64::from(figures.multiprocessors.max(1)),
+            memory_speed: figures.memory_speed(),
+            cycle: figures.cycle(),
+        }
+    }
+
+    /// Microseconds that memory takes for a launch in tiles, of a problem of `[m, n, k]`.
+    pub(super) fn memory(&self, problem: [usize; 3]) -> f64 {
+        moved_megabytes(problem) / (MEMORY * self.memory_speed)
+    }
+
+    /// An estimate of a launch's time in microseconds, where memory takes `memory` of them and other launches of the same plan
+    /// `elsewhere`.
+    pub(super) fn estimate(&self, layout: &Layout, memory: f64, elsewhere: f64) -> f64 {
+        let (compute, handover) = self.compute_and_handover(layout, elsewhere);
+        slower_of(compute, self.drawn(layout, memory)) + LAUNCH + handover
+    }
+
+    /// Microseconds that memory takes with this layout, where it takes at least `memory`.
+    fn drawn(&self, layout: &Layout, memory: f64) -> f64 {
+        let Layout { grid, workers, .. } = layout;
+        let blocks = (f64::from(*workers) * f64::from(grid.cluster)).min(self.multiprocessors);
+        let missing = (SATURATING - blocks / self.multiprocessors).max(0.0);
+        let ahead = LOADED_AHEAD * (self.multiprocessors - blocks) / (MEMORY * self.memory_speed);
+        let split = if grid.facts.shape.split > 1 { SPLIT_MEMORY } else { 1.0 };
+        memory.max(memory * (1.0 + UNSATURATED * missing) - ahead) * split
+    }
+
+    /// As [`estimate`](Self::estimate) of a plan's only launch, unless it is certainly longer than `limit`.
+    pub(super) fn estimate_below(&self, layout: &Layout, memory: f64, limit: f64) -> Option<f64> {
+        let (compute, handover) = self.compute_and_handover(layout, 0.0);
+        let memory = self.drawn(layout, memory);
+        (!is_longer(compute, memory, limit - handover))
+            .then(|| slower_of(compute, memory) + LAUNCH + handover)
+    }
+
+    /// Microseconds that the busiest worker computes at the least in any layout of a grid on at most `most` workers, where other launches
+    /// of the same plan take `elsewhere`: all workers busy all the time, none inside a tile that it shares.
+    ///
+    /// With fewer workers each step takes less, but by less than there is more to do for each.
+    pub(super) fn least_compute(&self, grid: &Grid, most: u32, elsewhere: f64) -> f64 {
+        let workers = most.min(grid.most_workers);
+        let cost = grid.facts.cost;
+        let steps = f64::from(grid.k_steps * grid.facts.spans) * f64::from(grid.tiles) / f64::from(workers);
+        let compute = steps * self.step(grid, workers)
+            + f64::from(grid.tiles.div_ceil(workers)) * (cost.tile * self.cycle);
+        self.heated(grid, compute, elsewhere)
+    }
+
+    /// The same for each tile of a grid, on a part of the GPU's SMs that its work would fill.
+    pub(super) fn least_tile_compute(&self, grid: &Grid) -> f64 {
+        let cost = grid.facts.cost;
+        let steps = f64::from(grid.k_steps * grid.facts.spans);
+        let blocks = f64::from(grid.cluster) / self.multiprocessors;
+        (steps * cost.step + cost.tile) * self.cycle * blocks
+    }
+
+    /// Microseconds of a step of 128 along K, where the GPU isn't hot and all workers begin and end with tiles.
+    fn step(&self, grid: &Grid, workers: u32) -> f64 {
+        let blocks = f64::from(workers) * f64::from(grid.cluster);
+        let idle = (1.0 - blocks / self.multiprocessors).max(0.0);
+        let cluster = if grid.shares_activations() { CLUSTER_STEP } else { 1.0 };
+        let idle_step = if grid.facts.has_producers { IDLE_STEP } else { IDLE_CONSUMER_LOADED_STEP };
+        grid.facts.cost.step * self.cycle * cluster * (1.0 - idle_step * idle)
+    }
+
+    /// What multiplying takes where the power limit is felt.
+    fn heated(&self, grid: &Grid, compute: f64, elsewhere: f64) -> f64 {
+        let heat = if grid.shares_activations() { 0.0 } else { HOT_STEP * hotness(compute + elsewhere) };
+        compute * (1.0 + heat)
+    }
+
+    fn compute_and_handover(&self, layout: &Layout, elsewhere: f64) -> (f64, f64) {
+        let Layout { grid, workers, streamed_tiles, .. } = layout;
+        let (facts, workers, streamed_tiles) = (grid.facts, *workers, *streamed_tiles);
+        let k_steps = f64::from(grid.k_steps * facts.spans);
+        let tile = facts.cost.tile * self.cycle;
 
         // The busiest worker: its part of the stream, which may begin and end inside a tile, and whole tiles.
-        let whole = (schedule.whole_tiles() as f64 / workers).ceil();
-        let stream_steps = streamed * k_steps / workers;
-        let splits = schedule.streamed_tiles > 0 && !schedule.streamed_tiles.is_multiple_of(schedule.workers);
-        let even = splits && schedule.workers.is_multiple_of(schedule.streamed_tiles);
-        let stream_tiles = (stream_steps / k_steps).ceil() + if splits && !even { 1.0 } else { 0.0 };
-        let blocks = (workers * self.cluster() as f64).min(MULTIPROCESSORS);
-        let idle = 1.0 - blocks / MULTIPROCESSORS;
-        let idle_step = if shape.has_producers() { IDLE_STEP } else { IDLE_CONSUMER_LOADED_STEP };
-        let shares_activations = self.cluster() > shape.split;
-        let cluster = if shares_activations { CLUSTER_STEP } else { 1.0 };
-        let step = costs.step * cluster * (1.0 - idle_step * idle);
+        let whole = f64::from((grid.tiles - streamed_tiles).div_ceil(workers));
+        let stream_steps = f64::from(streamed_tiles) * k_steps / f64::from(workers);
+        let splits = streamed_tiles > 0 && !streamed_tiles.is_multiple_of(workers);
+        let even = splits && workers.is_multiple_of(streamed_tiles);
+        let stream_tiles =
+            f64::from(streamed_tiles.div_ceil(workers)) + if splits && !even { 1.0 } else { 0.0 };
+        let step = self.step(grid, workers);
         let compute = |stream_step: f64| {
-            whole * k_steps * step + stream_steps * stream_step + (whole + stream_tiles) * costs.tile
+            whole * k_steps * step + stream_steps * stream_step + (whole + stream_tiles) * tile
         };
         let staggered = if splits && !even {
-            STAGGERED_STEP[usize::from(self.cluster() > 1)]
+            STAGGERED_STEP[usize::from(grid.cluster > 1)]
                 + HOT_STAGGERED_STEP * hotness(compute(step) + elsewhere).powi(2)
         } else {
             0.0
         };
-        let compute = compute(step * (1.0 + staggered));
-        let heat = if shares_activations { 0.0 } else { HOT_STEP * hotness(compute + elsewhere) };
-        let compute = compute * (1.0 + heat);
+        let compute = self.heated(grid, compute(step * (1.0 + staggered)), elsewhere);
 
-        let all = moved_megabytes(problem) / MEMORY;
-        let drawn = all * (1.0 + UNSATURATED * (SATURATING - blocks).max(0.0) / MULTIPROCESSORS);
-        let from_memory = all.max(drawn - LOADED_AHEAD * (MULTIPROCESSORS - blocks) / MEMORY)
-            * if shape.split > 1 { SPLIT_MEMORY } else { 1.0 };
         let handover = if splits {
-            let parts = (workers / streamed).max(1.0);
-            let sums = megabytes(shape.partial_bytes() as f64 * workers * self.cluster() as f64);
+            let parts = (f64::from(workers) / f64::from(streamed_tiles)).max(1.0);
+            let sums = megabytes(facts.partial_bytes * f64::from(workers) * f64::from(grid.cluster));
             let further = (parts.ceil() - FREE_PARTS).max(0.0);
             HANDOVER + FURTHER_PART * further + PARTIAL_SUMS * sums * parts
         } else {
             0.0
         };
-        slower_of(compute, from_memory) + LAUNCH + handover
+        (compute, handover)
     }
+}
+
+/// The estimate of a launch that hands over no sums.
+pub(super) fn launch_estimate(compute: f64, memory: f64) -> f64 {
+    slower_of(compute, memory) + LAUNCH
+}
+
+/// Whether such a launch is certainly longer than `limit`: found without a root, and not where rounding could decide.
+pub(super) fn is_longer(compute: f64, memory: f64, limit: f64) -> bool {
+    let limit = (limit - LAUNCH) * (1.0 + ROUNDING);
+    limit < 0.0 || compute.powi(SHARPNESS) + memory.powi(SHARPNESS) > limit.powi(SHARPNESS)
 }
 
 pub(super) fn megabytes(bytes: f64) -> f64 {
@@ -240,52 +349,44 @@ pub(super) fn slower_of(compute: f64, memory: f64) -> f64 {
     (compute.powi(SHARPNESS) + memory.powi(SHARPNESS)).powf(1.0 / SHARPNESS as f64)
 }
 
-fn shape_cost(shape: TileShape) -> ShapeCost {
-    // A plan's shape is always one of the list.
-    let index = TILE_SHAPES.iter().position(|&other| other == shape).unwrap_or(0);
-    SHAPE_COSTS[index]
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::Plan;
 
     #[test]
-    fn anchors_cost_what_was_fitted_and_shapes_between_them_a_value_between() {
-        let step = |strips, tokens| shape_cost(TileShape::find(strips, tokens, 1, 1).unwrap()).step;
-        for anchor in ANCHORS.iter().filter(|anchor| anchor.family == SINGLE_128) {
-            assert_eq!(step(2, anchor.tokens), anchor.cost.step, "{} tokens", anchor.tokens);
-        }
-        assert!(step(2, 192) < step(2, 208) && step(2, 208) < step(2, 256));
-        assert!(step(3, 128) < step(3, 144), "tiles of consumer-loaded kernels are a family of their own");
-    }
-
-    #[test]
-    fn more_channels_and_tokens_take_longer() {
-        for shape in TILE_SHAPES {
-            for other in TILE_SHAPES.into_iter().filter(|other| other.split == shape.split) {
-                if shape.channels() < other.channels() && shape.tokens == other.tokens {
-                    assert!(shape_cost(shape).step < shape_cost(other).step, "{shape:?} and {other:?}");
-                }
-            }
-        }
+    fn anchors_cost_what_was_fitted_and_others_lie_between() {
+        let cost = |strips, tokens, halves, split| match TileShape::find(strips, tokens, halves, split) {
+            Some(shape) => shape_cost(shape),
+            None => panic!("no such shape"),
+        };
+        let anchor = |family: Family, tokens| {
+            let found = ANCHORS.iter().find(|anchor| anchor.family.is(family) && anchor.tokens == tokens);
+            found.map(|anchor| anchor.cost)
+        };
+        assert_eq!(Some(cost(3, 128, 1, 1)), anchor(BROAD, 128));
+        let (Some(below), Some(above)) = (anchor(WIDE, 144), anchor(WIDE, 176)) else { panic!("no anchors") };
+        let between = cost(3, 160, 1, 1);
+        assert!((between.step - (below.step + above.step) / 2.0).abs() < 1e-9, "{between:?}");
+        let [two, four] = [2, 4].map(|split| cost(1, 32, 2, split));
+        assert_eq!((two.step, two.tile + 2.0 * SPLIT_BLOCK), (four.step, four.tile));
     }
 
     #[test]
     fn more_tokens_are_never_estimated_to_be_faster() {
         for (n, k) in [(4096, 4096), (12_288, 4096), (57_344, 8192)] {
-            let plan = |m| Plan::new(m, n, k, 132).unwrap();
+            let figures = DeviceFigures::H100_SXM;
+            let plan = |m| Plan::new(m, n, k, &figures).unwrap();
             for m in (0..13).map(|power| 1usize << power) {
                 let (fewer, more) = (plan(m), plan(2 * m));
                 // The constants of the kernel for few tokens were fitted apart from those of the tiles.
                 let same_kind = fewer.tiled().is_some() == more.tiled().is_some();
                 let least = if same_kind { 0.999 } else { 0.9 };
                 assert!(
-                    more.estimate_us() > least * fewer.estimate_us(),
+                    more.estimate_us(&figures) > least * fewer.estimate_us(&figures),
                     "{m} tokens of {n} x {k}: {} and {}",
-                    fewer.estimate_us(),
-                    more.estimate_us()
+                    fewer.estimate_us(&figures),
+                    more.estimate_us(&figures)
                 );
             }
         }

@@ -79,18 +79,15 @@ impl Plan {
 
     /// The skinny plans that are worth considering: one for each kernel of the least tokens that hold the batch.
     pub(super) fn skinny_candidates(
-        m: usize,
-        n: usize,
-        k: usize,
+        [m, n, k]: [usize; 3],
         multiprocessors: u32,
-    ) -> Result<Vec<Self>, Error> {
-        let tokens =
+    ) -> impl Iterator<Item = Result<Self, Error>> {
+        let least =
             SKINNY_SHAPES.iter().map(|shape| shape.tokens).filter(|&tokens| m <= tokens as usize).min();
         SKINNY_SHAPES
             .into_iter()
-            .filter(|shape| Some(shape.tokens) == tokens)
-            .map(|shape| Self::skinny(m, n, k, shape, multiprocessors))
-            .collect()
+            .filter(move |shape| Some(shape.tokens) == least)
+            .map(move |shape| Self::skinny(m, n, k, shape, multiprocessors))
     }
 }
 

@@ -8,7 +8,7 @@
 use liquidgemm_format::brick;
 
 use super::Skinny;
-use super::cost::{MULTIPROCESSORS, megabytes, moved_megabytes, slower_of};
+use super::cost::{Model, megabytes, moved_megabytes, slower_of};
 
 /// Microseconds of every launch.
 const LAUNCH: f64 = 1.408;
@@ -24,20 +24,20 @@ const PASS: f64 = 0.2664;
 
 impl Skinny {
     /// An estimate of the launch's time in microseconds, for a problem of `[m, n, k]`.
-    pub(super) fn estimate_us(&self, problem: [usize; 3]) -> f64 {
+    pub(super) fn estimate_us(&self, problem: [usize; 3], model: &Model) -> f64 {
         let bricks = brick::k_blocks(problem[2]) as f64;
         let [m, _, k] = problem.map(|extent| extent as f64);
         let (blocks, passes) = (self.busy_blocks() as f64, self.passes() as f64);
 
-        let busy_share = (blocks / MULTIPROCESSORS).min(1.0);
-        let from_memory = moved_megabytes(problem) / MEMORY / busy_share;
+        let busy_share = (blocks / model.multiprocessors).min(1.0);
+        let from_memory = moved_megabytes(problem) / (MEMORY * model.memory_speed) / busy_share;
         let unit = match self.shape().tokens {
             0..=8 => UNIT[0],
             9..=16 => UNIT[1],
             _ => UNIT[2],
         };
-        let compute = passes * self.shape().units as f64 * bricks * unit;
-        let activations = megabytes(blocks * m * k * passes) / ACTIVATIONS;
-        slower_of(compute, from_memory) + LAUNCH + activations + (passes - 1.0) * PASS
+        let compute = passes * self.shape().units as f64 * bricks * unit * model.cycle;
+        let activations = megabytes(blocks * m * k * passes) / ACTIVATIONS * model.cycle;
+        slower_of(compute, from_memory) + LAUNCH + activations + (passes - 1.0) * PASS * model.cycle
     }
 }

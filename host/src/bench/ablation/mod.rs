@@ -182,7 +182,7 @@ impl Fixture {
 
     fn point(&self, stage: &Stage<'_>, m: usize) -> anyhow::Result<Point> {
         let (n, k) = (self.weights[0].n(), self.weights[0].k());
-        let plan = plan(m, n, k, stage.gpu.multiprocessors())?;
+        let plan = plan(m, n, k, stage.gpu.figures())?;
         let contenders = Arm::ALL.map(|arm| self.contender(stage, arm, &plan));
         let mut mismatches = Vec::new();
         let mut tokens_checked = 0;
@@ -220,13 +220,13 @@ impl Fixture {
 
 /// The plan of every arm: the smallest tile that holds all tokens, or else the largest, and of its schedules the one that
 /// the planner takes for the fastest.
-fn plan(m: usize, n: usize, k: usize, multiprocessors: u32) -> anyhow::Result<Plan> {
+fn plan(m: usize, n: usize, k: usize, figures: &crate::DeviceFigures) -> anyhow::Result<Plan> {
     let tokens = TOKENS.into_iter().find(|&tokens| m <= tokens as usize).unwrap_or(TOKENS[TOKENS.len() - 1]);
     let tile = tile(tokens).context("the ablation lists a tile that it doesn't have")?;
     // The planner passes over tiles that are half empty, but this is about tiles alike in all arms.
     let full = m.max(tokens as usize / 2 + 1);
-    let candidates = Plan::candidates(full, n, k, multiprocessors)?.into_iter();
-    let estimate = |plan: &Plan| plan.estimate_us();
+    let candidates = Plan::candidates(full, n, k, figures)?.into_iter();
+    let estimate = |plan: &Plan| plan.estimate_us(figures);
     let best = candidates
         .filter(|plan| plan.tiled().is_some_and(|tiled| tiled.shape() == tile))
         .min_by(|a, b| estimate(a).total_cmp(&estimate(b)));
@@ -273,7 +273,7 @@ pub(super) mod tests {
     fn every_point_of_the_list_has_a_plan_with_the_smallest_tile_that_holds_it() {
         for case in crate::bench::shapes::ablation_cases() {
             for m in case.tokens {
-                let plan = plan(m, case.matrix.n, case.matrix.k, 132).unwrap();
+                let plan = plan(m, case.matrix.n, case.matrix.k, &crate::DeviceFigures::H100_SXM).unwrap();
                 let shape = plan.tiled().unwrap().shape();
                 let tokens = shape.tokens as usize;
                 assert_eq!(

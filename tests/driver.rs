@@ -26,7 +26,7 @@ enum Library {
 /// The property that it checks, the driver that it needs, and the check.
 type Check = (&'static str, Library, fn() -> Result<(), Failed>);
 
-const CHECKS: [Check; 13] = [
+const CHECKS: [Check; 14] = [
     ("without_a_driver_the_error_says_what_to_install", Library::TheMachines, no_driver),
     ("a_broken_driver_is_told_from_a_missing_one", Library::Broken, broken_driver),
     ("a_driver_before_cuda_12_is_too_old", Library::Fake(&[("FAKE_CUDA_VERSION", "11080")]), driver_too_old),
@@ -51,6 +51,7 @@ const CHECKS: [Check; 13] = [
     ("a_driver_without_cluster_launches_is_named_so", Library::FakeWithoutLaunch, missing_function),
     ("a_gpu_beyond_the_last_does_not_exist", Library::Fake(&[("FAKE_CUDA_DEVICES", "2")]), no_such_device),
     ("without_a_current_context_there_is_no_current_gpu", Library::Fake(&[]), no_context),
+    ("what_has_been_prepared_compiles_nothing_later", Library::Fake(&[]), prepared),
     ("bad_calls_are_refused_before_the_launch", Library::Fake(&[]), bad_calls),
 ];
 
@@ -255,6 +256,48 @@ fn no_context() -> Result<(), Failed> {
     let own = Gpu::new()?;
     let current = Gpu::from_current_context()?;
     check(own.description() == current.description(), current.description())
+}
+
+fn prepared() -> Result<(), Failed> {
+    let gpu = Gpu::new()?;
+    let driver = cuda_driver::load()?;
+    // SAFETY: the type is that of the fake's function.
+    let loads = unsafe { driver.symbol::<unsafe extern "C" fn() -> u32>("fakeModuleLoads") };
+    let loads = loads.ok_or("the fake driver counts modules")?;
+    // SAFETY: it only reads a counter.
+    let loads = || unsafe { loads() };
+    // Narrow enough to be quick, and with plans of all kinds: skinny, tiled, and of two launches.
+    let (n, k) = (22_016, 64);
+    let tokens = || (1..=70).chain(1000..=1003);
+    gpu.prepare(&[[n, k]], 1..=70)?;
+    gpu.prepare(&[[n, k]], 1000..=1003)?;
+    let after = loads();
+    check(after > 3, format!("{after} kernels were loaded"))?;
+    let weights = gpu.upload(&PackedWeights::quantize(&vec![1f32; n * k], n, k, Group::default())?)?;
+    let workspace = gpu.workspace()?;
+    for m in tokens() {
+        // SAFETY: the fake driver launches nothing, so no address is followed; the null stream is always there.
+        let outcome = unsafe {
+            let span = |bytes| DeviceSpan::from_raw(1 << 20, bytes);
+            let operands = Operands {
+                m,
+                activations: span(m * k),
+                activation_stride: k,
+                token_scales: span(m * 4),
+                bias: None,
+                output: span(m * n * 2),
+                output_stride: n,
+                output_type: OutputType::Bf16,
+            };
+            let stream = StreamHandle::from_raw(std::ptr::null_mut());
+            gpu.gemm(&weights, &operands, &gpu.plan(m, n, k)?, &workspace, stream)
+        };
+        let text = outcome.as_ref().err().map(ToString::to_string).unwrap_or_default();
+        check(text.starts_with("launching the GEMM failed"), format!("{m}: {outcome:?}"))?;
+    }
+    check(loads() == after, format!("{} kernels were loaded after they had been prepared", loads() - after))?;
+    let empty = gpu.prepare(&[[0, k]], 1..=1);
+    check(matches!(empty, Err(Error::EmptyDimension { dimension: "n" })), format!("{empty:?}"))
 }
 
 fn bad_calls() -> Result<(), Failed> {

@@ -9,10 +9,13 @@
 //! | `FAKE_CUDA_CAPABILITY` | ten times their compute capability | 90 |
 
 use std::ffi::{c_char, c_int, c_uint, c_void};
-use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, Ordering};
 
 /// `CUDA_ERROR_INVALID_CLUSTER_SIZE`, which `cust` has no name for: what every launch returns.
 const INVALID_CLUSTER_SIZE: c_int = 912;
+
+/// Modules loaded so far.
+static LOADS: AtomicU32 = AtomicU32::new(0);
 
 fn setting(name: &str, otherwise: c_int) -> c_int {
     std::env::var(name).map_or(otherwise, |text| text.parse().expect("a number"))
@@ -136,8 +139,15 @@ extern "C" fn cuModuleLoadDataEx(
     _names: *mut c_int,
     _values: *mut *mut c_void,
 ) -> c_int {
+    LOADS.fetch_add(1, Ordering::Relaxed);
     unsafe { *module = 0x2000 as *mut c_void };
     0
+}
+
+/// How many modules have been loaded; no driver has this function.
+#[unsafe(no_mangle)]
+extern "C" fn fakeModuleLoads() -> c_uint {
+    LOADS.load(Ordering::Relaxed)
 }
 
 #[unsafe(no_mangle)]

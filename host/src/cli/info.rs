@@ -34,6 +34,18 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<Report> {
             None => "none in use".into(),
         },
     );
+    if let Some(gpu) = backend.as_gpu() {
+        let figures = gpu.figures();
+        line(
+            "figures",
+            format!(
+                "{:.2} TB/s, {:.2} GHz, {:?} clusters of 1, 2, 4 and 8 blocks",
+                figures.memory_bytes_per_second as f64 / 1e12,
+                figures.clock_hz as f64 / 1e9,
+                figures.clusters,
+            ),
+        );
+    }
     line("CPU", format!("{}, {} kernel", std::env::consts::ARCH, liquidgemm::cpu::Kernel::best()));
     line("PTX", format!("built from sources {}", liquidgemm::gpu::ptx_hash()));
     Ok(Report { text, success: true })

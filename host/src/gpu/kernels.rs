@@ -7,9 +7,9 @@ use std::sync::OnceLock;
 use cust::module::Module;
 use cust::sys::{self, CUfunction};
 use flate2::read::ZlibDecoder;
-use liquidgemm_format::probe::{MMA_TILE_BYTES, STREAM_SHARED_BYTES};
+use liquidgemm_format::probe::MMA_TILE_BYTES;
 use liquidgemm_format::skinny::{SKINNY_SHAPES, SkinnyShape};
-use liquidgemm_format::tile::{TILE_SHAPES, TileShape};
+use liquidgemm_format::tile::{MAX_SHARED_BYTES, TILE_SHAPES, TileShape};
 use liquidgemm_format::tile_shapes;
 
 use crate::gpu::error::{During, GpuError};
@@ -175,7 +175,8 @@ impl KernelCache {
 
     /// The memory probe.
     pub(crate) fn probe_stream(&self) -> Result<&Kernel, GpuError> {
-        get_or_load(&self.probe_stream, &PROBE_STREAM, STREAM_SHARED_BYTES)
+        // More than it needs, for the question how many blocks with so much fit.
+        get_or_load(&self.probe_stream, &PROBE_STREAM, MAX_SHARED_BYTES)
     }
 
     /// The tensor-core probe.

@@ -5,7 +5,7 @@ use std::ptr;
 
 use cust::sys::{CUfunction, CUstream};
 
-use crate::gpu::error::{GpuError, Status};
+use crate::gpu::error::{During, GpuError, Status};
 
 /// The driver's `CUlaunchAttribute`: a number that says which, and 64 bytes of value.
 #[repr(C, align(8))]
@@ -51,6 +51,48 @@ pub(crate) fn launcher(driver: &cuda_driver::Driver) -> Result<LaunchKernel, Gpu
     const NAME: &str = "cuLaunchKernelEx";
     // SAFETY: the type is the function's.
     unsafe { driver.symbol::<LaunchKernel>(NAME) }.ok_or(GpuError::MissingFunction { name: NAME })
+}
+
+/// `cuOccupancyMaxActiveClusters`.
+type MaxActiveClusters = unsafe extern "C" fn(
+    clusters: *mut i32,
+    function: CUfunction,
+    configuration: *const Configuration,
+) -> Status;
+
+/// How many clusters of a kernel run at a time.
+pub(crate) struct Occupancy(MaxActiveClusters);
+
+impl Occupancy {
+    /// The entry point, if the driver has it.
+    pub(crate) fn of_driver(driver: &cuda_driver::Driver) -> Option<Self> {
+        // SAFETY: the type is the function's.
+        unsafe { driver.symbol::<MaxActiveClusters>("cuOccupancyMaxActiveClusters") }.map(Self)
+    }
+
+    /// Clusters of so many blocks, each with so many threads and bytes of dynamic shared memory, if the driver can say.
+    pub(crate) fn clusters(
+        &self,
+        function: CUfunction,
+        cluster: u32,
+        threads: u32,
+        shared_bytes: u32,
+    ) -> Option<u32> {
+        let attributes = [Attribute::new(CLUSTER_DIMENSION, [cluster, 1, 1])];
+        let configuration = Configuration {
+            grid: [cluster, 1, 1],
+            block: [threads, 1, 1],
+            shared_bytes,
+            stream: ptr::null_mut(),
+            attributes: attributes.as_ptr(),
+            attribute_count: 1,
+        };
+        let mut clusters = 0;
+        // SAFETY: the configuration and its attributes live through the call, and the first argument is valid for a write.
+        let status = unsafe { self.0(&mut clusters, function, &configuration) };
+        status.during("asking for the clusters that fit").ok()?;
+        u32::try_from(clusters).ok().filter(|&clusters| clusters > 0)
+    }
 }
 
 /// One launch of a one-dimensional grid.

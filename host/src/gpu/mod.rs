@@ -16,10 +16,12 @@ pub mod gemm;
 mod kernels;
 mod launch;
 pub mod memory;
+mod plans;
 pub mod probes;
 mod skinny;
 mod tensor_map;
 
+use std::ops::RangeInclusive;
 use std::sync::{Mutex, PoisonError};
 
 use cust::context::Context;
@@ -27,6 +29,7 @@ use cust::device::{Device, DeviceAttribute};
 use cust::memory::{CopyDestination, DeviceBuffer};
 use cust::stream::{Stream, StreamFlags};
 use cust::sys::{self, CUcontext};
+use liquidgemm_format::tile::MAX_SHARED_BYTES;
 
 pub(crate) use error::During;
 pub use error::{DriverStatus, GpuError};
@@ -34,7 +37,7 @@ pub use gemm::{Operands, StreamHandle};
 pub use kernels::ptx_hash;
 pub use memory::{DeviceSpan, DeviceWeights, Workspace};
 
-use crate::{ActivationsView, DeviceFigures, Error, Output, PackedWeights, Plan};
+use crate::{ActivationsView, DeviceFigures, Error, Method, Output, PackedWeights, Plan};
 use memory::copy_to_device;
 
 /// The CUDA version that first understands the kernels' PTX (ISA 8.1).
@@ -48,6 +51,7 @@ pub struct Gpu {
     figures: DeviceFigures,
     context: CUcontext,
     kernels: kernels::KernelCache,
+    plans: plans::PlanCache,
     encode_tensor_map: tensor_map::EncodeTiled,
     launch_kernel: launch::LaunchKernel,
     /// Of the blocking calls.
@@ -140,17 +144,34 @@ impl Gpu {
             attribute(DeviceAttribute::GlobalMemoryBusWidth)?,
             attribute(DeviceAttribute::ClockRate)?,
         );
-        Ok(Self {
+        let mut gpu = Self {
             name: device.name().during("asking for the GPU's name")?,
             driver: driver.version(),
             figures,
             context,
             kernels: kernels::KernelCache::default(),
+            plans: plans::PlanCache::default(),
             encode_tensor_map: tensor_map::encoder(driver)?,
             launch_kernel: launch::launcher(driver)?,
             own: Mutex::new(None),
             _primary: primary,
-        })
+        };
+        gpu.figures.clusters = gpu.resident_clusters(driver);
+        Ok(gpu)
+    }
+
+    /// How many clusters of 1, 2, 4 and 8 blocks run at a time, one block an SM: as the driver says, or where it doesn't, cautiously.
+    fn resident_clusters(&self, driver: &cuda_driver::Driver) -> [u32; 4] {
+        let mut clusters = DeviceFigures::cautious_clusters(self.figures.multiprocessors);
+        if let Some(occupancy) = launch::Occupancy::of_driver(driver)
+            && let Ok(probe) = self.kernels.probe_stream()
+        {
+            for (power, fit) in clusters.iter_mut().enumerate() {
+                let asked = occupancy.clusters(probe.function(), 1 << power, 32, MAX_SHARED_BYTES);
+                *fit = asked.unwrap_or(*fit);
+            }
+        }
+        clusters
     }
 
     /// The GPU's name, such as `NVIDIA H100 80GB HBM3`.
@@ -203,10 +224,41 @@ impl Gpu {
 
     /// The plan for `Y[m, n] = X[m, k] · W[n, k]ᵀ` on this GPU.
     ///
+    /// Plans are kept, some 16,000 of them: asked for again, one is only looked up, without waiting for other threads.
+    ///
     /// # Errors
     /// If a dimension is 0 or too large.
     pub fn plan(&self, m: usize, n: usize, k: usize) -> Result<Plan, Error> {
-        Plan::new(m, n, k, &self.figures)
+        self.plans.plan([m, n, k], &self.figures)
+    }
+
+    /// Makes ready for GEMMs of `m` tokens with weights of these `shapes`, `[n, k]` each: makes every plan, and has the driver compile every
+    /// kernel that one of them names, so that [`Gpu::gemm`] compiles nothing later, in traffic or in a graph capture.
+    ///
+    /// It takes some 10 µs for each m and shape, and half a second for each kernel, of which there are 55, the first time that the driver
+    /// sees it; after that the driver has it in its cache on disk. The driver compiles one kernel at a time.
+    ///
+    /// # Errors
+    /// If a dimension is 0 or too large, or the driver fails. What was made ready before stays so.
+    pub fn prepare(&self, shapes: &[[usize; 2]], m: RangeInclusive<usize>) -> Result<(), Error> {
+        self.make_current()?;
+        for &[n, k] in shapes {
+            for m in m.clone() {
+                self.load_kernels(&self.plan(m, n, k)?)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Compiles a plan's kernels, if that has not been done.
+    fn load_kernels(&self, plan: &Plan) -> Result<(), GpuError> {
+        if let Method::Skinny(skinny) = plan.method() {
+            self.kernels.skinny(skinny.shape())?;
+        }
+        for (_, tiled) in plan.tiled_launches() {
+            self.kernels.gemm(tiled.shape())?;
+        }
+        Ok(())
     }
 
     /// `[m, n]` of `T`, row-major: everything from host memory and back, waiting for the result.

@@ -1,6 +1,6 @@
 //! The search for the plan with the lowest estimate, without forming those that cannot be it.
 
-use super::cost::{Model, is_longer, launch_estimate};
+use super::cost::{Model, SECOND_LAUNCH, SWITCH, is_longer, launch_estimate};
 use super::divided::{Divided, firsts};
 use super::layout::{Grid, Layout, sizes};
 use super::shapes::SHAPES;
@@ -92,6 +92,11 @@ pub(super) fn fastest_layout(
     best.map(|(us, _, layout)| (us, layout))
 }
 
+/// Microseconds that a second launch costs, and this first one for its instructions.
+fn switching(first: &Layout) -> f64 {
+    SECOND_LAUNCH + SWITCH * f64::from(first.grid.facts.shape.tokens)
+}
+
 /// The divided plan of lowest estimate, if that is below `limit`.
 fn divided_below([m, n, k]: [usize; 3], figures: &DeviceFigures, model: &Model, limit: f64) -> Option<Plan> {
     // Microseconds a channel at the least, in any shape.
@@ -107,7 +112,7 @@ fn divided_below([m, n, k]: [usize; 3], figures: &DeviceFigures, model: &Model, 
     for (order, (boundary, first)) in firsts([m, n, k], figures).enumerate() {
         let memory = [boundary, n - boundary].map(|channels| model.memory([m, channels, k]));
         let rest = pace * (n - boundary) as f64;
-        let alone = model.estimate(&first, memory[0], 0.0);
+        let alone = model.estimate(&first, memory[0], 0.0) + switching(&first);
         let bound = alone + launch_estimate(rest, memory[1]);
         if bound * (1.0 - 1e-9) < limit {
             open.push((bound, order, first, boundary));
@@ -121,7 +126,7 @@ fn divided_below([m, n, k]: [usize; 3], figures: &DeviceFigures, model: &Model, 
         if bound * (1.0 - 1e-9) > least {
             break;
         }
-        let budget = least - model.estimate(&first, model.memory([m, boundary, k]), 0.0);
+        let budget = least - model.estimate(&first, model.memory([m, boundary, k]), 0.0) - switching(&first);
         let known = rests
             .iter()
             .find(|(other, within, rest)| *other == boundary && (rest.is_some() || *within >= budget));

@@ -235,7 +235,7 @@ impl Gpu {
     /// Makes ready for GEMMs of `m` tokens with weights of these `shapes`, `[n, k]` each: makes every plan, and has the driver compile every
     /// kernel that one of them names, so that [`Gpu::gemm`] compiles nothing later, in traffic or in a graph capture.
     ///
-    /// It takes some 10 µs for each m and shape, and half a second for each kernel, of which there are 55, the first time that the driver
+    /// It takes some 10 µs for each m and shape, and half a second for each kernel, of which there are 60, the first time that the driver
     /// sees it; after that the driver has it in its cache on disk. The driver compiles one kernel at a time.
     ///
     /// # Errors

@@ -56,7 +56,7 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "M", value_parser = parse_tokens)]
     m: Option<Tokens>,
     /// Which of cuBLASLt's products to measure: int8, fp8 and bf16, with commas between, or none [default: all three]
-    #[arg(long, alias = "rivals", value_name = "TYPES", value_parser = parse_baselines)]
+    #[arg(long, value_name = "TYPES", value_parser = parse_baselines)]
     baselines: Option<Baselines>,
     /// Measure without the probes; the points have no floor and no score
     #[arg(long)]

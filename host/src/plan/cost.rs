@@ -172,11 +172,11 @@ const HEATING: f64 = 160.7;
 /// How much shorter a step is for each multiprocessor, as a share of all, that takes no part: it leaves the others its part
 /// of the L2 cache and of the power.
 const IDLE_STEP: f64 = 0.3186;
+/// The same for tiles of consumer-loaded kernels, which the tensor cores limit.
+const IDLE_CONSUMER_LOADED_STEP: f64 = 0.1055;
 /// Microseconds for each token of a tile at which a launch of another kernel begins: its instructions are no longer where the launch before
 /// left them, and what handles a tile's tokens is unrolled.
 pub(super) const SWITCH: f64 = 0.00430;
-/// The same for tiles of consumer-loaded kernels, which the tensor cores limit.
-const IDLE_CONSUMER_LOADED_STEP: f64 = 0.1055;
 /// Microseconds for a second launch behind the first.
 pub(super) const SECOND_LAUNCH: f64 = 0.2873;
 /// Microseconds for each block beyond two that share a tile's K.
@@ -193,7 +193,7 @@ const LOADED_AHEAD: f64 = 0.2144;
 const SHARPNESS: i32 = 5;
 
 /// More than what rounding does to an estimate, as a share of it.
-const ROUNDING: f64 = 1e-9;
+pub(super) const ROUNDING: f64 = 1e-9;
 
 /// The model of one GPU.
 #[derive(Clone, Copy, Debug)]
@@ -224,7 +224,7 @@ impl Model {
     /// `elsewhere`.
     pub(super) fn estimate(&self, layout: &Layout, memory: f64, elsewhere: f64) -> f64 {
         let (compute, handover) = self.compute_and_handover(layout, elsewhere);
-        slower_of(compute, self.drawn(layout, memory)) + LAUNCH + handover
+        launch_estimate(compute, self.drawn(layout, memory)) + handover
     }
 
     /// Microseconds that memory takes with this layout, where it takes at least `memory`.
@@ -241,21 +241,20 @@ impl Model {
     pub(super) fn estimate_below(&self, layout: &Layout, memory: f64, limit: f64) -> Option<f64> {
         let (compute, handover) = self.compute_and_handover(layout, 0.0);
         let memory = self.drawn(layout, memory);
-        (!is_longer(compute, memory, limit - handover))
-            .then(|| slower_of(compute, memory) + LAUNCH + handover)
+        (!is_longer(compute, memory, limit - handover)).then(|| launch_estimate(compute, memory) + handover)
     }
 
-    /// Microseconds that the busiest worker computes at the least in any layout of a grid on at most `most` workers, where other launches
-    /// of the same plan take `elsewhere`: all workers busy all the time, none inside a tile that it shares.
+    /// Microseconds that the busiest worker computes at the least in any layout of a grid on at most `most` workers: all workers busy all
+    /// the time, none inside a tile that it shares.
     ///
     /// With fewer workers each step takes less, but by less than there is more to do for each.
-    pub(super) fn least_compute(&self, grid: &Grid, most: u32, elsewhere: f64) -> f64 {
+    pub(super) fn least_compute(&self, grid: &Grid, most: u32) -> f64 {
         let workers = most.min(grid.most_workers);
         let cost = grid.facts.cost;
         let steps = f64::from(grid.k_steps * grid.facts.spans) * f64::from(grid.tiles) / f64::from(workers);
         let compute = steps * self.step(grid, workers)
             + f64::from(grid.tiles.div_ceil(workers)) * (cost.tile * self.cycle);
-        self.heated(grid, compute, elsewhere)
+        self.heated(grid, compute, 0.0)
     }
 
     /// The same for each tile of a grid, on a part of the GPU's SMs that its work would fill.

@@ -1,6 +1,6 @@
 //! The search for the plan with the lowest estimate, without forming those that cannot be it.
 
-use super::cost::{Model, SECOND_LAUNCH, SWITCH, is_longer, launch_estimate};
+use super::cost::{Model, ROUNDING, SECOND_LAUNCH, SWITCH, is_longer, launch_estimate};
 use super::divided::{Divided, firsts};
 use super::layout::{Grid, Layout, sizes};
 use super::shapes::SHAPES;
@@ -49,7 +49,7 @@ pub(super) fn fastest_layout(
         for (size, (cluster, most)) in sizes(facts, figures).enumerate() {
             match Grid::new(problem, facts, cluster) {
                 Ok(grid) => {
-                    let bound = model.least_compute(&grid, most, 0.0);
+                    let bound = model.least_compute(&grid, most);
                     bounds[place][size] = bound;
                     if bound < first.0 {
                         first = (bound, [place, size]);
@@ -97,6 +97,19 @@ fn switching(first: &Layout) -> f64 {
     SECOND_LAUNCH + SWITCH * f64::from(first.grid.facts.shape.tokens)
 }
 
+/// A first launch that may lead to the best plan of two.
+struct First {
+    /// Its place among the candidates.
+    order: usize,
+    /// Channels of the first launch.
+    boundary: usize,
+    layout: Layout,
+    /// Microseconds that it takes at the least, with what a second launch costs besides its own time.
+    alone: f64,
+    /// Microseconds that both launches take at the least.
+    bound: f64,
+}
+
 /// The divided plan of lowest estimate, if that is below `limit`.
 fn divided_below([m, n, k]: [usize; 3], figures: &DeviceFigures, model: &Model, limit: f64) -> Option<Plan> {
     // Microseconds a channel at the least, in any shape.
@@ -108,25 +121,26 @@ fn divided_below([m, n, k]: [usize; 3], figures: &DeviceFigures, model: &Model, 
             Some(model.least_tile_compute(&grid) * f64::from(grid.tiles) / f64::from(facts.channels))
         })
         .fold(f64::INFINITY, f64::min);
-    let mut open: Vec<(f64, usize, Layout, usize)> = Vec::new();
-    for (order, (boundary, first)) in firsts([m, n, k], figures).enumerate() {
+    let certainly = 1.0 - ROUNDING;
+    let mut open: Vec<First> = Vec::new();
+    for (order, (boundary, layout)) in firsts([m, n, k], figures).enumerate() {
         let memory = [boundary, n - boundary].map(|channels| model.memory([m, channels, k]));
         let rest = pace * (n - boundary) as f64;
-        let alone = model.estimate(&first, memory[0], 0.0) + switching(&first);
+        let alone = model.estimate(&layout, memory[0], 0.0) + switching(&layout);
         let bound = alone + launch_estimate(rest, memory[1]);
-        if bound * (1.0 - 1e-9) < limit {
-            open.push((bound, order, first, boundary));
+        if bound * certainly < limit {
+            open.push(First { order, boundary, layout, alone, bound });
         }
     }
-    open.sort_unstable_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
+    open.sort_unstable_by(|a, b| a.bound.total_cmp(&b.bound).then(a.order.cmp(&b.order)));
     let mut rests: Vec<(usize, f64, Option<Tiled>)> = Vec::new();
     let mut best: Option<(f64, usize, Plan)> = None;
-    for (bound, order, first, boundary) in open {
+    for First { order, boundary, layout, alone, bound } in open {
         let least = best.map_or(limit, |(us, ..)| us);
-        if bound * (1.0 - 1e-9) > least {
+        if bound * certainly > least {
             break;
         }
-        let budget = least - model.estimate(&first, model.memory([m, boundary, k]), 0.0) - switching(&first);
+        let budget = least - alone;
         let known = rests
             .iter()
             .find(|(other, within, rest)| *other == boundary && (rest.is_some() || *within >= budget));
@@ -140,7 +154,7 @@ fn divided_below([m, n, k]: [usize; 3], figures: &DeviceFigures, model: &Model, 
             }
         };
         let Some(rest) = rest else { continue };
-        let divided = Divided::new(boundary, [first.tiled(), rest]);
+        let divided = Divided::new(boundary, [layout.tiled(), rest]);
         let us = divided.estimate_us([m, n, k], model);
         let is_best = best.map_or(us < limit, |(other, place, _)| us < other || us == other && order < place);
         if is_best {

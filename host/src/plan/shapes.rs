@@ -63,11 +63,8 @@ pub(super) static SHAPES: [ShapeFacts; TILE_SHAPES.len()] = {
 
 /// The facts of the shape with the same strips, tokens, halves and split, if there is one.
 pub(super) fn find(shape: TileShape) -> Option<&'static ShapeFacts> {
-    let TileShape { strips, tokens, halves, split, .. } = shape;
-    SHAPES.iter().find(|facts| {
-        let other = facts.shape;
-        (other.strips, other.tokens, other.halves, other.split) == (strips, tokens, halves, split)
-    })
+    let shape = TileShape::find(shape.strips, shape.tokens, shape.halves, shape.split)?;
+    SHAPES.iter().find(|facts| facts.shape == shape)
 }
 
 impl ShapeFacts {

@@ -10,8 +10,6 @@ use crate::bench::shapes::Matrix;
 use crate::gpu::ablation::Arm;
 
 const SIZE: (u32, u32) = (860, 460);
-/// Where the legend's line is.
-const LEGEND_Y: i32 = 54;
 
 fn colour(arm: Arm) -> RGBColor {
     match arm {
@@ -54,16 +52,8 @@ fn render(
     let high = (all().fold(1.0, f64::max) * 10.0 + 1.0).ceil() / 10.0;
 
     let area = SVGBackend::with_string(svg, SIZE).into_drawing_area();
-    area.fill(&WHITE)?;
-    area.draw(&Text::new(title.to_owned(), (22, 26), text(18, true, style::TEXT, Anchor::Left)))?;
-    let mut chart = ChartBuilder::on(&area)
-        .margin_top(LEGEND_Y + 20)
-        .margin_right(24)
-        .margin_bottom(12)
-        .margin_left(10)
-        .x_label_area_size(46)
-        .y_label_area_size(66)
-        .build_cartesian_2d(across.clone().log_scale().base(2.0), low..high)?;
+    let mut chart =
+        style::begin(&area, title)?.build_cartesian_2d(across.clone().log_scale().base(2.0), low..high)?;
     chart
         .configure_mesh()
         .light_line_style(TRANSPARENT)
@@ -94,7 +84,7 @@ fn render(
         width: width(arm),
         dashed: arm == Arm::Baseline,
     });
-    legend(&area, LEGEND_Y, entries)?;
+    legend(&area, style::LEGEND_Y, entries)?;
     area.present()?;
     Ok(())
 }

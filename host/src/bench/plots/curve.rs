@@ -10,8 +10,6 @@ use crate::bench::record::{Point, Run};
 use crate::bench::shapes::Matrix;
 
 const SIZE: (u32, u32) = (860, 460);
-/// Where the legend's line is.
-const LEGEND_Y: i32 = 54;
 /// The largest M of the picture.
 const LAST: usize = 512;
 const STEP: usize = 8;
@@ -62,16 +60,7 @@ pub(super) fn draw(runs: &[Run], matrix: Matrix) -> anyhow::Result<Option<String
 fn render(svg: &mut String, title: &str, lines: &[Line]) -> Result<(), Box<dyn std::error::Error>> {
     let high = lines.iter().flat_map(|line| &line.points).map(|&(_, us)| us).fold(0.0, f64::max) * 1.05;
     let area = SVGBackend::with_string(svg, SIZE).into_drawing_area();
-    area.fill(&WHITE)?;
-    area.draw(&Text::new(title.to_owned(), (22, 26), text(18, true, style::TEXT, Anchor::Left)))?;
-    let mut chart = ChartBuilder::on(&area)
-        .margin_top(LEGEND_Y + 20)
-        .margin_right(24)
-        .margin_bottom(12)
-        .margin_left(10)
-        .x_label_area_size(46)
-        .y_label_area_size(66)
-        .build_cartesian_2d(0.0..LAST as f64 / TICK, 0.0..high)?;
+    let mut chart = style::begin(&area, title)?.build_cartesian_2d(0.0..LAST as f64 / TICK, 0.0..high)?;
     chart
         .configure_mesh()
         .light_line_style(TRANSPARENT)
@@ -98,7 +87,7 @@ fn render(svg: &mut String, title: &str, lines: &[Line]) -> Result<(), Box<dyn s
         }
     }
     // Ours first.
-    legend(&area, LEGEND_Y, lines.iter().rev().map(|line| line.entry))?;
+    legend(&area, style::LEGEND_Y, lines.iter().rev().map(|line| line.entry))?;
     area.present()?;
     Ok(())
 }

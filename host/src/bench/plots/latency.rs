@@ -10,8 +10,6 @@ use crate::bench::record::{Baseline, Point, Run};
 use crate::bench::shapes::Matrix;
 
 const SIZE: (u32, u32) = (860, 520);
-/// Where the legend's line is.
-const LEGEND_Y: i32 = 54;
 
 /// Points of a line that each have a mark.
 const MANY: usize = 24;
@@ -74,17 +72,9 @@ fn render(
     up: std::ops::Range<f64>,
 ) -> Result<(), Box<dyn std::error::Error>> {
     let area = SVGBackend::with_string(svg, SIZE).into_drawing_area();
-    area.fill(&WHITE)?;
-    area.draw(&Text::new(title.to_owned(), (22, 26), text(18, true, style::TEXT, Anchor::Left)))?;
 
     let (low, first, last) = (up.start, across.start, across.end);
-    let mut chart = ChartBuilder::on(&area)
-        .margin_top(LEGEND_Y + 20)
-        .margin_right(24)
-        .margin_bottom(12)
-        .margin_left(10)
-        .x_label_area_size(46)
-        .y_label_area_size(66)
+    let mut chart = style::begin(&area, title)?
         .build_cartesian_2d(across.log_scale().base(2.0), up.clone().log_scale())?;
 
     // Beneath everything else, the ground that no kernel enters.
@@ -141,7 +131,7 @@ fn render(
         // The floor is the one in dashes.
         Entry { name: line.name, colour: line.colour, width: line.width, dashed: line.width == 1 }
     });
-    legend(&area, LEGEND_Y, entries)?;
+    legend(&area, style::LEGEND_Y, entries)?;
     area.present()?;
     Ok(())
 }

@@ -47,6 +47,27 @@ pub(super) fn microseconds(us: f64) -> String {
     if us >= 1000.0 { format!("{} ms", us / 1000.0) } else { format!("{us} µs") }
 }
 
+/// Where the legend of a picture with one chart is.
+pub(super) const LEGEND_Y: i32 = 54;
+
+/// Begins a picture with one chart: white, with its title, and room for the legend and for what stands at the axes.
+pub(super) fn begin<'a, B: DrawingBackend>(
+    area: &'a DrawingArea<B, Shift>,
+    title: &str,
+) -> Result<ChartBuilder<'a, 'a, B>, DrawingAreaErrorKind<B::ErrorType>> {
+    area.fill(&WHITE)?;
+    area.draw(&Text::new(title.to_owned(), (22, 26), text(18, true, TEXT, Anchor::Left)))?;
+    let mut chart = ChartBuilder::on(area);
+    chart
+        .margin_top(LEGEND_Y + 20)
+        .margin_right(24)
+        .margin_bottom(12)
+        .margin_left(10)
+        .x_label_area_size(46)
+        .y_label_area_size(66);
+    Ok(chart)
+}
+
 /// An entry of a [`legend`].
 #[derive(Clone, Copy)]
 pub(super) struct Entry<'a> {

@@ -11,7 +11,7 @@
 
 use liquidgemm_format::tile::TileShape;
 
-use super::layout::{Grid, Layout};
+use super::layout::{Column, Grid, Layout};
 use crate::DeviceFigures;
 
 /// What one tile shape costs on an H100 SXM.
@@ -195,11 +195,61 @@ const SHARPNESS: i32 = 5;
 /// More than what rounding does to an estimate, as a share of it.
 pub(super) const ROUNDING: f64 = 1e-9;
 
+/// What the layouts of a grid take at the least: microseconds that the busiest worker computes.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Bound {
+    /// With whole tiles.
+    whole: f64,
+    /// With tiles that workers share.
+    shared: f64,
+    /// What handing over their partial sums takes at the least.
+    handover: f64,
+}
+
+impl Bound {
+    /// Microseconds of the fastest layout, about.
+    pub(super) fn least(&self) -> f64 {
+        self.whole.min(self.shared + self.handover)
+    }
+
+    /// Whether all layouts certainly take longer than `room`'s limit.
+    pub(super) fn exceeds(&self, room: &Room) -> bool {
+        let shared = if self.handover > 0.0 { room.beside_handover } else { room.alone };
+        self.whole > room.alone && self.shared > shared
+    }
+}
+
+/// How long a busiest worker may compute so that a launch isn't certainly longer than a limit.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Room {
+    /// In a launch that hands over no sums.
+    pub(super) alone: f64,
+    /// In one that does.
+    beside_handover: f64,
+}
+
+impl Room {
+    /// Where memory takes `memory` at the least.
+    pub(super) fn new(memory: f64, limit: f64) -> Self {
+        let most = |limit: f64| {
+            let limit = (limit - LAUNCH) * (1.0 + ROUNDING);
+            if limit < memory {
+                return -1.0;
+            }
+            (limit.powi(SHARPNESS) - memory.powi(SHARPNESS)).powf(1.0 / f64::from(SHARPNESS))
+                * (1.0 + ROUNDING)
+        };
+        Self { alone: most(limit), beside_handover: most(limit - HANDOVER) }
+    }
+}
+
 /// The model of one GPU.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Model {
     /// SMs.
     pub(super) multiprocessors: f64,
+    /// The part of the GPU that one of them is.
+    multiprocessor_share: f64,
     /// Memory's speed as a multiple of an H100 SXM's.
     pub(super) memory_speed: f64,
     /// How much longer than on an H100 SXM a number of cycles takes.
@@ -208,8 +258,10 @@ pub(super) struct Model {
 
 impl Model {
     pub(super) fn new(figures: &DeviceFigures) -> Self {
+        let multiprocessors = f64::from(figures.multiprocessors.max(1));
         Self {
-            multiprocessors: f64::from(figures.multiprocessors.max(1)),
+            multiprocessors,
+            multiprocessor_share: multiprocessors.recip(),
             memory_speed: figures.memory_speed(),
             cycle: figures.cycle(),
         }
@@ -228,10 +280,10 @@ impl Model {
     }
 
     /// Microseconds that memory takes with this layout, where it takes at least `memory`.
-    fn drawn(&self, layout: &Layout, memory: f64) -> f64 {
+    pub(super) fn drawn(&self, layout: &Layout, memory: f64) -> f64 {
         let Layout { grid, workers, .. } = layout;
         let blocks = (f64::from(*workers) * f64::from(grid.cluster)).min(self.multiprocessors);
-        let missing = (SATURATING - blocks / self.multiprocessors).max(0.0);
+        let missing = (SATURATING - blocks * self.multiprocessor_share).max(0.0);
         let ahead = LOADED_AHEAD * (self.multiprocessors - blocks) / (MEMORY * self.memory_speed);
         let split = if grid.facts.shape.split > 1 { SPLIT_MEMORY } else { 1.0 };
         memory.max(memory * (1.0 + UNSATURATED * missing) - ahead) * split
@@ -244,31 +296,39 @@ impl Model {
         (!is_longer(compute, memory, limit - handover)).then(|| launch_estimate(compute, memory) + handover)
     }
 
-    /// Microseconds that the busiest worker computes at the least in any layout of a grid on at most `most` workers: all workers busy all
-    /// the time, none inside a tile that it shares.
+    /// What any layout of a grid takes at the least where `most` clusters run at a time.
     ///
-    /// With fewer workers each step takes less, but by less than there is more to do for each.
-    pub(super) fn least_compute(&self, grid: &Grid, most: u32) -> f64 {
+    /// Whole tiles go out as evenly as can be. Tiles that are shared keep all workers busy all the time; with fewer workers each step takes
+    /// less, but by less than there is more to do for each.
+    pub(super) fn bound(&self, grid: &Grid, most: u32) -> Bound {
+        let k_steps = f64::from(grid.k_steps * grid.facts.spans);
+        let tile = grid.facts.cost.tile * self.cycle;
+        let even = grid.even_workers(most);
+        let waves = f64::from(grid.tiles.div_ceil(even));
+        let whole = self.heated(grid, waves * (k_steps * self.step(grid, even) + tile), 0.0);
+        if !grid.facts.can_stream {
+            return Bound { whole, shared: f64::INFINITY, handover: 0.0 };
+        }
         let workers = most.min(grid.most_workers);
-        let cost = grid.facts.cost;
-        let steps = f64::from(grid.k_steps * grid.facts.spans) * f64::from(grid.tiles) / f64::from(workers);
-        let compute = steps * self.step(grid, workers)
-            + f64::from(grid.tiles.div_ceil(workers)) * (cost.tile * self.cycle);
-        self.heated(grid, compute, 0.0)
+        let steps = k_steps * f64::from(grid.tiles) / f64::from(workers);
+        let tiles = f64::from(grid.tiles.div_ceil(workers));
+        let shared = self.heated(grid, steps * self.step(grid, workers) + tiles * tile, 0.0);
+        let handover = if grid.tiles.is_multiple_of(workers) { 0.0 } else { HANDOVER };
+        Bound { whole, shared, handover }
     }
 
-    /// The same for each tile of a grid, on a part of the GPU's SMs that its work would fill.
-    pub(super) fn least_tile_compute(&self, grid: &Grid) -> f64 {
-        let cost = grid.facts.cost;
-        let steps = f64::from(grid.k_steps * grid.facts.spans);
-        let blocks = f64::from(grid.cluster) / self.multiprocessors;
+    /// Microseconds that each tile of a column is computed at the least, on a part of the GPU's SMs that its work would fill.
+    pub(super) fn least_tile_compute(&self, column: &Column) -> f64 {
+        let cost = column.facts.cost;
+        let steps = f64::from(column.k_steps * column.facts.spans);
+        let blocks = f64::from(column.cluster) * self.multiprocessor_share;
         (steps * cost.step + cost.tile) * self.cycle * blocks
     }
 
     /// Microseconds of a step of 128 along K, where the GPU isn't hot and all workers begin and end with tiles.
     fn step(&self, grid: &Grid, workers: u32) -> f64 {
         let blocks = f64::from(workers) * f64::from(grid.cluster);
-        let idle = (1.0 - blocks / self.multiprocessors).max(0.0);
+        let idle = (1.0 - blocks * self.multiprocessor_share).max(0.0);
         let cluster = if grid.shares_activations() { CLUSTER_STEP } else { 1.0 };
         let idle_step = if grid.facts.has_producers { IDLE_STEP } else { IDLE_CONSUMER_LOADED_STEP };
         grid.facts.cost.step * self.cycle * cluster * (1.0 - idle_step * idle)
@@ -280,30 +340,41 @@ impl Model {
         compute * (1.0 + heat)
     }
 
-    fn compute_and_handover(&self, layout: &Layout, elsewhere: f64) -> (f64, f64) {
+    /// What multiplying takes at the least where the power limit is felt, if it takes `compute` on a GPU that isn't hot and other launches
+    /// take `elsewhere`: a cluster, which doesn't feel it, takes longer anyway.
+    pub(super) fn least_heated(&self, compute: f64, elsewhere: f64) -> f64 {
+        const { assert!(CLUSTER_STEP > 1.0 + HOT_STEP) };
+        compute * (1.0 + HOT_STEP * hotness(compute + elsewhere))
+    }
+
+    /// Microseconds that the busiest worker of a layout computes, and microseconds for handing over partial sums.
+    pub(super) fn compute_and_handover(&self, layout: &Layout, elsewhere: f64) -> (f64, f64) {
         let Layout { grid, workers, streamed_tiles, .. } = layout;
         let (facts, workers, streamed_tiles) = (grid.facts, *workers, *streamed_tiles);
         let k_steps = f64::from(grid.k_steps * facts.spans);
         let tile = facts.cost.tile * self.cycle;
+        let step = self.step(grid, workers);
 
         // The busiest worker: its part of the stream, which may begin and end inside a tile, and whole tiles.
         let whole = f64::from((grid.tiles - streamed_tiles).div_ceil(workers));
+        let whole_compute = whole * (k_steps * step + tile);
+        if streamed_tiles == 0 {
+            return (self.heated(grid, whole_compute, elsewhere), 0.0);
+        }
         let stream_steps = f64::from(streamed_tiles) * k_steps / f64::from(workers);
-        let splits = streamed_tiles > 0 && !streamed_tiles.is_multiple_of(workers);
+        let splits = !streamed_tiles.is_multiple_of(workers);
         let even = splits && workers.is_multiple_of(streamed_tiles);
         let stream_tiles =
             f64::from(streamed_tiles.div_ceil(workers)) + if splits && !even { 1.0 } else { 0.0 };
-        let step = self.step(grid, workers);
-        let compute = |stream_step: f64| {
-            whole * k_steps * step + stream_steps * stream_step + (whole + stream_tiles) * tile
-        };
+        let stream_compute = stream_steps * step;
+        let compute = whole_compute + stream_compute + stream_tiles * tile;
         let staggered = if splits && !even {
             STAGGERED_STEP[usize::from(grid.cluster > 1)]
-                + HOT_STAGGERED_STEP * hotness(compute(step) + elsewhere).powi(2)
+                + HOT_STAGGERED_STEP * hotness(compute + elsewhere).powi(2)
         } else {
             0.0
         };
-        let compute = self.heated(grid, compute(step * (1.0 + staggered)), elsewhere);
+        let compute = self.heated(grid, compute + stream_compute * staggered, elsewhere);
 
         let handover = if splits {
             let parts = (f64::from(workers) / f64::from(streamed_tiles)).max(1.0);
@@ -322,8 +393,13 @@ pub(super) fn launch_estimate(compute: f64, memory: f64) -> f64 {
     slower_of(compute, memory) + LAUNCH
 }
 
+/// At most that, without a root.
+pub(super) fn least_launch_estimate(compute: f64, memory: f64) -> f64 {
+    compute.max(memory) + LAUNCH
+}
+
 /// Whether such a launch is certainly longer than `limit`: found without a root, and not where rounding could decide.
-pub(super) fn is_longer(compute: f64, memory: f64, limit: f64) -> bool {
+fn is_longer(compute: f64, memory: f64, limit: f64) -> bool {
     let limit = (limit - LAUNCH) * (1.0 + ROUNDING);
     limit < 0.0 || compute.powi(SHARPNESS) + memory.powi(SHARPNESS) > limit.powi(SHARPNESS)
 }

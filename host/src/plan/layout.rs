@@ -1,5 +1,7 @@
 //! How a launch in tiles is laid out, without what only the kernel needs: cheap enough to compare many.
 
+use std::ops::Deref;
+
 use liquidgemm_format::brick;
 use liquidgemm_format::schedule::{MAX_WORKERS, Schedule};
 
@@ -14,17 +16,31 @@ const LEAST_OCCUPANCY: u64 = 75;
 /// Channels walked together, so that a wave of 132 blocks covers a near-square piece of the output.
 const GROUP_CHANNELS: u32 = 2048;
 
+/// A shape in clusters of one size, for the tokens and K of a problem but any channels.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Column {
+    pub(super) facts: &'static ShapeFacts,
+    pub(super) cluster: u32,
+    pub(super) token_tiles: u32,
+    pub(super) k_steps: u32,
+}
+
 /// A problem cut into tiles of one shape.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Grid {
-    pub(super) facts: &'static ShapeFacts,
-    pub(super) cluster: u32,
+    column: Column,
     channel_tiles: u32,
-    token_tiles: u32,
-    pub(super) k_steps: u32,
     pub(super) tiles: u32,
     /// As many workers as have something to do that is worth it.
     pub(super) most_workers: u32,
+}
+
+impl Deref for Grid {
+    type Target = Column;
+
+    fn deref(&self) -> &Column {
+        &self.column
+    }
 }
 
 /// A grid, and who computes what of it.
@@ -36,33 +52,57 @@ pub(super) struct Layout {
     pub(super) streamed_tiles: u32,
 }
 
-impl Grid {
+impl Column {
+    /// The column of `m` tokens and K, which have been [checked](super::check_problem).
+    pub(super) fn new([m, k]: [usize; 2], facts: &'static ShapeFacts, cluster: u32) -> Self {
+        let token_tiles = (m as u32).div_ceil(facts.shape.tokens);
+        let k_steps = (brick::k_blocks(k) as u32).div_ceil(facts.step_bricks);
+        Self { facts, cluster, token_tiles, k_steps }
+    }
+
+    /// Channels of a cluster's tile.
+    pub(super) fn channels(&self) -> u32 {
+        self.facts.channels * (self.cluster / self.facts.shape.split)
+    }
+
     /// Whether the blocks of a cluster lie side by side and share their activations.
     pub(super) fn shares_activations(&self) -> bool {
         self.cluster > self.facts.shape.split
     }
 
-    /// The grid of a problem whose dimensions have been [checked](super::check_problem).
+    /// The grid for `n` channels.
     ///
     /// # Errors
     /// If there are more tiles than can be counted.
+    pub(super) fn grid(self, n: usize) -> Result<Grid, GpuError> {
+        let channel_tiles = (n as u32).div_ceil(self.channels());
+        let tiles = u64::from(channel_tiles) * u64::from(self.token_tiles);
+        let steps = tiles * u64::from(self.k_steps);
+        if steps > u64::from(u32::MAX) {
+            let limit = u32::MAX as usize / self.k_steps as usize;
+            return Err(GpuError::OutOfRange { what: "the number of tiles", value: tiles as usize, limit });
+        }
+        let most_workers = (steps as u32).div_ceil(self.facts.least_steps).min(MAX_WORKERS);
+        Ok(Grid { column: self, channel_tiles, tiles: tiles as u32, most_workers })
+    }
+}
+
+impl Grid {
+    /// The grid of a problem whose dimensions have been [checked](super::check_problem).
+    ///
+    /// # Errors
+    /// As [`Column::grid`].
     pub(super) fn new(
         [m, n, k]: [usize; 3],
         facts: &'static ShapeFacts,
         cluster: u32,
     ) -> Result<Self, GpuError> {
-        let shape = facts.shape;
-        let channel_tiles = (n as u32).div_ceil(facts.channels * (cluster / shape.split));
-        let token_tiles = (m as u32).div_ceil(shape.tokens);
-        let k_steps = (brick::k_blocks(k) as u32).div_ceil(facts.step_bricks);
-        let tiles = u64::from(channel_tiles) * u64::from(token_tiles);
-        if tiles * u64::from(k_steps) > u64::from(u32::MAX) {
-            let limit = u32::MAX as usize / k_steps as usize;
-            return Err(GpuError::OutOfRange { what: "the number of tiles", value: tiles as usize, limit });
-        }
-        let tiles = tiles as u32;
-        let most_workers = (tiles * k_steps).div_ceil(facts.least_steps).min(MAX_WORKERS);
-        Ok(Self { facts, cluster, channel_tiles, token_tiles, k_steps, tiles, most_workers })
+        Column::new([m, k], facts, cluster).grid(n)
+    }
+
+    /// As many workers as whole tiles go out to evenly where `most` clusters run at a time.
+    pub(super) fn even_workers(&self, most: u32) -> u32 {
+        self.tiles.div_ceil(self.tiles.div_ceil(most)).min(self.most_workers)
     }
 
     /// The grid on so many workers, or as many as it can use.
@@ -94,7 +134,7 @@ impl Grid {
             true => Some((most, 2)),
         };
         // The second: whole tiles, as even as can be.
-        let choices = [Some((most, 1)), Some((tiles.div_ceil(tiles.div_ceil(most)), 0)), streams];
+        let choices = [Some((most, 1)), Some((self.even_workers(most), 0)), streams];
         choices
             .into_iter()
             .flatten()
@@ -108,8 +148,7 @@ impl Layout {
     pub(super) fn tiled(&self) -> Tiled {
         let Self { grid, workers, streamed_waves, streamed_tiles } = *self;
         let shape = grid.facts.shape;
-        let cluster_channels = grid.facts.channels * (grid.cluster / shape.split);
-        let channel_group = (GROUP_CHANNELS / cluster_channels).clamp(1, grid.channel_tiles);
+        let channel_group = (GROUP_CHANNELS / grid.channels()).clamp(1, grid.channel_tiles);
         let extents = [grid.channel_tiles, grid.token_tiles, grid.k_steps];
         Tiled {
             place: grid.facts.place,
@@ -123,7 +162,8 @@ impl Layout {
         let Schedule { channel_tiles, token_tiles, k_steps, workers, streamed_tiles, .. } = tiled.schedule;
         let facts = &SHAPES[tiled.place];
         let (cluster, tiles) = (tiled.cluster(), tiled.schedule.tiles());
-        let grid = Grid { facts, cluster, channel_tiles, token_tiles, k_steps, tiles, most_workers: workers };
+        let column = Column { facts, cluster, token_tiles, k_steps };
+        let grid = Grid { column, channel_tiles, tiles, most_workers: workers };
         Self { grid, workers, streamed_waves: tiled.cut.streamed_waves, streamed_tiles }
     }
 }

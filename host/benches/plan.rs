@@ -1,0 +1,35 @@
+//! How long the planner takes for a batch size that it has not met: problems between the round numbers, and the slowest of some 6,600
+//! that were tried.
+//!
+//! `cargo bench -p liquidgemm --bench plan`
+
+// Criterion's macros write functions without documentation.
+#![allow(missing_docs)]
+
+use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
+use liquidgemm::{DeviceFigures, Plan};
+
+/// `[m, n, k]`; the last two take the longest.
+const PROBLEMS: [[usize; 3]; 8] = [
+    [1, 4096, 4096],
+    [17, 12_288, 4096],
+    [100, 8192, 8192],
+    [333, 28_672, 4096],
+    [700, 57_344, 8192],
+    [4000, 22_016, 4096],
+    [1104, 10_240, 5000],
+    [2544, 5120, 14_336],
+];
+
+fn plan(criterion: &mut Criterion) {
+    let figures = DeviceFigures::H100_SXM;
+    let mut group = criterion.benchmark_group("plan");
+    for [m, n, k] in PROBLEMS {
+        let id = BenchmarkId::from_parameter(format!("{m}x{n}x{k}"));
+        group.bench_function(id, |bencher| bencher.iter(|| Plan::new(m, n, k, &figures)));
+    }
+    group.finish();
+}
+
+criterion_group!(benches, plan);
+criterion_main!(benches);

@@ -198,7 +198,6 @@ fn spans_and_streams_of_another_framework_work(gpu: &'static Gpu) -> Result<(), 
     let (m, n, k) = (20, 300, 200);
     let problem = Problem::random(gpu, &mut rng, [m, n, k])?;
     let workspace = gpu.workspace()?;
-    let plan = gpu.plan(m, n, k)?;
     let expected = problem.expected::<f16>(true)?;
     // Someone else's tensors: rows of 512 bytes, of which the GEMM takes those from row 3 and from byte 32 on.
     const STRIDE: usize = 512;
@@ -223,7 +222,7 @@ fn spans_and_streams_of_another_framework_work(gpu: &'static Gpu) -> Result<(), 
         // SAFETY: the stream, one of this context's or its default one, is alive.
         let handle = unsafe { StreamHandle::from_raw(raw) };
         // SAFETY: everything lives until the context has been waited for, and nothing else uses the workspace.
-        unsafe { gpu.gemm(&problem.device_weights, &operands, &plan, &workspace, handle) }?;
+        unsafe { gpu.gemm(&problem.device_weights, &operands, &workspace, handle) }?;
         cust::context::CurrentContext::synchronize()?;
         expect_values(&output, &expected, || format!("stream {raw:?}"))?;
     }

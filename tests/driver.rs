@@ -290,7 +290,7 @@ fn prepared() -> Result<(), Failed> {
                 output_type: OutputType::Bf16,
             };
             let stream = StreamHandle::from_raw(std::ptr::null_mut());
-            gpu.gemm(&weights, &operands, &gpu.plan(m, n, k)?, &workspace, stream)
+            gpu.gemm(&weights, &operands, &workspace, stream)
         };
         let text = outcome.as_ref().err().map(ToString::to_string).unwrap_or_default();
         check(text.starts_with("launching the GEMM failed"), format!("{m}: {outcome:?}"))?;
@@ -322,8 +322,9 @@ fn bad_calls() -> Result<(), Failed> {
         output_type: OutputType::Bf16,
     };
     // SAFETY: as above.
-    let launch =
-        |operands: &Operands, plan: &Plan| unsafe { gpu.gemm(&weights, operands, plan, &workspace, stream) };
+    let launch = |operands: &Operands, plan: &Plan| unsafe {
+        gpu.gemm_with_plan(&weights, operands, plan, &workspace, stream)
+    };
     for call in refused_calls(good)? {
         let outcome = launch(&call.operands, &call.plan);
         let as_expected = outcome

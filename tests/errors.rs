@@ -35,7 +35,13 @@ fn bad_calls_are_refused_and_leave_output_and_stream_alone(gpu: &'static Gpu) ->
     for call in refused_calls(good)? {
         // SAFETY: everything lives until the stream has been waited for.
         let outcome = unsafe {
-            gpu.gemm(&problem.device_weights, &call.operands, &call.plan, &session.workspace, &session.stream)
+            gpu.gemm_with_plan(
+                &problem.device_weights,
+                &call.operands,
+                &call.plan,
+                &session.workspace,
+                &session.stream,
+            )
         };
         match outcome {
             Err(error) if (call.is_expected)(&error) && error.to_string().contains(call.says) => {}
@@ -80,7 +86,8 @@ fn a_plan_for_a_larger_gpu_does_not_fit_the_workspace(gpu: &'static Gpu) -> Resu
         &liquidgemm::DeviceFigures { multiprocessors: 100_000, clusters: [100_000; 4], ..*gpu.figures() },
     )?;
     // SAFETY: everything lives until the stream has been waited for.
-    let outcome = unsafe { gpu.gemm(&weights, &operands, &plan, &session.workspace, &session.stream) };
+    let outcome =
+        unsafe { gpu.gemm_with_plan(&weights, &operands, &plan, &session.workspace, &session.stream) };
     let is_expected = matches!(outcome, Err(Error::Gpu(GpuError::BufferTooSmall { what: "workspace", .. })));
     session.stream.synchronize()?;
     let mut values = vec![0.0; m * n];

@@ -48,7 +48,9 @@ fn enqueue(
 ) -> Result<(), Failed> {
     let operands = problem.operands(DeviceSpan::from(output), problem.shape()[1], OutputType::F32, true);
     // SAFETY: the callers keep everything alive until they have waited for the stream, and the workspace is the session's.
-    unsafe { gpu.gemm(&problem.device_weights, &operands, plan, &session.workspace, &session.stream) }?;
+    unsafe {
+        gpu.gemm_with_plan(&problem.device_weights, &operands, plan, &session.workspace, &session.stream)
+    }?;
     Ok(())
 }
 
@@ -219,8 +221,8 @@ impl Chain {
         // SAFETY: the callers keep everything alive until they have waited for the stream, and all of it is used on this
         // stream only.
         unsafe {
-            gpu.gemm(&self.device_first, &first, &self.plans[0], workspace, stream)?;
-            gpu.gemm(&self.device_second, &second, &self.plans[1], workspace, stream)?;
+            gpu.gemm_with_plan(&self.device_first, &first, &self.plans[0], workspace, stream)?;
+            gpu.gemm_with_plan(&self.device_second, &second, &self.plans[1], workspace, stream)?;
         }
         Ok(())
     }

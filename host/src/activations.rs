@@ -9,7 +9,8 @@ use rayon::prelude::*;
 
 use crate::error::{check_dimension, check_finite, check_k, check_length, checked_elements};
 use crate::float::{Float, round_clamped};
-use crate::{Error, PackedWeights};
+use crate::packed::PackedSizes;
+use crate::{Error, Group};
 
 /// The largest magnitude of an activation code.
 const CODE_LIMIT: f32 = 127.0;
@@ -217,7 +218,7 @@ impl<'a> From<&'a QuantizedActivations> for ActivationsView<'a> {
 }
 
 /// The offline half of smoothing: row-major `[n, k]` weights with column `j` multiplied by `smoothing[j]`, as
-/// f32, ready for [`PackedWeights::quantize`].
+/// f32, ready for [`PackedWeights::quantize`](crate::PackedWeights::quantize).
 ///
 /// # Errors
 /// Zero `n` or `k`, K above 131,072, lengths that do not fit, a factor that is not finite and positive.
@@ -228,7 +229,7 @@ pub fn smooth_weights<T: Float>(
     k: usize,
     smoothing: &[f32],
 ) -> Result<Vec<f32>, Error> {
-    PackedWeights::check_shape(n, k)?;
+    PackedSizes::new(n, k, Group::default())?;
     check_length("weights", "[n, k]", checked_elements("weight matrix", n, k)?, weights.len())?;
     check_smoothing(smoothing, k)?;
     Ok(weights

@@ -1,30 +1,39 @@
-//! Packed weights on disk: a `.safetensors` file with two tensors and five lines of metadata.
+//! Packed weights on disk: a `.safetensors` file with three tensors and six lines of metadata.
 //!
 //! | tensor | type | shape |
 //! |---|---|---|
-//! | `bricks` | U8 | `[⌈n/64⌉, ⌈k/64⌉, 2176]` |
+//! | `codes` | U8 | `[⌈n/64⌉, ⌈k/64⌉, 2048]` |
+//! | `pairs` | U8 | `[⌈n/64⌉, groups, 128]` |
 //! | `channel_scales` | F32 | `[n]` |
 //!
-//! The metadata are `format` (`liquidgemm`), `format_version` (`1`), `n`, `k`, `group` (a number or `channel`)
+//! The metadata are `format` (`liquidgemm`), `format_version` (`2`), `n`, `k`, `group` (a number or `channel`)
 //! and `checksum`: XXH3-64, in 16 lower-case hexadecimal digits, of the five other values, each with a line
-//! break behind it, then the bricks, then the scales. A damaged code is still a valid code, so only the
+//! break behind it, then the tensors in the order above. A damaged code is still a valid code, so only the
 //! checksum can tell.
+//!
+//! Version 1 had `bricks`, U8 `[⌈n/64⌉, ⌈k/64⌉, 2176]`, in the place of codes and pairs: each brick's 2,048 bytes of codes with its 128 bytes
+//! of pairs behind them, which repeat within a group. Its checksum covers the bricks, then the scales. Such files are still read.
 
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::Write;
 use std::path::Path;
 
-use liquidgemm_format::brick::BRICK_BYTES;
+use liquidgemm_format::brick::{self, CODE_BYTES, PAIR_BYTES};
 use memmap2::Mmap;
 use safetensors::tensor::{Dtype, TensorView};
 use safetensors::{SafeTensors, serialize_to_file};
 use xxhash_rust::xxh3::Xxh3;
 
+use crate::packed::PackedSizes;
 use crate::{Error, FileError, Group, PackedWeights};
 
 const FORMAT: &str = "liquidgemm";
-const VERSION: &str = "1";
+const VERSION: &str = "2";
+/// The version whose bricks hold their pairs.
+const VERSION_1: &str = "1";
+/// Bytes of such a brick.
+const BRICK_1_BYTES: usize = CODE_BYTES + PAIR_BYTES;
 
 impl PackedWeights {
     /// Writes a `.safetensors` file. The file appears under its name whole or not at all: it is written beside
@@ -63,26 +72,39 @@ impl PackedWeights {
             return Err(FileError::WrongFormat { found: format.map(str::to_owned), expected: FORMAT });
         }
         let version = metadata.get("format_version");
-        if version != Some(VERSION) {
-            return Err(FileError::WrongVersion { found: version.map(str::to_owned), expected: VERSION });
-        }
+        let version = version.filter(|version| [VERSION, VERSION_1].contains(version)).ok_or_else(|| {
+            FileError::WrongVersion { found: version.map(str::to_owned), expected: VERSION }
+        })?;
         let n = metadata.parse("n", "a number of channels")?;
         let k = metadata.parse("k", "a number of elements a channel")?;
         let group: Group = metadata.parse("group", "a positive multiple of 64, or \"channel\"")?;
-        Self::check_shape(n, k).map_err(invalid)?;
+        let sizes = PackedSizes::new(n, k, group).map_err(invalid)?;
+        let found: String = metadata.parse("checksum", "16 hexadecimal digits")?;
 
         let file = SafeTensors::deserialize(bytes).map_err(FileError::Safetensors)?;
-        let bricks = tensor(&file, "bricks", Dtype::U8, &brick_shape(n, k))?;
         let scales = tensor(&file, "channel_scales", Dtype::F32, &[n])?;
-
-        let found: String = metadata.parse("checksum", "16 hexadecimal digits")?;
-        let computed = checksum(n, k, group, bricks, scales);
-        if found != computed {
-            return Err(FileError::ChecksumMismatch { found, computed });
-        }
+        let check = |tensors: &[&[u8]]| {
+            let computed = checksum(version, n, k, group, tensors);
+            if found == computed {
+                Ok(())
+            } else {
+                Err(FileError::ChecksumMismatch { found: found.clone(), computed })
+            }
+        };
+        let (strips, k_blocks) = (brick::strips(n), brick::k_blocks(k));
+        let (codes, pairs) = if version == VERSION_1 {
+            let bricks = tensor(&file, "bricks", Dtype::U8, &[strips, k_blocks, BRICK_1_BYTES])?;
+            check(&[bricks, scales])?;
+            split_bricks(bricks, k_blocks, group, sizes).map_err(invalid)?
+        } else {
+            let codes = tensor(&file, "codes", Dtype::U8, &[strips, k_blocks, CODE_BYTES])?;
+            let pairs = tensor(&file, "pairs", Dtype::U8, &[strips, sizes.groups, PAIR_BYTES])?;
+            check(&[codes, pairs, scales])?;
+            (codes.to_vec(), pairs.to_vec())
+        };
         let (scales, _) = scales.as_chunks::<4>();
         let scales = scales.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect();
-        Self::from_parts(bricks.to_vec(), scales, n, k, group).map_err(invalid)
+        Self::from_parts(codes, pairs, scales, n, k, group).map_err(invalid)
     }
 
     fn read(path: &Path) -> Result<Self, FileError> {
@@ -102,7 +124,16 @@ impl PackedWeights {
                 ("n", self.n().to_string()),
                 ("k", self.k().to_string()),
                 ("group", self.group().to_string()),
-                ("checksum", checksum(self.n(), self.k(), self.group(), self.bricks(), &scales)),
+                (
+                    "checksum",
+                    checksum(
+                        VERSION,
+                        self.n(),
+                        self.k(),
+                        self.group(),
+                        &[self.codes(), self.pairs(), &scales],
+                    ),
+                ),
             ]
             .map(|(key, value)| (key.to_owned(), value)),
         );
@@ -110,7 +141,8 @@ impl PackedWeights {
             TensorView::new(dtype, shape.to_vec(), data).map_err(FileError::Safetensors)
         };
         let tensors = [
-            ("bricks", view(Dtype::U8, &brick_shape(self.n(), self.k()), self.bricks())?),
+            ("codes", view(Dtype::U8, &[self.strips(), self.k_blocks(), CODE_BYTES], self.codes())?),
+            ("pairs", view(Dtype::U8, &[self.strips(), self.groups(), PAIR_BYTES], self.pairs())?),
             ("channel_scales", view(Dtype::F32, &[self.n()], &scales)?),
         ];
 
@@ -177,17 +209,41 @@ fn tensor<'a>(
     Ok(found.data())
 }
 
-fn brick_shape(n: usize, k: usize) -> [usize; 3] {
-    use liquidgemm_format::brick::{k_blocks, strips};
-    [strips(n), k_blocks(k), BRICK_BYTES]
+/// The codes and the pairs of version 1's bricks.
+fn split_bricks(
+    bricks: &[u8],
+    k_blocks: usize,
+    group: Group,
+    sizes: PackedSizes,
+) -> Result<(Vec<u8>, Vec<u8>), Error> {
+    let (mut codes, mut pairs) = (Vec::with_capacity(sizes.codes), Vec::with_capacity(sizes.pairs));
+    for (index, brick) in bricks.chunks_exact(BRICK_1_BYTES).enumerate() {
+        let (strip, k_block) = (index / k_blocks, index % k_blocks);
+        let (brick_codes, brick_pairs) = brick.split_at(CODE_BYTES);
+        codes.extend_from_slice(brick_codes);
+        if k_block % sizes.group_blocks == 0 {
+            pairs.extend_from_slice(brick_pairs);
+            continue;
+        }
+        let of_group = &pairs[pairs.len() - PAIR_BYTES..];
+        let differs = |&row: &usize| {
+            let pair = brick::pair_offset(row)..brick::pair_offset(row) + 2;
+            brick_pairs[pair.clone()] != of_group[pair]
+        };
+        if let Some(row) = (0..brick::BRICK_CHANNELS).find(differs) {
+            return Err(Error::PairsDiffer { channel: strip * brick::BRICK_CHANNELS + row, k_block, group });
+        }
+    }
+    Ok((codes, pairs))
 }
 
 /// See the top of this file.
-fn checksum(n: usize, k: usize, group: Group, bricks: &[u8], scales: &[u8]) -> String {
+fn checksum(version: &str, n: usize, k: usize, group: Group, tensors: &[&[u8]]) -> String {
     let mut hash = Xxh3::new();
-    hash.update(format!("{FORMAT}\n{VERSION}\n{n}\n{k}\n{group}\n").as_bytes());
-    hash.update(bricks);
-    hash.update(scales);
+    hash.update(format!("{FORMAT}\n{version}\n{n}\n{k}\n{group}\n").as_bytes());
+    for tensor in tensors {
+        hash.update(tensor);
+    }
     format!("{:016x}", hash.digest())
 }
 

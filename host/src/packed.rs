@@ -1,4 +1,4 @@
-//! Packed weights: the brick stream of `liquidgemm_format` with its channel scales, and every way into and out
+//! Packed weights: codes and pairs in the layout of `liquidgemm_format::brick` with their channel scales, and every way into and out
 //! of it that does not quantize.
 //!
 //! A [`PackedWeights`] always holds the format's invariant, `15·s + a ≤ 255`, for every pair: nothing that
@@ -7,7 +7,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use liquidgemm_format::brick::{self, BRICK_BYTES, BRICK_CHANNELS, BRICK_K, MAX_K};
+use liquidgemm_format::brick::{self, BRICK_CHANNELS, BRICK_K, CODE_BYTES, MAX_K, PAIR_BYTES};
 use liquidgemm_format::dequant::{dequantize, is_valid_pair};
 use rayon::prelude::*;
 
@@ -87,7 +87,42 @@ pub struct UnpackedCodes {
     pub pairs: Vec<(u8, u8)>,
 }
 
-/// 4-bit weights `[n, k]` in the packed brick layout.
+/// One brick's codes, 64 channels × 64 K, and the pairs of its group.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Brick<'a> {
+    pub(crate) codes: &'a [u8; CODE_BYTES],
+    pub(crate) pairs: &'a [u8; PAIR_BYTES],
+}
+
+/// How much there is of packed weights, for dimensions and a group that have been checked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct PackedSizes {
+    /// Blocks of 64 along K of a group.
+    pub(crate) group_blocks: usize,
+    /// Groups of a channel.
+    pub(crate) groups: usize,
+    /// Bytes of the codes.
+    pub(crate) codes: usize,
+    /// Bytes of the pairs.
+    pub(crate) pairs: usize,
+}
+
+impl PackedSizes {
+    /// The sizes of `[n, k]` weights, if such weights can exist.
+    pub(crate) fn new(n: usize, k: usize, group: Group) -> Result<Self, Error> {
+        check_dimension("n", n)?;
+        check_k(k)?;
+        let group_blocks = group.blocks(k)?;
+        let groups = brick::k_blocks(k).div_ceil(group_blocks);
+        let sizes = brick::codes_bytes(n, k).zip(brick::pairs_bytes(n, groups));
+        match sizes.filter(|&(codes, _)| codes <= isize::MAX as usize) {
+            Some((codes, pairs)) => Ok(Self { group_blocks, groups, codes, pairs }),
+            None => Err(Error::TooLarge { what: "weight matrix", rows: n, columns: k }),
+        }
+    }
+}
+
+/// 4-bit weights `[n, k]` in the packed layout of `liquidgemm_format::brick`.
 ///
 /// The weight of (channel, k) is `channel_scales[channel] · level1(channel, k)`, where `level1` is the i8 that
 /// the kernels multiply with: `(q · s + a) XOR 0x80`.
@@ -96,35 +131,38 @@ pub struct PackedWeights {
     n: usize,
     k: usize,
     group: Group,
-    /// `strips(n) · k_blocks(k)` bricks.
-    bricks: Vec<u8>,
+    /// `[strips, k_blocks, 2048]`.
+    codes: Vec<u8>,
+    /// `[strips, groups, 128]`.
+    pairs: Vec<u8>,
     /// One a channel, padded with zeros to whole strips.
     channel_scales: Vec<f32>,
 }
 
 impl PackedWeights {
-    /// Takes a brick stream and its channel scales as they were stored.
+    /// Takes packed codes and pairs and their channel scales as they were stored.
     ///
-    /// `bricks` holds `⌈n/64⌉ · ⌈k/64⌉` bricks of 2,176 bytes, k-fastest; `channel_scales` is `[n]`.
+    /// `codes` holds `⌈n/64⌉ · ⌈k/64⌉` bricks of 2,048 bytes, k-fastest; `pairs` holds `⌈n/64⌉ · groups` times 128 bytes with
+    /// `groups` = [`group.count(k)`](Group::count), groups fastest; `channel_scales` is `[n]`.
     ///
     /// # Errors
     /// Zero `n` or `k`, K above 131,072, an impossible group, lengths that do not fit, a scale that is not
-    /// finite, a pair that breaks `s ≥ 1` or `15·s + a ≤ 255`, pairs that differ inside a group.
+    /// finite, a pair that breaks `s ≥ 1` or `15·s + a ≤ 255`.
     pub fn from_parts(
-        bricks: Vec<u8>,
+        codes: Vec<u8>,
+        pairs: Vec<u8>,
         channel_scales: Vec<f32>,
         n: usize,
         k: usize,
         group: Group,
     ) -> Result<Self, Error> {
-        let bytes = Self::check_shape(n, k)?;
-        let group_blocks = group.blocks(k)?;
-        check_length("bricks", "⌈n/64⌉ · ⌈k/64⌉ bricks of 2176 bytes", bytes, bricks.len())?;
+        let sizes = PackedSizes::new(n, k, group)?;
+        check_length("packed codes", "⌈n/64⌉ · ⌈k/64⌉ · 2048 bytes", sizes.codes, codes.len())?;
+        check_length("packed pairs", "⌈n/64⌉ · groups · 128 bytes", sizes.pairs, pairs.len())?;
         check_length("channel scales", "[n]", n, channel_scales.len())?;
         check_finite("channel scale", &channel_scales)?;
-        let weights = Self::assemble(bricks, channel_scales, n, k, group);
-        weights.check_pairs(group_blocks)?;
-        Ok(weights)
+        check_pairs(&pairs, sizes)?;
+        Ok(Self::assemble(codes, pairs, channel_scales, n, k, group))
     }
 
     /// Packs codes and pairs that any quantizer made (GPTQ, an error-minimising search, …).
@@ -143,9 +181,7 @@ impl PackedWeights {
         k: usize,
         group: Group,
     ) -> Result<Self, Error> {
-        let bytes = Self::check_shape(n, k)?;
-        let group_blocks = group.blocks(k)?;
-        let groups = brick::k_blocks(k).div_ceil(group_blocks);
+        let PackedSizes { group_blocks, groups, .. } = PackedSizes::new(n, k, group)?;
         check_length("codes", "[n, k]", checked_elements("code matrix", n, k)?, codes.len())?;
         check_length("pairs", "[n, groups]", checked_elements("pair matrix", n, groups)?, pairs.len())?;
         check_length("channel scales", "[n]", n, channel_scales.len())?;
@@ -158,60 +194,27 @@ impl PackedWeights {
             return Err(Error::InvariantBroken { channel: index / groups, k_block, s, a });
         }
 
-        let mut bricks = vec![0; bytes];
-        for_each_strip(&mut bricks, n, k, |channels, strip| {
+        let mut packer = Packer::new(n, k, group)?;
+        packer.for_each_strip(|channels, mut strip| {
             for (row, channel) in channels.enumerate() {
                 let pairs = &pairs[channel * groups..][..groups];
-                write_channel(strip, row, &codes[channel * k..][..k], |block| pairs[block / group_blocks]);
+                strip.write_channel(row, &codes[channel * k..][..k], pairs);
             }
         });
-        Ok(Self::assemble(bricks, channel_scales, n, k, group))
+        Ok(packer.finish(channel_scales))
     }
 
     /// Puts together parts that are known to be valid.
-    pub(crate) fn assemble(
-        bricks: Vec<u8>,
+    fn assemble(
+        codes: Vec<u8>,
+        pairs: Vec<u8>,
         mut channel_scales: Vec<f32>,
         n: usize,
         k: usize,
         group: Group,
     ) -> Self {
         channel_scales.resize(brick::strips(n) * BRICK_CHANNELS, 0.0);
-        Self { n, k, group, bricks, channel_scales }
-    }
-
-    /// Bytes of the brick stream for `[n, k]`, if such weights can exist.
-    pub(crate) fn check_shape(n: usize, k: usize) -> Result<usize, Error> {
-        check_dimension("n", n)?;
-        check_k(k)?;
-        brick::stream_bytes(n, k).filter(|&bytes| bytes <= isize::MAX as usize).ok_or(Error::TooLarge {
-            what: "weight matrix",
-            rows: n,
-            columns: k,
-        })
-    }
-
-    /// Every stored pair, also of padding, must be valid and repeat inside its group.
-    fn check_pairs(&self, group_blocks: usize) -> Result<(), Error> {
-        let strip_bytes = self.k_blocks() * BRICK_BYTES;
-        let failure =
-            self.bricks.par_chunks_exact(strip_bytes).enumerate().find_map_first(|(strip, bricks)| {
-                for (k_block, brick) in bricks.chunks_exact(BRICK_BYTES).enumerate() {
-                    let first = &bricks[k_block / group_blocks * group_blocks * BRICK_BYTES..][..BRICK_BYTES];
-                    for row in 0..BRICK_CHANNELS {
-                        let channel = strip * BRICK_CHANNELS + row;
-                        let (s, a) = pair_of(brick, row);
-                        if !is_valid_pair(s, a) {
-                            return Some(Error::InvariantBroken { channel, k_block, s, a });
-                        }
-                        if (s, a) != pair_of(first, row) {
-                            return Some(Error::PairsDiffer { channel, k_block, group: self.group });
-                        }
-                    }
-                }
-                None
-            });
-        failure.map_or(Ok(()), Err)
+        Self { n, k, group, codes, pairs, channel_scales }
     }
 
     /// Output channels.
@@ -239,18 +242,37 @@ impl PackedWeights {
         brick::k_blocks(self.k)
     }
 
-    /// The whole brick stream, [`strips`](Self::strips) · [`k_blocks`](Self::k_blocks) bricks of 2,176 bytes.
-    pub fn bricks(&self) -> &[u8] {
-        &self.bricks
+    /// Groups of a channel.
+    pub fn groups(&self) -> usize {
+        self.k_blocks().div_ceil(self.group_blocks())
+    }
+
+    /// Blocks of 64 along K of a group.
+    pub(crate) fn group_blocks(&self) -> usize {
+        self.group.blocks(self.k).expect("checked at construction")
+    }
+
+    /// The packed codes, `[`[`strips`](Self::strips)`, `[`k_blocks`](Self::k_blocks)`, 2048]`.
+    pub fn codes(&self) -> &[u8] {
+        &self.codes
+    }
+
+    /// The packed pairs, `[`[`strips`](Self::strips)`, `[`groups`](Self::groups)`, 128]`.
+    pub fn pairs(&self) -> &[u8] {
+        &self.pairs
     }
 
     /// One brick.
     ///
     /// # Panics
     /// If `strip` or `k_block` is out of range.
-    pub fn brick(&self, strip: usize, k_block: usize) -> &[u8] {
+    pub(crate) fn brick(&self, strip: usize, k_block: usize) -> Brick<'_> {
         assert!(strip < self.strips() && k_block < self.k_blocks(), "no brick ({strip}, {k_block})");
-        &self.bricks[brick::brick_offset(strip, k_block, self.k_blocks())..][..BRICK_BYTES]
+        let group = strip * self.groups() + k_block / self.group_blocks();
+        Brick {
+            codes: &self.codes.as_chunks().0[strip * self.k_blocks() + k_block],
+            pairs: &self.pairs.as_chunks().0[group],
+        }
     }
 
     /// One scale a channel, `[n]`.
@@ -263,9 +285,9 @@ impl PackedWeights {
         &self.channel_scales
     }
 
-    /// Bytes that these weights take: bricks and `n` channel scales.
+    /// Bytes that these weights take: codes, pairs and `n` channel scales.
     pub fn bytes(&self) -> usize {
-        self.bricks.len() + self.n * size_of::<f32>()
+        self.codes.len() + self.pairs.len() + self.n * size_of::<f32>()
     }
 
     /// The 4-bit code of (`channel`, `k`).
@@ -275,7 +297,7 @@ impl PackedWeights {
     pub fn code(&self, channel: usize, k: usize) -> u8 {
         assert!(channel < self.n && k < self.k, "({channel}, {k}) is outside [{}, {}]", self.n, self.k);
         let brick = self.brick(channel / BRICK_CHANNELS, k / BRICK_K);
-        code_of(brick, channel % BRICK_CHANNELS, k % BRICK_K)
+        brick.code(channel % BRICK_CHANNELS, k % BRICK_K)
     }
 
     /// The pair `(s, a)` of `channel` in block `k_block` of 64 along K.
@@ -284,7 +306,7 @@ impl PackedWeights {
     /// If the position is out of range.
     pub fn pair(&self, channel: usize, k_block: usize) -> (u8, u8) {
         assert!(channel < self.n, "channel {channel} is not below {}", self.n);
-        pair_of(self.brick(channel / BRICK_CHANNELS, k_block), channel % BRICK_CHANNELS)
+        pair_at(self.brick(channel / BRICK_CHANNELS, k_block).pairs, channel % BRICK_CHANNELS)
     }
 
     /// The int8 weight of (`channel`, `k`) that the product is computed with.
@@ -316,7 +338,7 @@ impl PackedWeights {
                 *code = self.code(channel, k);
             }
         });
-        let group_blocks = self.group.blocks(self.k).expect("checked at construction");
+        let group_blocks = self.group_blocks();
         let pairs = (0..self.n)
             .flat_map(|channel| {
                 (0..self.k_blocks()).step_by(group_blocks).map(move |k_block| self.pair(channel, k_block))
@@ -336,16 +358,35 @@ impl fmt::Debug for PackedWeights {
     }
 }
 
-/// Code of a channel and k inside one brick.
-fn code_of(brick: &[u8], row: usize, k: usize) -> u8 {
-    let (byte, high) = brick::code_position(row, k);
-    if high { brick[byte] >> 4 } else { brick[byte] & 15 }
+impl Brick<'_> {
+    /// The code of a channel and k.
+    fn code(&self, row: usize, k: usize) -> u8 {
+        let (byte, high) = brick::code_position(row, k);
+        if high { self.codes[byte] >> 4 } else { self.codes[byte] & 15 }
+    }
 }
 
-/// Pair of a channel inside one brick.
-fn pair_of(brick: &[u8], row: usize) -> (u8, u8) {
-    let offset = brick::scale_offset(row);
-    (brick[offset], brick[offset + 1])
+/// The pair of a channel among a group's.
+fn pair_at(pairs: &[u8; PAIR_BYTES], row: usize) -> (u8, u8) {
+    let offset = brick::pair_offset(row);
+    (pairs[offset], pairs[offset + 1])
+}
+
+/// Every stored pair, also of padding, must be valid.
+fn check_pairs(pairs: &[u8], sizes: PackedSizes) -> Result<(), Error> {
+    let failure = pairs.as_chunks().0.par_iter().enumerate().find_map_first(|(index, pairs)| {
+        let (strip, group) = (index / sizes.groups, index % sizes.groups);
+        (0..BRICK_CHANNELS).find_map(|row| {
+            let (s, a) = pair_at(pairs, row);
+            (!is_valid_pair(s, a)).then_some(Error::InvariantBroken {
+                channel: strip * BRICK_CHANNELS + row,
+                k_block: group * sizes.group_blocks,
+                s,
+                a,
+            })
+        })
+    });
+    failure.map_or(Ok(()), Err)
 }
 
 /// The code whose weight is nearest to 0 under a valid pair: what the padding behind K holds.
@@ -354,46 +395,77 @@ fn padding_code((s, a): (u8, u8)) -> u8 {
     ((above_zero + s as u32 / 2) / s as u32).min(15) as u8
 }
 
-/// Calls `fill(real channels, strip's bytes)` for every strip of a zeroed stream, in parallel, after giving
-/// the padded channels of the last strip their pair.
-pub(crate) fn for_each_strip(
-    bricks: &mut [u8],
+/// Weights that are being packed.
+pub(crate) struct Packer {
     n: usize,
     k: usize,
-    fill: impl Fn(std::ops::Range<usize>, &mut [u8]) + Sync,
-) {
-    bricks.par_chunks_exact_mut(brick::k_blocks(k) * BRICK_BYTES).enumerate().for_each(|(strip, bytes)| {
-        let first = strip * BRICK_CHANNELS;
-        let real = BRICK_CHANNELS.min(n - first);
-        for brick in bytes.chunks_exact_mut(BRICK_BYTES) {
-            for row in real..BRICK_CHANNELS {
-                write_pair(brick, row, PADDING_PAIR);
-            }
-        }
-        fill(first..first + real, bytes);
-    });
+    group: Group,
+    sizes: PackedSizes,
+    codes: Vec<u8>,
+    pairs: Vec<u8>,
 }
 
-/// Writes one channel, row `row` of a zeroed strip: its `k` codes, the padding behind them, and the pair of
-/// every block of 64.
-pub(crate) fn write_channel(strip: &mut [u8], row: usize, codes: &[u8], pair: impl Fn(usize) -> (u8, u8)) {
-    for (block, (brick, codes)) in strip.chunks_exact_mut(BRICK_BYTES).zip(codes.chunks(BRICK_K)).enumerate()
-    {
-        let pair = pair(block);
-        write_pair(brick, row, pair);
-        let padding = if codes.len() < BRICK_K { padding_code(pair) } else { 0 };
-        for k in 0..BRICK_K {
-            let code = codes.get(k).copied().unwrap_or(padding);
-            let (byte, high) = brick::code_position(row, k);
-            brick[byte] |= if high { code << 4 } else { code };
+/// One strip of them.
+pub(crate) struct PackerStrip<'a> {
+    group_blocks: usize,
+    /// `[k_blocks, 2048]`, zeros where nothing is written yet.
+    codes: &'a mut [[u8; CODE_BYTES]],
+    /// `[groups, 128]`.
+    pairs: &'a mut [[u8; PAIR_BYTES]],
+}
+
+impl Packer {
+    /// Makes room for `[n, k]` weights.
+    pub(crate) fn new(n: usize, k: usize, group: Group) -> Result<Self, Error> {
+        let sizes = PackedSizes::new(n, k, group)?;
+        Ok(Self { n, k, group, sizes, codes: vec![0; sizes.codes], pairs: vec![0; sizes.pairs] })
+    }
+
+    /// Calls `fill(real channels, strip)` for every strip, in parallel, after giving the padded channels of the last strip their pair.
+    pub(crate) fn for_each_strip(&mut self, fill: impl Fn(std::ops::Range<usize>, PackerStrip<'_>) + Sync) {
+        let (n, k_blocks, sizes) = (self.n, brick::k_blocks(self.k), self.sizes);
+        let codes = self.codes.as_chunks_mut().0.par_chunks_mut(k_blocks);
+        let pairs = self.pairs.as_chunks_mut().0.par_chunks_mut(sizes.groups);
+        codes.zip(pairs).enumerate().for_each(|(strip, (codes, pairs))| {
+            let first = strip * BRICK_CHANNELS;
+            let real = BRICK_CHANNELS.min(n - first);
+            for pairs in &mut *pairs {
+                for row in real..BRICK_CHANNELS {
+                    write_pair(pairs, row, PADDING_PAIR);
+                }
+            }
+            fill(first..first + real, PackerStrip { group_blocks: sizes.group_blocks, codes, pairs });
+        });
+    }
+
+    /// The weights, once all real channels are written.
+    pub(crate) fn finish(self, channel_scales: Vec<f32>) -> PackedWeights {
+        PackedWeights::assemble(self.codes, self.pairs, channel_scales, self.n, self.k, self.group)
+    }
+}
+
+impl PackerStrip<'_> {
+    /// Writes channel `row` of the strip: its `k` codes, the padding behind them, and the pair of every group.
+    pub(crate) fn write_channel(&mut self, row: usize, codes: &[u8], pairs: &[(u8, u8)]) {
+        for (to, &pair) in self.pairs.iter_mut().zip(pairs) {
+            write_pair(to, row, pair);
+        }
+        for (block, (brick, codes)) in self.codes.iter_mut().zip(codes.chunks(BRICK_K)).enumerate() {
+            let padding =
+                if codes.len() < BRICK_K { padding_code(pairs[block / self.group_blocks]) } else { 0 };
+            for k in 0..BRICK_K {
+                let code = codes.get(k).copied().unwrap_or(padding);
+                let (byte, high) = brick::code_position(row, k);
+                brick[byte] |= if high { code << 4 } else { code };
+            }
         }
     }
 }
 
-fn write_pair(brick: &mut [u8], row: usize, (s, a): (u8, u8)) {
-    let offset = brick::scale_offset(row);
-    brick[offset] = s;
-    brick[offset + 1] = a;
+fn write_pair(pairs: &mut [u8; PAIR_BYTES], row: usize, (s, a): (u8, u8)) {
+    let offset = brick::pair_offset(row);
+    pairs[offset] = s;
+    pairs[offset + 1] = a;
 }
 
 #[cfg(test)]

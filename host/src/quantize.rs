@@ -9,7 +9,7 @@ use rayon::prelude::*;
 
 use crate::error::{check_length, checked_elements};
 use crate::float::{Float, round_clamped};
-use crate::packed::{for_each_strip, write_channel};
+use crate::packed::{PackedSizes, Packer};
 use crate::{Error, Group, PackedWeights};
 
 /// The protective range: int8 weights stay within ±119, so that level 2 has room to round up.
@@ -35,8 +35,7 @@ impl PackedWeights {
     /// Zero `n` or `k`, K above 131,072, an impossible group, a slice that is not `n · k` long, and NaN or
     /// infinite weights, named by their position.
     pub fn quantize<T: Float>(weights: &[T], n: usize, k: usize, group: Group) -> Result<Self, Error> {
-        let bytes = Self::check_shape(n, k)?;
-        let group_blocks = group.blocks(k)?;
+        let PackedSizes { group_blocks, groups, .. } = PackedSizes::new(n, k, group)?;
         check_length("weights", "[n, k]", checked_elements("weight matrix", n, k)?, weights.len())?;
         let scales: Vec<Result<f32, Error>> = weights
             .par_chunks_exact(k)
@@ -46,11 +45,11 @@ impl PackedWeights {
         // The first failing channel is reported, whichever thread met its own first.
         let scales = scales.into_iter().collect::<Result<Vec<f32>, _>>()?;
 
-        let mut bricks = vec![0; bytes];
-        for_each_strip(&mut bricks, n, k, |channels, strip| {
+        let mut packer = Packer::new(n, k, group)?;
+        packer.for_each_strip(|channels, mut strip| {
             let mut level1 = vec![0i8; k];
             let mut codes = vec![0u8; k];
-            let mut pairs = Vec::with_capacity(k.div_ceil(group_blocks * BRICK_K));
+            let mut pairs = Vec::with_capacity(groups);
             for channel in channels {
                 quantize_channel(&weights[channel * k..][..k], scales[channel], &mut level1);
                 pairs.clear();
@@ -58,10 +57,10 @@ impl PackedWeights {
                 for (level1, codes) in level1.chunks(group_k).zip(codes.chunks_mut(group_k)) {
                     pairs.push(quantize_group(level1, codes));
                 }
-                write_channel(strip, channel % BRICK_CHANNELS, &codes, |block| pairs[block / group_blocks]);
+                strip.write_channel(channel % BRICK_CHANNELS, &codes, &pairs);
             }
         });
-        Ok(Self::assemble(bricks, scales, n, k, group))
+        Ok(packer.finish(scales))
     }
 }
 

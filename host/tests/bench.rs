@@ -2,6 +2,7 @@
 #![cfg(all(feature = "cli", feature = "bench"))]
 
 use assert_cmd::Command;
+use liquidgemm::Group;
 use liquidgemm::bench::circumstances::Circumstances;
 use liquidgemm::bench::record::{Point, Run};
 use liquidgemm::bench::statistics::Timing;
@@ -23,6 +24,7 @@ fn run(mismatch: Option<String>) -> Run {
         m,
         n: 4096,
         k: 4096,
+        group: Group::default(),
         plan: "a plan".into(),
         ours: timing(6.0),
         stream: Some(timing(5.0)),

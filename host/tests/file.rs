@@ -60,10 +60,36 @@ impl Contents {
             text += &format!("{}\n", self.metadata[key]);
         }
         let mut sealed = text.into_bytes();
-        sealed.extend(self.tensor("bricks").3.clone());
-        sealed.extend(self.tensor("channel_scales").3.clone());
+        let names: &[&str] = match self.metadata["format_version"].as_str() {
+            "1" => &["bricks", "channel_scales"],
+            _ => &["codes", "pairs", "channel_scales"],
+        };
+        for name in names {
+            sealed.extend(self.tensor(name).3.clone());
+        }
         let checksum = format!("{:016x}", xxhash_rust::xxh3::xxh3_64(&sealed));
         self.with("checksum", &checksum)
+    }
+
+    /// The same weights in version 1, which has the pairs of each block of 64 behind its codes.
+    fn in_version_1(mut self) -> Self {
+        let (_, _, shape, codes) = self.tensor("codes").clone();
+        let (_, _, pairs_shape, pairs) = self.tensor("pairs").clone();
+        let (strips, k_blocks, groups) = (shape[0], shape[1], pairs_shape[1]);
+        let group_blocks = match self.metadata["group"].parse::<usize>() {
+            Ok(group) => group / 64,
+            Err(_) => k_blocks,
+        };
+        let mut bricks = Vec::new();
+        for (strip, k_block) in
+            (0..strips).flat_map(|strip| (0..k_blocks).map(move |k_block| (strip, k_block)))
+        {
+            bricks.extend_from_slice(&codes[(strip * k_blocks + k_block) * 2048..][..2048]);
+            bricks.extend_from_slice(&pairs[(strip * groups + k_block / group_blocks) * 128..][..128]);
+        }
+        self.tensors.retain(|tensor| tensor.0 == "channel_scales");
+        self.tensors.push(("bricks".to_owned(), Dtype::U8, vec![strips, k_blocks, 2176], bricks));
+        self.with("format_version", "1").resealed()
     }
 
     fn bytes(self) -> Vec<u8> {
@@ -92,6 +118,17 @@ proptest! {
         let path = directory.path().join("w.safetensors");
         weights.save(&path).unwrap();
         prop_assert_eq!(PackedWeights::load(&path).unwrap(), weights);
+    }
+
+    #[test]
+    fn files_of_version_1_load_as_the_same_weights(
+        n in 1usize..200,
+        k in 1usize..400,
+        group in prop_oneof![Just(Group::K(64)), Just(Group::K(192)), Just(Group::Channel)],
+    ) {
+        let weights = weights(n, k, group);
+        let file = Contents::of(&saved_bytes(&weights)).in_version_1();
+        prop_assert_eq!(file.load().unwrap(), weights);
     }
 
     #[test]
@@ -137,7 +174,7 @@ fn bytes_behind_the_end_are_found() {
 #[test]
 fn a_damaged_code_is_a_checksum_error() {
     let mut contents = Contents::of(&saved_bytes(&weights(2, 3, Group::default())));
-    contents.tensor("bricks").3[5] ^= 1;
+    contents.tensor("codes").3[5] ^= 1;
     assert!(matches!(contents.load(), Err(FileError::ChecksumMismatch { .. })));
 }
 
@@ -145,8 +182,8 @@ fn a_damaged_code_is_a_checksum_error() {
 fn a_sealed_file_that_breaks_the_invariant_is_rejected_with_its_place_and_values() {
     let mut contents = Contents::of(&saved_bytes(&weights(70, 130, Group::default())));
     // Channel 65 is row 1 of the second strip; its pair in k block 2 is the second scale word there.
-    let brick = (3 + 2) * 2176;
-    contents.tensor("bricks").3[brick + 2048 + 4..][..2].copy_from_slice(&[9, 121]);
+    let group = 3 + 2;
+    contents.tensor("pairs").3[group * 128 + 4..][..2].copy_from_slice(&[9, 121]);
     match contents.resealed().load() {
         Err(FileError::Invalid(error)) => match *error {
             Error::InvariantBroken { channel: 65, k_block: 2, s: 9, a: 121 } => {}
@@ -159,7 +196,7 @@ fn a_sealed_file_that_breaks_the_invariant_is_rejected_with_its_place_and_values
 #[test]
 fn a_scale_of_zero_in_a_pair_is_rejected() {
     let mut contents = Contents::of(&saved_bytes(&weights(1, 1, Group::default())));
-    contents.tensor("bricks").3[2048] = 0;
+    contents.tensor("pairs").3[0] = 0;
     let error = contents.resealed().load().unwrap_err();
     assert!(error.to_string().contains("s must be at least 1"), "{error}");
 }
@@ -184,9 +221,18 @@ fn metadata_that_contradict_the_tensors_are_rejected() {
     let load = |key: &str, value: &str| Contents::of(&bytes).with(key, value).resealed().load();
     assert!(matches!(load("n", "69"), Err(FileError::WrongTensor { name: "channel_scales", .. })));
     assert!(matches!(load("n", "128"), Err(FileError::WrongTensor { name: "channel_scales", .. })));
-    assert!(matches!(load("k", "128"), Err(FileError::WrongTensor { name: "bricks", .. })));
-    // Pairs of a group of 64 do not repeat over a whole channel.
-    assert!(matches!(load("group", "channel"), Err(FileError::Invalid(_))));
+    assert!(matches!(load("k", "128"), Err(FileError::WrongTensor { name: "codes", .. })));
+    assert!(matches!(load("group", "128"), Err(FileError::WrongTensor { name: "pairs", .. })));
+    assert!(matches!(load("group", "channel"), Err(FileError::WrongTensor { name: "pairs", .. })));
+    // Version 1 repeats its pairs: those of a group of 64 differ along a channel.
+    let file = Contents::of(&bytes).in_version_1().with("group", "channel").resealed();
+    match file.load() {
+        Err(FileError::Invalid(error)) => match *error {
+            Error::PairsDiffer { channel: 0, k_block: 1, group: Group::Channel } => {}
+            other => panic!("{other}"),
+        },
+        other => panic!("{other:?}"),
+    }
 }
 
 #[test]
@@ -194,7 +240,7 @@ fn metadata_that_say_nothing_sensible_are_rejected() {
     let bytes = saved_bytes(&weights(70, 130, Group::default()));
     let load = |key: &str, value: &str| Contents::of(&bytes).with(key, value).resealed().load();
     assert!(matches!(load("format", "other"), Err(FileError::WrongFormat { .. })));
-    assert!(matches!(load("format_version", "2"), Err(FileError::WrongVersion { .. })));
+    assert!(matches!(load("format_version", "3"), Err(FileError::WrongVersion { .. })));
     for (key, values) in [
         ("n", ["", "-1", "1.5", "99999999999999999999999"]),
         ("k", ["", "x", "+", "0x10"]),
@@ -216,7 +262,7 @@ fn missing_metadata_and_tensors_are_named() {
         let error = Contents::of(&bytes).without(key).load().unwrap_err();
         assert!(error.to_string().contains(key) || key == "format_version", "{key}: {error}");
     }
-    for name in ["bricks", "channel_scales"] {
+    for name in ["codes", "pairs", "channel_scales"] {
         let mut contents = Contents::of(&bytes);
         contents.tensors.retain(|tensor| tensor.0 != name);
         let error = contents.load().unwrap_err();
@@ -231,6 +277,9 @@ fn tensors_of_another_type_or_shape_are_rejected() {
     contents.tensor("channel_scales").1 = Dtype::I32;
     assert!(matches!(contents.load(), Err(FileError::WrongTensor { name: "channel_scales", .. })));
     let mut contents = Contents::of(&bytes);
+    contents.tensor("codes").2 = vec![2048];
+    assert!(matches!(contents.load(), Err(FileError::WrongTensor { name: "codes", .. })));
+    let mut contents = Contents::of(&bytes).in_version_1();
     contents.tensor("bricks").2 = vec![2176];
     assert!(matches!(contents.load(), Err(FileError::WrongTensor { name: "bricks", .. })));
 }

@@ -29,12 +29,15 @@ fn check_round_trip(n: usize, k: usize, group: Group, seed: u64) {
     let unpacked = packed.unpack();
     assert_eq!((&unpacked.codes, &unpacked.pairs), (&codes, &pairs));
     assert_eq!(packed.channel_scales(), scales);
-    assert_eq!(packed.bricks().len(), n.div_ceil(64) * k.div_ceil(64) * 2176);
+    assert_eq!(packed.codes().len(), n.div_ceil(64) * k.div_ceil(64) * 2048);
+    assert_eq!(packed.pairs().len(), n.div_ceil(64) * groups * 128);
+    assert_eq!(packed.bytes(), packed.codes().len() + packed.pairs().len() + 4 * n);
     assert_eq!(packed.padded_channel_scales().len(), n.div_ceil(64) * 64);
     assert!(packed.padded_channel_scales()[n..].iter().all(|&scale| scale == 0.0));
 
     // The same weights from their own stored parts.
-    let again = PackedWeights::from_parts(packed.bricks().to_vec(), scales.clone(), n, k, group).unwrap();
+    let (stored_codes, stored_pairs) = (packed.codes().to_vec(), packed.pairs().to_vec());
+    let again = PackedWeights::from_parts(stored_codes, stored_pairs, scales.clone(), n, k, group).unwrap();
     assert_eq!(again, packed);
 
     let group_k = if let Group::K(group) = group { group } else { k };
@@ -86,12 +89,11 @@ fn padded_channels_stand_for_zero() {
     let (codes, pairs) = codes_and_pairs(1, 1, 64, 3);
     let packed = PackedWeights::pack(&codes, &pairs, vec![1.0], 1, 64, Group::default()).unwrap();
     for row in 1..64 {
-        let scale = 2048 + 4 * (row / 16 * 8 + row % 8) + row / 8 % 2 * 2;
-        assert_eq!(packed.bricks()[scale..scale + 2], [1, 128], "row {row}");
+        let pair = 4 * (row / 16 * 8 + row % 8) + row / 8 % 2 * 2;
+        assert_eq!(packed.pairs()[pair..pair + 2], [1, 128], "row {row}");
     }
     let real_codes = codes.iter().map(|&code| u32::from(code)).sum::<u32>();
-    let stored: u32 =
-        packed.bricks()[..2048].iter().map(|&byte| u32::from(byte & 15) + u32::from(byte >> 4)).sum();
+    let stored: u32 = packed.codes().iter().map(|&byte| u32::from(byte & 15) + u32::from(byte >> 4)).sum();
     assert_eq!(real_codes, stored, "codes of padded channels must be 0");
 }
 
@@ -120,11 +122,14 @@ fn pairs_beyond_the_invariant_are_rejected_with_their_position_and_values() {
 }
 
 #[test]
-fn pairs_that_differ_inside_a_group_are_rejected() {
-    let fine =
-        PackedWeights::pack(&[0; 128], &[(1, 128), (2, 100)], vec![1.0], 1, 128, Group::K(64)).unwrap();
-    let result = PackedWeights::from_parts(fine.bricks().to_vec(), vec![1.0], 1, 128, Group::K(128));
-    assert!(matches!(result, Err(Error::PairsDiffer { channel: 0, k_block: 1, .. })), "{result:?}");
+fn a_group_stores_its_pairs_once() {
+    let bits_a_weight = |group| {
+        let packed = PackedWeights::quantize(&vec![1.0f32; 128 * 4096], 128, 4096, group).unwrap();
+        (packed.codes().len() + packed.pairs().len()) as f64 * 8.0 / (128.0 * 4096.0)
+    };
+    assert_eq!(bits_a_weight(Group::K(64)), 4.25);
+    assert_eq!(bits_a_weight(Group::K(128)), 4.125);
+    assert_eq!(bits_a_weight(Group::Channel), 4.0 + 16.0 / 4096.0);
 }
 
 #[test]
@@ -144,13 +149,20 @@ fn wrong_lengths_are_named() {
     assert!(pack(139, 4, 2).unwrap_err().contains("codes must have 140"));
     assert!(pack(140, 5, 2).unwrap_err().contains("pairs must have 4"));
     assert!(pack(140, 4, 1).unwrap_err().contains("channel scales must have 2"));
-    let result = PackedWeights::from_parts(vec![0; 2175], vec![1.0], 1, 1, Group::default());
-    assert!(matches!(result, Err(Error::ShapeMismatch { what: "bricks", expected: 2176, .. })));
+    let from_parts = |codes: usize, pairs: usize| {
+        PackedWeights::from_parts(vec![0; codes], vec![1; pairs], vec![1.0], 1, 65, Group::default())
+    };
+    assert!(from_parts(4096, 256).is_ok());
+    let result = from_parts(4095, 256);
+    assert!(matches!(result, Err(Error::ShapeMismatch { what: "packed codes", expected: 4096, .. })));
+    let result = from_parts(4096, 128);
+    assert!(matches!(result, Err(Error::ShapeMismatch { what: "packed pairs", expected: 256, .. })));
 }
 
 #[test]
 fn impossible_shapes_are_errors_and_never_wrap() {
-    let from_parts = |n, k| PackedWeights::from_parts(vec![], vec![], n, k, Group::default()).unwrap_err();
+    let from_parts =
+        |n, k| PackedWeights::from_parts(vec![], vec![], vec![], n, k, Group::default()).unwrap_err();
     assert!(matches!(from_parts(0, 1), Error::EmptyDimension { dimension: "n" }));
     assert!(matches!(from_parts(1, 0), Error::EmptyDimension { dimension: "k" }));
     assert!(matches!(from_parts(1, 131_073), Error::KTooLarge { k: 131_073 }));

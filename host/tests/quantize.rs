@@ -76,7 +76,7 @@ proptest! {
         let n = values.len() / k;
         let packed = PackedWeights::quantize(&values[..n * k], n, k, Group::default()).unwrap();
         let again = PackedWeights::from_parts(
-            packed.bricks().to_vec(), packed.channel_scales().to_vec(), n, k, Group::default(),
+            packed.codes().to_vec(), packed.pairs().to_vec(), packed.channel_scales().to_vec(), n, k, Group::default(),
         );
         prop_assert_eq!(again.unwrap(), packed);
     }

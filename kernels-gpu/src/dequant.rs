@@ -5,6 +5,8 @@
 
 use liquidgemm_format::brick::CODE_BYTES;
 use liquidgemm_format::dequant::dequantize_word;
+use liquidgemm_format::stream::WeightStream;
+use liquidgemm_format::tile::STRIP_SPAN_CODE_BYTES;
 
 use crate::ptx::integer::{multiply_add_flip, permute_bytes};
 use crate::ptx::memory::{load_shared, load_shared_x4};
@@ -27,14 +29,14 @@ impl Dequantization for LiquidQuant {
     }
 }
 
-/// 32 codes of two channels and the channels' pairs, as they lie in the brick.
+/// 32 codes of two channels in a brick, and the channels' pairs.
 #[derive(Clone, Copy)]
 pub struct BrickShare {
     words: [u32; 4],
     pairs: u32,
 }
 
-/// Where in every brick a thread's share lies.
+/// Where a thread's share of a strip's first brick lies in every span.
 #[derive(Clone, Copy)]
 pub struct SharePlace {
     codes: u32,
@@ -46,25 +48,44 @@ impl SharePlace {
     #[inline(always)]
     pub fn of_thread(thread: u32) -> Self {
         let (warp, group) = (thread / 32, thread % 32 / 4);
-        Self { codes: thread * 16, pairs: CODE_BYTES as u32 + (warp * 8 + group) * 4 }
+        Self { codes: thread * 16, pairs: STRIP_SPAN_CODE_BYTES + (warp * 8 + group) * 4 }
     }
 
-    /// The place in a brick `bytes` further on.
+    /// The place in a span `bytes` further on.
     #[inline(always)]
     pub fn moved(self, bytes: u32) -> Self {
         Self { codes: self.codes + bytes, pairs: self.pairs + bytes }
     }
+
+    /// The place in the first or the second brick of the span.
+    #[inline(always)]
+    pub fn in_brick(self, brick: u32, stream: WeightStream) -> Self {
+        Self {
+            codes: self.codes + brick * CODE_BYTES as u32,
+            pairs: self.pairs + brick * stream.second_pairs,
+        }
+    }
 }
 
 impl BrickShare {
-    /// Loads the share from the brick at `brick` in shared memory.
+    /// Loads the share from a strip's span in shared memory.
     ///
     /// # Safety
-    /// A whole brick lies at `brick`, 16-byte aligned.
+    /// A strip's codes and pairs lie at `span`, 16-byte aligned.
     #[inline(always)]
-    pub unsafe fn load(brick: u32, place: SharePlace) -> Self {
-        // SAFETY: the place lies inside the brick.
-        unsafe { Self::load_from(brick + place.codes, brick + place.pairs) }
+    pub unsafe fn load(span: u32, place: SharePlace) -> Self {
+        // SAFETY: the place lies inside the span.
+        unsafe { Self::load_from(span + place.codes, span + place.pairs) }
+    }
+
+    /// Loads the share of the span's second brick.
+    ///
+    /// # Safety
+    /// As for [`load`](Self::load); `place` is that of the first brick, and `stream` that of the weights.
+    #[inline(always)]
+    pub unsafe fn load_second(span: u32, place: SharePlace, stream: WeightStream) -> Self {
+        // SAFETY: as above.
+        unsafe { Self::load(span, place.in_brick(1, stream)) }
     }
 
     /// Loads the share from where its codes and its channels' pairs lie in shared memory.

@@ -13,7 +13,7 @@ use liquidgemm_format::tile::{MAX_EPILOGUE_TOKENS, TileShape, WARPGROUP};
 use crate::partials::sync_consumer;
 use crate::pipeline::{Consumer, Shared};
 use crate::ptx::copy::{copy_4_if, end_group};
-use crate::ptx::hint::no_unroll;
+use crate::ptx::hint::{self, no_unroll};
 use crate::ptx::integer::{add_bias, pack_bf16, pack_f16, scale};
 use crate::ptx::matrix::{store_transposed_x2, store_transposed_x4};
 use crate::ptx::memory::{
@@ -107,7 +107,7 @@ impl<'a> Epilogue<'a> {
             Scales {
                 tokens: [token(self.consumer.thread), token(self.consumer.thread + WARPGROUP)],
                 channel: [
-                    element(arguments.channel_scales, channel, n, 0.0),
+                    element(arguments.weights.channel_scales, channel, n, 0.0),
                     element(arguments.bias, channel, n, NO_BIAS),
                 ],
             }
@@ -162,9 +162,9 @@ impl<'a> Epilogue<'a> {
             let valid = thread < BRICK_CHANNELS as u32 && channel < arguments.n;
             let place = self.channels + thread * 8;
             copy_4_if(
-                valid && arguments.channel_scales != 0,
+                valid && arguments.weights.channel_scales != 0,
                 place,
-                arguments.channel_scales + channel as u64 * 4,
+                arguments.weights.channel_scales + channel as u64 * 4,
             );
             if arguments.bias != 0 {
                 copy_4_if(valid, place + 4, arguments.bias + channel as u64 * 4);
@@ -215,7 +215,15 @@ impl<'a> Epilogue<'a> {
             output_type::BF16 | output_type::F16 => {
                 accumulator.visit(&mut Transposed::new(scaling, Either { is_bf16 }, Pieces));
             }
-            _ => accumulator.visit(&mut Direct { scaling, is_scaled: output_type == output_type::F32 }),
+            _ => {
+                // The largest tiles have no register to keep what is derived from the thread's index in.
+                let thread = hint::thread_idx_anew() % WARPGROUP;
+                accumulator.visit(&mut Direct {
+                    scaling,
+                    thread,
+                    is_scaled: output_type == output_type::F32,
+                });
+            }
         }
         // The next tile's scales may overwrite these.
         sync_consumer(self.consumer.index);
@@ -470,6 +478,8 @@ impl<H: Half, E: Exit, const BIAS: bool> BlockVisitor for Transposed<'_, '_, H, 
 /// 32-bit results, from the registers: f32, or the sums themselves. One piece of code for both is worth an instruction a result.
 struct Direct<'a, 'b> {
     scaling: Scaling<'a, 'b, true>,
+    /// The thread in its warpgroup.
+    thread: u32,
     is_scaled: bool,
 }
 
@@ -480,9 +490,9 @@ impl BlockVisitor for Direct<'_, '_> {
         if !self.scaling.writes(j) {
             return;
         }
-        let lane = epilogue.consumer.thread % 32;
+        let lane = self.thread % 32;
         let token = epilogue.first_token + 8 * j + lane % 4 * 2;
-        let channel = epilogue.first_channel + epilogue.consumer.thread / 32 * 16 + lane / 4;
+        let channel = epilogue.first_channel + self.thread / 32 * 16 + lane / 4;
         let [a, b, c, d] = self.scaling.scaled(j, block);
         let value = |scaled: f32, sum: i32| if self.is_scaled { scaled.to_bits() } else { sum as u32 };
         let values = [value(a, block[0]), value(b, block[1]), value(c, block[2]), value(d, block[3])];

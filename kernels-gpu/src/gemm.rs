@@ -10,10 +10,11 @@ use core::marker::PhantomData;
 
 use cuda_std::{TensorMap, cluster, shared, thread, warp};
 use liquidgemm_format::arguments::GemmArguments;
-use liquidgemm_format::brick::BRICK_BYTES;
+use liquidgemm_format::brick::PAIR_BYTES;
 use liquidgemm_format::ring::RingCursor;
 use liquidgemm_format::schedule::{Schedule, Segment, TilePosition};
-use liquidgemm_format::tile::{SPAN_BRICKS, SPAN_K, STRIP_SPAN_BYTES, TileShape};
+use liquidgemm_format::stream::WeightStream;
+use liquidgemm_format::tile::{SPAN_BRICKS, SPAN_K, STRIP_SPAN_BYTES, STRIP_SPAN_CODE_BYTES, TileShape};
 
 use crate::dequant::{BrickShare, Dequantization, SharePlace};
 use crate::epilogue::Epilogue;
@@ -78,7 +79,7 @@ pub unsafe fn gemm<
     let shape = const {
         TileShape { strips: STRIPS, tokens: A::TOKENS, halves: HALVES, split: SPLIT, stages: STAGES }
     };
-    let shared = Shared::new(shared::dynamic_shared_mem(), shape);
+    let shared = Shared::new(shared::dynamic_shared_mem(), shape, arguments.weights.stream);
     let thread = thread::thread_idx_x();
     let warp = warp::broadcast(thread / warp::WARP_SIZE);
     let warpgroup = warp / 4;
@@ -172,7 +173,7 @@ pub(crate) unsafe fn produce_bricks<const STAGES: u32>(
     cluster: Cluster,
 ) {
     let schedule = arguments.schedule;
-    let strip_bytes = arguments.k_blocks as u64 * BRICK_BYTES as u64;
+    let stream = arguments.weights.stream;
     let mut ring = RingCursor::<STAGES>::start();
     let begin = thread::clock64() as u32;
     let pace = arguments.first_turn_cycles;
@@ -181,38 +182,76 @@ pub(crate) unsafe fn produce_bricks<const STAGES: u32>(
     for segment in schedule.segments(cluster::cluster_idx_x()) {
         let first_strip = first_strip(schedule.position(segment.tile), shape, cluster);
         let strips = tile_strips(arguments, first_strip, shape);
-        let mut block = (first_step(schedule, cluster) + segment.k_begin) * shape.stage_bricks();
-        let mut source =
-            arguments.bricks + first_strip as u64 * strip_bytes + block as u64 * BRICK_BYTES as u64;
-        for _ in segment.k_begin..segment.k_end {
+        let source = arguments.weights.strips + first_strip as u64 * stream.strip_bytes as u64;
+        let mut first_span = (first_step(schedule, cluster) + segment.k_begin) * shape.spans();
+        let mut offset = first_span * stream.span_bytes;
+        for step in 0..segment.k_end - segment.k_begin {
             let stage = ring.stage();
             if due < STAGES * pace {
                 while (thread::clock64() as u32).wrapping_sub(begin) < due {}
                 due += pace;
             }
-            // SAFETY: the stage is empty once acquired and holds what is copied; the bricks exist.
+            let load = SpanLoad::new(stream, step < STAGES);
+            // SAFETY: the stage is empty once acquired and holds what is copied; the spans exist.
             unsafe {
                 shared.acquire_empty(stage, ring.empty_parity());
                 seq_macro::seq!(SPAN in 0..2 {
                     if SPAN < shape.spans() {
-                        // Past the last brick the activations are zeros, so stale bricks add nothing. Where two blocks
-                        // share K, the second one's last step may have none at all.
-                        let left = arguments.k_blocks.saturating_sub(block + SPAN * SPAN_BRICKS);
-                        let bytes = left.min(SPAN_BRICKS) * BRICK_BYTES as u32;
+                        // Past the last span the activations are zeros, so stale bricks add nothing. Where two blocks share K, the second
+                        // one's last step may have no span at all.
+                        let exists = SPAN == 0 && shape.split == 1 || first_span + SPAN < stream.spans;
+                        let bytes = if exists { load.bytes() } else { 0 };
                         let full = shared.announce(stage, SPAN, strips * bytes);
-                        let offset = SPAN * STRIP_SPAN_BYTES;
                         seq_macro::seq!(STRIP in 0..3 {
-                            if STRIP < shape.strips && STRIP < strips && (SPAN == 0 && shape.split == 1 || bytes > 0) {
-                                let from = source + STRIP * strip_bytes + offset as u64;
-                                tma::load_bulk(shared.bricks(stage, STRIP) + offset, from, bytes, full, policy);
+                            if STRIP < shape.strips && STRIP < strips && exists {
+                                let to = shared.bricks(stage, STRIP) + SPAN * STRIP_SPAN_BYTES;
+                                let strip = source + STRIP * stream.strip_bytes as u64;
+                                load.load(to, strip, offset + SPAN * stream.span_bytes, full, policy);
                             }
                         });
                     }
                 });
             }
-            block += shape.stage_bricks();
-            source += shape.strip_stage_bytes() as u64;
+            first_span += shape.spans();
+            offset += shape.spans() * stream.span_bytes;
             ring = ring.next();
+        }
+    }
+}
+
+/// What is loaded of every strip of a tile for a span: the span, and where a channel has its pairs once, these.
+#[derive(Clone, Copy)]
+pub(crate) struct SpanLoad {
+    stream: WeightStream,
+    loads_channel_pairs: bool,
+}
+
+impl SpanLoad {
+    /// `is_first` says that no other span of the tile has been in its place in the ring: pairs that a channel has once stay there.
+    #[inline(always)]
+    pub(crate) fn new(stream: WeightStream, is_first: bool) -> Self {
+        Self { stream, loads_channel_pairs: stream.channel_pairs > 0 && is_first }
+    }
+
+    /// Bytes of each strip.
+    #[inline(always)]
+    pub(crate) fn bytes(self) -> u32 {
+        self.stream.span_bytes + if self.loads_channel_pairs { PAIR_BYTES as u32 } else { 0 }
+    }
+
+    /// Loads a strip's span, which lies `offset` behind the first span of a strip at `strip`.
+    ///
+    /// # Safety
+    /// As for [`tma::load_bulk`].
+    #[inline(always)]
+    pub(crate) unsafe fn load(self, to: u32, strip: u64, offset: u32, full: u32, policy: Policy) {
+        // SAFETY: the caller vouches for the addresses.
+        unsafe {
+            let from = strip + (self.stream.channel_pairs + offset) as u64;
+            tma::load_bulk(to, from, self.stream.span_bytes, full, policy);
+            if self.loads_channel_pairs {
+                tma::load_bulk(to + STRIP_SPAN_CODE_BYTES, strip, PAIR_BYTES as u32, full, policy);
+            }
         }
     }
 }
@@ -256,7 +295,7 @@ impl TokenBoxes {
 /// How many tokens there are of a tile that begins with `first`.
 #[inline(always)]
 pub(crate) fn tile_tokens(arguments: &GemmArguments, first: u32, shape: TileShape) -> u32 {
-    (arguments.m - first).min(shape.tokens)
+    arguments.m.saturating_sub(first).min(shape.tokens)
 }
 
 /// The second producer: keeps the ring full of activations, which the launch before this one may have to finish first.
@@ -518,11 +557,11 @@ impl<D: Dequantization, const STAGES: u32> StageWalk<D, STAGES> {
         cluster: Cluster,
         consumer: Consumer,
     ) -> Self {
-        let place = SharePlace::of_thread(consumer.thread).moved(shared.own_bricks(0, consumer));
+        let place = shared.share_place(consumer);
         // SAFETY: the stage is acquired before it is read.
         let shares = unsafe {
             shared.acquire_full(ring.stage(), 0, ring.full_parity());
-            Self::load(shape, ring, 0, place)
+            Self::load(shape, ring, 0, place, shared.stream())
         };
         Self {
             dequantization: PhantomData,
@@ -545,13 +584,14 @@ impl<D: Dequantization, const STAGES: u32> StageWalk<D, STAGES> {
         ring: RingCursor<STAGES>,
         span: u32,
         place: SharePlace,
+        stream: WeightStream,
     ) -> [BrickShare; SPAN_BRICKS as usize] {
         let bricks = ring.stage() * shape.stage_bytes() + span * STRIP_SPAN_BYTES;
         // SAFETY: the caller has acquired the stage.
         unsafe {
             let first = BrickShare::load(bricks, place);
             if shape.halves == 1 {
-                [first, BrickShare::load(bricks + BRICK_BYTES as u32, place)]
+                [first, BrickShare::load_second(bricks, place, stream)]
             } else {
                 [first, first]
             }
@@ -588,7 +628,7 @@ impl<D: Dequantization, const STAGES: u32> StageWalk<D, STAGES> {
         // group is done; the group before this one is done after the wait, and with the first span's the stage before.
         unsafe {
             if next_is_full && goes_on {
-                self.shares = Self::load(shape, next, next_span, self.place);
+                self.shares = Self::load(shape, next, next_span, self.place, self.shared.stream());
             }
             wgmma::fence();
             if shape.halves == 1 {
@@ -599,7 +639,7 @@ impl<D: Dequantization, const STAGES: u32> StageWalk<D, STAGES> {
             wgmma::commit();
             if !next_is_full && goes_on {
                 self.shared.acquire_full(next.stage(), next_span, next.full_parity());
-                self.shares = Self::load(shape, next, next_span, self.place);
+                self.shares = Self::load(shape, next, next_span, self.place, self.shared.stream());
             }
             wgmma::wait::<1>();
             if span == 0 && before != STAGES {

@@ -3,9 +3,11 @@
 //! The layout is `liquidgemm_format::tile`'s, from which the host takes the size.
 
 use cuda_std::cluster;
-use liquidgemm_format::brick::{BRICK_BYTES, BRICK_CHANNELS};
+use liquidgemm_format::brick::BRICK_CHANNELS;
+use liquidgemm_format::stream::WeightStream;
 use liquidgemm_format::tile::{SPLIT_BARRIERS_BYTES, TileShape, WARPGROUP};
 
+use crate::dequant::SharePlace;
 use crate::ptx::{mbarrier, wgmma};
 
 /// Where a block stands in its cluster.
@@ -98,13 +100,20 @@ impl Consumer {
 pub struct Shared {
     base: u32,
     shape: TileShape,
+    stream: WeightStream,
 }
 
 impl Shared {
-    /// The memory at `base`, 1,024-byte aligned and at least `shape.shared_bytes()` long.
+    /// The memory at `base`, 1,024-byte aligned and at least `shape.shared_bytes()` long, for weights of this layout.
     #[inline(always)]
-    pub fn new(base: u32, shape: TileShape) -> Self {
-        Self { base, shape }
+    pub fn new(base: u32, shape: TileShape, stream: WeightStream) -> Self {
+        Self { base, shape, stream }
+    }
+
+    /// How the weights are laid out, in device memory and here.
+    #[inline(always)]
+    pub fn stream(self) -> WeightStream {
+        self.stream
     }
 
     /// The address of a stage.
@@ -125,16 +134,18 @@ impl Shared {
         wgmma::descriptor(self.base) + stage * wgmma::descriptor_step(self.shape.stage_bytes())
     }
 
-    /// The bricks of a strip in a stage, along K.
+    /// The bricks of a strip in a stage, span by span: the codes, then the pairs.
     #[inline(always)]
     pub fn bricks(self, stage: u32, strip: u32) -> u32 {
         self.stage(stage) + self.shape.bricks_offset() + strip * self.shape.strip_stage_bytes()
     }
 
-    /// The first brick of a stage that is a consumer's own.
+    /// Where a consumer's thread finds its share of the first brick that is the consumer's own, in stage 0.
     #[inline(always)]
-    pub fn own_bricks(self, stage: u32, consumer: Consumer) -> u32 {
-        self.bricks(stage, consumer.strip) + consumer.half * BRICK_BYTES as u32
+    pub fn share_place(self, consumer: Consumer) -> SharePlace {
+        SharePlace::of_thread(consumer.thread)
+            .moved(self.bricks(0, consumer.strip))
+            .in_brick(consumer.half, self.stream)
     }
 
     /// The buffer in which a consumer transposes its result.

@@ -9,13 +9,14 @@
 
 use cuda_std::{TensorMap, shared, thread, warp};
 use liquidgemm_format::arguments::{SkinnyArguments, output_type};
-use liquidgemm_format::brick::{BRICK_BYTES, CODE_BYTES};
+use liquidgemm_format::brick::CODE_BYTES;
 use liquidgemm_format::dequant::multiply_add_flip;
 use liquidgemm_format::ring::RingCursor;
 use liquidgemm_format::skinny::{
     GROUP_TOKENS, STEP_BRICKS, STEP_K, STRIP_UNITS, SUMS_BYTES, SUMS_TOKEN_BYTES, SkinnyShape, UNIT_CHANNELS,
-    UNIT_CODE_BYTES, UNIT_SCALE_BYTES, WARPS,
+    UNIT_CODE_BYTES, UNIT_PAIR_BYTES, WARPS,
 };
+use liquidgemm_format::tile::{SPAN_BRICKS, STRIP_SPAN_CODE_BYTES};
 use seq_macro::seq;
 
 use crate::dequant::BrickShare;
@@ -57,7 +58,7 @@ pub unsafe fn skinny<const UNITS: usize, const GROUPS: usize, const STAGES: u32,
     let shape = const { shape(UNITS, GROUPS) };
     let place = Place::of_thread();
     let (first_unit, end_unit) = arguments.shares.of_block(thread::block_idx_x());
-    let steps = arguments.k_blocks.div_ceil(STEP_BRICKS);
+    let steps = arguments.weights.stream.spans;
     // SAFETY: the caller vouches for the arguments; the warp is whole.
     unsafe {
         let mut weights = WeightRing::<UNITS, GROUPS>::new(arguments, place, [first_unit, end_unit]);
@@ -168,10 +169,9 @@ struct WeightRing<'a, const UNITS: usize, const GROUPS: usize> {
     brick: u32,
     /// The address of that brick in the pass's first strip.
     source: u64,
-    /// Offsets from there: of what this lane copies of each unit's codes in the first brick, and of what it copies of
-    /// the pairs.
+    /// Offsets from there: of what this lane copies of each unit's codes in the first brick, and of what it copies of the pairs.
     codes: [u32; UNITS],
-    pairs: u32,
+    pairs: i32,
 }
 
 impl<'a, const UNITS: usize, const GROUPS: usize> WeightRing<'a, UNITS, GROUPS> {
@@ -201,8 +201,9 @@ impl<'a, const UNITS: usize, const GROUPS: usize> WeightRing<'a, UNITS, GROUPS> 
     /// Turns to the pass that begins with `first_unit`.
     #[inline(always)]
     fn begin_pass(&mut self) {
-        let arguments = self.arguments;
-        let strip_bytes = arguments.k_blocks * BRICK_BYTES as u32;
+        let weights = &self.arguments.weights;
+        let stream = weights.stream;
+        let strip_bytes = stream.strip_bytes;
         let strip = self.first_unit / STRIP_UNITS;
         let offset = |unit: u32| {
             let unit = self.first_unit + unit;
@@ -214,22 +215,27 @@ impl<'a, const UNITS: usize, const GROUPS: usize> WeightRing<'a, UNITS, GROUPS> 
                 self.codes[UNIT] = offset(UNIT) + lane * 16;
             }
         });
-        // Two lanes for each unit of each brick.
-        let (unit, brick) = (lane / 2 % UNITS as u32, lane / 2 / UNITS as u32);
-        let in_strip = (self.first_unit + unit) % STRIP_UNITS;
-        self.pairs = offset(unit) - in_strip * (UNIT_CODE_BYTES - UNIT_SCALE_BYTES)
-            + brick * BRICK_BYTES as u32
-            + CODE_BYTES as u32
-            + lane % 2 * 16;
         self.brick = self.place.warp * STEP_BRICKS;
         // A warp may be left without a step.
-        self.units = if self.brick < arguments.k_blocks {
-            arguments.shares.pass.min(self.end_unit - self.first_unit)
+        self.units = if self.place.warp < stream.spans {
+            self.arguments.shares.pass.min(self.end_unit - self.first_unit)
         } else {
             0
         };
-        self.source =
-            arguments.bricks + strip as u64 * strip_bytes as u64 + self.brick as u64 * BRICK_BYTES as u64;
+        let first = stream.channel_pairs + self.place.warp * stream.span_bytes;
+        self.source = weights.strips + strip as u64 * strip_bytes as u64 + first as u64;
+        // Two lanes for each unit of each brick.
+        let (unit, brick) = (self.first_unit + lane / 2 % UNITS as u32, lane / 2 / UNITS as u32);
+        let in_strip = if stream.channel_pairs > 0 {
+            0u32.wrapping_sub(first)
+        } else {
+            STRIP_SPAN_CODE_BYTES + brick * stream.second_pairs
+        };
+        self.pairs = ((unit / STRIP_UNITS - strip) * strip_bytes
+            + unit % STRIP_UNITS * UNIT_PAIR_BYTES
+            + lane % 2 * 16)
+            .wrapping_add(in_strip)
+            .cast_signed();
     }
 
     /// At the beginning of a step: asks for the step that takes the place of the one before, as one group of copies. The
@@ -256,17 +262,15 @@ impl<'a, const UNITS: usize, const GROUPS: usize> WeightRing<'a, UNITS, GROUPS> 
     unsafe fn fill(&mut self) {
         let shape = Self::SHAPE;
         let lane = self.place.lane;
-        // Past the last brick the activations are zeros, so what happens to lie there adds nothing.
-        let left = self.arguments.k_blocks - self.brick;
-        let first_units = if left > 0 { self.units } else { 0 };
-        let second_units = if shape.stage_bricks == 2 && left > 1 { self.units } else { 0 };
+        let stream = self.arguments.weights.stream;
+        let units = self.units;
         // SAFETY: the stage has room for all of it; the units and the bricks exist.
         unsafe {
             let to = self.fill + lane * 16;
             seq!(UNIT in 0..8 {
                 if UNIT < UNITS {
                     copy::copy_16_if(
-                        UNIT < first_units,
+                        UNIT < units,
                         to + UNIT * UNIT_CODE_BYTES,
                         self.source + self.codes[UNIT] as u64,
                     );
@@ -276,32 +280,35 @@ impl<'a, const UNITS: usize, const GROUPS: usize> WeightRing<'a, UNITS, GROUPS> 
                 seq!(UNIT in 0..8 {
                     if UNIT < UNITS {
                         copy::copy_16_if(
-                            UNIT < second_units,
+                            UNIT < units,
                             to + (UNIT + UNITS as u32) * UNIT_CODE_BYTES,
-                            self.source + self.codes[UNIT] as u64 + BRICK_BYTES as u64,
+                            self.source + self.codes[UNIT] as u64 + CODE_BYTES as u64,
                         );
                     }
                 });
             }
             let (unit, brick) = (lane / 2 % UNITS as u32, lane / 2 / UNITS as u32);
-            let has_pairs = match brick {
-                0 => unit < first_units,
-                1 => unit < second_units,
-                _ => false,
-            };
-            copy::copy_16_if(has_pairs, to + shape.pairs_offset(), self.source + self.pairs as u64);
+            let has_pairs = brick < shape.stage_bricks && unit < units;
+            let pairs = self.source.wrapping_add_signed(self.pairs as i64);
+            copy::copy_16_if(has_pairs, to + shape.pairs_offset(), pairs);
         }
         copy::end_group();
         self.fill = self.next(self.fill);
-        // The rest of the step, or the warp's next step.
-        let bricks = if (self.brick + shape.stage_bricks).is_multiple_of(STEP_BRICKS) {
-            (WARPS - 1) * STEP_BRICKS + shape.stage_bricks
+        // The warp's next step, or the rest of this one.
+        const { assert!(STEP_BRICKS == SPAN_BRICKS) };
+        let next_step = WARPS * stream.span_bytes;
+        let (bricks, bytes, pairs) = if shape.stage_bricks == STEP_BRICKS {
+            (WARPS * STEP_BRICKS, next_step, 0)
+        } else if self.brick.is_multiple_of(STEP_BRICKS) {
+            (1, CODE_BYTES as u32, stream.second_pairs.cast_signed() - CODE_BYTES as i32)
         } else {
-            shape.stage_bricks
+            let pairs = CODE_BYTES as i32 - stream.second_pairs.cast_signed();
+            ((WARPS - 1) * STEP_BRICKS + 1, next_step - CODE_BYTES as u32, pairs)
         };
         self.brick += bricks;
-        self.source += bricks as u64 * BRICK_BYTES as u64;
-        let is_over = self.brick >= self.arguments.k_blocks.next_multiple_of(STEP_BRICKS);
+        self.source += bytes as u64;
+        self.pairs += if stream.channel_pairs > 0 { -bytes.cast_signed() } else { pairs };
+        let is_over = self.brick >= stream.spans * STEP_BRICKS;
         if is_over && self.units > 0 {
             self.first_unit += self.units;
             self.begin_pass();
@@ -423,7 +430,7 @@ unsafe fn multiply_step<const UNITS: usize, const GROUPS: usize, const STAGES: u
                     let index = BRICK % shape.stage_bricks * UNITS as u32 + UNIT;
                     let share = BrickShare::load_from(
                         codes + index * UNIT_CODE_BYTES,
-                        pairs + index * UNIT_SCALE_BYTES,
+                        pairs + index * UNIT_PAIR_BYTES,
                     );
                     let first = share.operand_by::<0>(multiply_add_flip);
                     let second = share.operand_by::<1>(multiply_add_flip);
@@ -467,7 +474,7 @@ impl Scales {
         unsafe {
             Self {
                 token: element(arguments.token_scales, thread, m, 0.0),
-                channel: element(arguments.channel_scales, channel, n, 0.0),
+                channel: element(arguments.weights.channel_scales, channel, n, 0.0),
                 bias: element(arguments.bias, channel, n, NO_BIAS),
             }
         }

@@ -8,13 +8,12 @@
 
 use cuda_std::{TensorMap, cluster, shared, thread, warp};
 use liquidgemm_format::arguments::GemmArguments;
-use liquidgemm_format::brick::BRICK_BYTES;
 use liquidgemm_format::ring::RingCursor;
-use liquidgemm_format::tile::{SPAN_BRICKS, SPAN_K, STRIP_SPAN_BYTES, TileShape, WARPGROUP};
+use liquidgemm_format::tile::{SPAN_K, TileShape, WARPGROUP};
 
 use crate::dequant::{BrickShare, LiquidQuant, SharePlace};
 use crate::epilogue::Epilogue;
-use crate::gemm::{TokenBoxes, first_strip, sync, tile_strips, tile_tokens};
+use crate::gemm::{SpanLoad, TokenBoxes, first_strip, sync, tile_strips, tile_tokens};
 use crate::pipeline::{Cluster, Consumer, Shared};
 use crate::ptx::tma::Policy;
 use crate::ptx::wgmma::{Accumulator, DESCRIPTOR_K32};
@@ -32,7 +31,7 @@ pub unsafe fn gemm<A: Accumulator, const STRIPS: u32, const STAGES: u32>(
 ) {
     let shape =
         const { TileShape { strips: STRIPS, tokens: A::TOKENS, halves: 1, split: 1, stages: STAGES } };
-    let shared = Shared::new(shared::dynamic_shared_mem(), shape);
+    let shared = Shared::new(shared::dynamic_shared_mem(), shape, arguments.weights.stream);
     let thread = thread::thread_idx_x();
     let warp = warp::broadcast(thread / warp::WARP_SIZE);
     let cluster = Cluster::of_block(shape);
@@ -68,7 +67,7 @@ pub unsafe fn gemm<A: Accumulator, const STRIPS: u32, const STAGES: u32>(
         shared,
         shape,
         cluster,
-        place: SharePlace::of_thread(consumer.thread).moved(shared.own_bricks(0, consumer)),
+        place: shared.share_place(consumer),
         lane: thread % warp::WARP_SIZE,
         ring: RingCursor::start(),
         fills,
@@ -134,14 +133,14 @@ impl<const STAGES: u32> Walk<STAGES> {
         // SAFETY: a stage is read between acquiring and releasing it; no operand's register is written before its group is done.
         unsafe {
             shared.acquire_full(self.ring.stage(), 0, self.ring.full_parity());
-            let mut share = self.load(self.ring, 0);
+            let mut share = self.load(self.ring);
             let tile_steps = steps;
             while steps > 0 {
                 let (ring, next) = (self.ring, self.ring.next());
                 // The same for all threads, which the compiler can't see.
                 let tile = warp::broadcast(shared.activation_descriptor(ring.stage()));
                 let operands = [share.operand::<LiquidQuant, 0>(), share.operand::<LiquidQuant, 1>()];
-                share = self.load(ring, BRICK_BYTES as u32);
+                share = self.load_second(ring);
                 wgmma::fence();
                 // The tile's first products replace what the accumulator holds.
                 accumulator.multiply_accumulate_along(operands, tile, steps < tile_steps);
@@ -156,14 +155,14 @@ impl<const STAGES: u32> Walk<STAGES> {
                 let operands = [share.operand::<LiquidQuant, 0>(), share.operand::<LiquidQuant, 1>()];
                 steps -= 1;
                 if next_is_full && steps > 0 {
-                    share = self.load(next, 0);
+                    share = self.load(next);
                 }
                 wgmma::fence();
                 accumulator.multiply_accumulate_along(operands, tile + 2 * DESCRIPTOR_K32, true);
                 wgmma::commit();
                 if !next_is_full && steps > 0 {
                     shared.acquire_full(next.stage(), 0, next.full_parity());
-                    share = self.load(next, 0);
+                    share = self.load(next);
                 }
                 wgmma::wait::<0>();
                 shared.release(ring.stage(), cluster, self.lane);
@@ -172,14 +171,25 @@ impl<const STAGES: u32> Walk<STAGES> {
         }
     }
 
-    /// Loads the codes of the brick that lies `offset` behind the consumer's first in a stage.
+    /// Loads the consumer's share of a stage's first brick.
     ///
     /// # Safety
     /// The stage is acquired.
     #[inline(always)]
-    unsafe fn load(&self, ring: RingCursor<STAGES>, offset: u32) -> BrickShare {
+    unsafe fn load(&self, ring: RingCursor<STAGES>) -> BrickShare {
         // SAFETY: the caller vouches for the stage.
-        unsafe { BrickShare::load(ring.stage() * self.shape.stage_bytes() + offset, self.place) }
+        unsafe { BrickShare::load(ring.stage() * self.shape.stage_bytes(), self.place) }
+    }
+
+    /// Loads its share of the second.
+    ///
+    /// # Safety
+    /// The stage is acquired.
+    #[inline(always)]
+    unsafe fn load_second(&self, ring: RingCursor<STAGES>) -> BrickShare {
+        let span = ring.stage() * self.shape.stage_bytes();
+        // SAFETY: the caller vouches for the stage.
+        unsafe { BrickShare::load_second(span, self.place, self.shared.stream()) }
     }
 }
 
@@ -195,8 +205,10 @@ struct Filler<'a, const STAGES: u32> {
     ring: RingCursor<STAGES>,
     tile: u32,
     step: u32,
-    /// The address of the first strip's bricks.
+    /// The address of the tile's first strip.
     source: u64,
+    /// Bytes from the strips' first spans to those that are next.
+    offset: u32,
     /// How many strips of the tile there are.
     strips: u32,
     /// The first of the tokens that this block loads.
@@ -227,6 +239,7 @@ impl<'a, const STAGES: u32> Filler<'a, STAGES> {
             tile: worker,
             step: 0,
             source: 0,
+            offset: 0,
             strips: 0,
             token: 0,
             activation_bytes: 0,
@@ -291,11 +304,6 @@ impl<'a, const STAGES: u32> Filler<'a, STAGES> {
         self.tile >= self.arguments.schedule.tiles()
     }
 
-    #[inline(always)]
-    fn strip_bytes(&self) -> u64 {
-        self.arguments.k_blocks as u64 * BRICK_BYTES as u64
-    }
-
     /// The first of this block's tokens in a tile.
     #[inline(always)]
     fn own_tokens(&self) -> u32 {
@@ -306,17 +314,16 @@ impl<'a, const STAGES: u32> Filler<'a, STAGES> {
     #[inline(always)]
     unsafe fn fill_bricks(&self) {
         let (shared, stage, strips) = (self.shared, self.ring.stage(), self.strips);
-        // Past the last brick the activations are zeros, so stale bricks add nothing.
-        let left = self.arguments.k_blocks - self.step * SPAN_BRICKS;
-        let bytes = left.min(SPAN_BRICKS) * BRICK_BYTES as u32;
+        let stream = shared.stream();
+        let load = SpanLoad::new(stream, self.step < STAGES);
         let policy = Policy::evict_first();
         // SAFETY: the stage is empty and holds what is copied; the bricks exist.
         unsafe {
-            let full = shared.announce(stage, 0, strips * bytes + self.activation_bytes);
+            let full = shared.announce(stage, 0, strips * load.bytes() + self.activation_bytes);
             seq_macro::seq!(STRIP in 0..3 {
                 if STRIP < self.shape.strips && STRIP < strips {
-                    let from = self.source + STRIP * self.strip_bytes();
-                    tma::load_bulk(shared.bricks(stage, STRIP), from, bytes, full, policy);
+                    let strip = self.source + STRIP * stream.strip_bytes as u64;
+                    load.load(shared.bricks(stage, STRIP), strip, self.offset, full, policy);
                 }
             });
         }
@@ -345,7 +352,7 @@ impl<'a, const STAGES: u32> Filler<'a, STAGES> {
     #[inline(always)]
     fn advance(&mut self) {
         self.ring = self.ring.next();
-        self.source += STRIP_SPAN_BYTES as u64;
+        self.offset += self.shared.stream().span_bytes;
         self.step += 1;
         if self.step == self.arguments.schedule.k_steps {
             self.step = 0;
@@ -360,7 +367,9 @@ impl<'a, const STAGES: u32> Filler<'a, STAGES> {
         let position = self.arguments.schedule.position(self.tile);
         let first_strip = first_strip(position, self.shape, self.cluster);
         self.strips = tile_strips(self.arguments, first_strip, self.shape);
-        self.source = self.arguments.bricks + first_strip as u64 * self.strip_bytes();
+        let weights = &self.arguments.weights;
+        self.source = weights.strips + first_strip as u64 * weights.stream.strip_bytes as u64;
+        self.offset = 0;
         let first_token = position.token_tile * self.shape.tokens;
         self.token = first_token + self.own_tokens();
         self.activation_bytes = tile_tokens(self.arguments, first_token, self.shape) * SPAN_K;

@@ -10,7 +10,7 @@ use cust::stream::{Stream, StreamFlags};
 use libtest_mimic::{Arguments, Conclusion, Failed, Trial};
 use liquidgemm::gpu::{DeviceSpan, Gpu, Operands, Workspace};
 use liquidgemm::{
-    ActivationsView, Error, Output, OutputType, PackedWeights, Plan, QuantizedActivations, cpu,
+    ActivationsView, Error, Group, Output, OutputType, PackedWeights, Plan, QuantizedActivations, cpu,
 };
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -43,17 +43,20 @@ pub fn run(tests: &[Test]) -> Conclusion {
     libtest_mimic::run(&arguments, trials.collect())
 }
 
-/// Random weights with codes and pairs over the whole range that the format allows.
+/// Random weights with codes and pairs over the whole range that the format allows, in groups of a random size.
 pub fn random_weights(rng: &mut StdRng, n: usize, k: usize) -> PackedWeights {
+    let groups = [Group::K(64), Group::K(64), Group::K(128), Group::K(192), Group::K(512), Group::Channel];
+    let group = groups[rng.random_range(0..groups.len())];
+    let count = group.count(k).expect("a valid group");
     let codes: Vec<u8> = (0..n * k).map(|_| rng.random_range(0..16)).collect();
-    let pairs: Vec<(u8, u8)> = (0..n * k.div_ceil(64))
+    let pairs: Vec<(u8, u8)> = (0..n * count)
         .map(|_| {
             let s = rng.random_range(1..=17u8);
             (s, rng.random_range(0..=(255 - 15 * s as u32) as u8))
         })
         .collect();
     let scales: Vec<f32> = (0..n).map(|_| rng.random_range(1e-4..1e-2f32)).collect();
-    PackedWeights::pack(&codes, &pairs, scales, n, k, liquidgemm::Group::K(64)).expect("valid weights")
+    PackedWeights::pack(&codes, &pairs, scales, n, k, group).expect("valid weights")
 }
 
 /// Random activations over the whole int8 range that the format allows.
@@ -195,7 +198,7 @@ impl Problem {
         self.check_launch::<T>(session, plan, with_bias, padding, |operands| {
             let (workspace, stream) = (&session.workspace, &session.stream);
             // SAFETY: everything lives until `check_launch` has waited for the stream, and the workspace is the session's.
-            unsafe { gpu.gemm(&self.device_weights, operands, plan, workspace, stream) }
+            unsafe { gpu.gemm_with_plan(&self.device_weights, operands, plan, workspace, stream) }
         })
     }
 

@@ -1,7 +1,6 @@
 //! What host and device agree on in the ablation: kernels that do without one of the library's ideas each, to be
 //! measured beside it.
 
-use crate::brick::{BRICK_BYTES, CODE_BYTES};
 use crate::tile::{MAX_SHARED_BYTES, SPAN_K, TileShape, WARPGROUP};
 
 /// Tokens of the tiles that the ablation has kernels for, each of 128 channels with one consumer a strip.
@@ -26,12 +25,10 @@ pub const fn subtrahend(a: u8) -> u8 {
     128u8.wrapping_sub(a)
 }
 
-/// Writes the [`subtrahend`] into each pair's second byte, in whole bricks.
-pub fn to_subtrahends(bricks: &mut [u8]) {
-    for brick in bricks.chunks_exact_mut(BRICK_BYTES) {
-        for pair in brick[CODE_BYTES..].chunks_exact_mut(2) {
-            pair[1] = subtrahend(pair[1]);
-        }
+/// Writes the [`subtrahend`] into each pair's second byte.
+pub fn to_subtrahends(pairs: &mut [u8]) {
+    for pair in pairs.chunks_exact_mut(2) {
+        pair[1] = subtrahend(pair[1]);
     }
 }
 
@@ -117,7 +114,7 @@ pub const EXPLICIT_REGISTERS: [u32; 3] = [24, 56, 168];
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::brick::{BRICK_K, code_at};
+    use crate::brick::{BRICK_K, PAIR_BYTES, code_at};
     use crate::dequant::{dequantize, is_valid_pair};
 
     #[test]
@@ -131,13 +128,11 @@ mod tests {
 
     #[test]
     fn only_the_second_byte_of_each_pair_changes() {
-        let mut bricks: Vec<u8> = (0..2 * BRICK_BYTES).map(|at| (at % 251) as u8).collect();
-        let before = bricks.clone();
-        to_subtrahends(&mut bricks);
-        for (at, (&now, &then)) in bricks.iter().zip(&before).enumerate() {
-            let in_brick = at % BRICK_BYTES;
-            let is_second = in_brick >= CODE_BYTES && in_brick % 2 == 1;
-            assert_eq!(now, if is_second { subtrahend(then) } else { then }, "byte {at}");
+        let mut pairs: Vec<u8> = (0..2 * PAIR_BYTES).map(|at| (at % 251) as u8).collect();
+        let before = pairs.clone();
+        to_subtrahends(&mut pairs);
+        for (at, (&now, &then)) in pairs.iter().zip(&before).enumerate() {
+            assert_eq!(now, if at % 2 == 1 { subtrahend(then) } else { then }, "byte {at}");
         }
     }
 

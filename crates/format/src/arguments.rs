@@ -3,6 +3,7 @@
 use crate::brick::BRICK_CHANNELS;
 use crate::schedule::Schedule;
 use crate::skinny::UnitShares;
+use crate::stream::WeightStream;
 
 /// The type of the result, as the kernel's `output_type` says it.
 pub mod output_type {
@@ -16,14 +17,24 @@ pub mod output_type {
     pub const I32: u32 = 3;
 }
 
+/// Packed weights as the kernels find them. Pointers are device addresses.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct WeightsArguments {
+    /// The strips, as [`WeightStream`] has them.
+    pub strips: u64,
+    /// f32 `[n]`, level-1 scale of each channel.
+    pub channel_scales: u64,
+    /// How the strips are laid out.
+    pub stream: WeightStream,
+}
+
 /// Arguments of the GEMM kernels. Pointers are device addresses.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct GemmArguments {
-    /// The packed weights: `strips × k_blocks` bricks.
-    pub bricks: u64,
-    /// f32 `[n]`, level-1 scale of each channel.
-    pub channel_scales: u64,
+    /// The weights of the n channels.
+    pub weights: WeightsArguments,
     /// f32 `[m]`, scale of each token.
     pub token_scales: u64,
     /// f32 `[n]`, or 0 for none.
@@ -38,8 +49,6 @@ pub struct GemmArguments {
     pub m: u32,
     /// Output channels.
     pub n: u32,
-    /// Bricks along K.
-    pub k_blocks: u32,
     /// Cycles from one stage of the ring's first turn to the next, in which memory delivers all blocks' weights of a stage. What the launch
     /// asked for sooner would only stand in the way of the first activations.
     pub first_turn_cycles: u32,
@@ -47,10 +56,11 @@ pub struct GemmArguments {
     pub output_stride: u32,
     /// One of [`output_type`].
     pub output_type: u32,
+    /// Who computes what. From an offset that is a multiple of 8 the compiler would copy parts of it through local memory, which
+    /// `cargo xtask ptx` refuses.
+    pub schedule: Schedule,
     /// Whether the kernel's map of the output may be used: 16-bit elements in rows on 16 bytes.
     pub output_is_mapped: u32,
-    /// Who computes what.
-    pub schedule: Schedule,
 }
 
 impl GemmArguments {
@@ -66,10 +76,8 @@ impl GemmArguments {
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct SkinnyArguments {
-    /// The packed weights: strips × `k_blocks` bricks.
-    pub bricks: u64,
-    /// f32 `[n]`, level-1 scale of each channel.
-    pub channel_scales: u64,
+    /// The weights of the n channels.
+    pub weights: WeightsArguments,
     /// f32 `[m]`, scale of each token.
     pub token_scales: u64,
     /// f32 `[n]`, or 0 for none.
@@ -80,8 +88,6 @@ pub struct SkinnyArguments {
     pub m: u32,
     /// Output channels.
     pub n: u32,
-    /// Bricks along K.
-    pub k_blocks: u32,
     /// Elements from one row of the output to the next.
     pub output_stride: u32,
     /// One of [`output_type`].

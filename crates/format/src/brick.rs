@@ -14,8 +14,8 @@
 //! | 2 | 1 | `16 w + g` | `32 + 4 c ..` | `48 + 4 c ..` |
 //! | 3 | 1 | `16 w + g + 8` | `32 + 4 c ..` | `48 + 4 c ..` |
 //!
-//! Behind the codes, for each warp and each `g`, lie the four bytes `[s, a]` of channel `16 w + g` and
-//! `[s, a]` of channel `16 w + g + 8`.
+//! The pairs of a group are stored apart from the codes, once for each group and channel: 128 bytes for the 64 channels of a strip. For each
+//! warp and each `g` they hold the four bytes `[s, a]` of channel `16 w + g` and `[s, a]` of channel `16 w + g + 8`.
 
 /// Output channels (rows of W) in a brick; also the height of a strip.
 pub const BRICK_CHANNELS: usize = 64;
@@ -23,15 +23,17 @@ pub const BRICK_CHANNELS: usize = 64;
 pub const BRICK_K: usize = 64;
 /// Bytes of 4-bit codes in a brick.
 pub const CODE_BYTES: usize = BRICK_CHANNELS * BRICK_K / 2;
-/// Bytes of `(s, a)` pairs in a brick, behind the codes.
-pub const SCALE_BYTES: usize = BRICK_CHANNELS * 2;
-/// Bytes of a whole brick.
-pub const BRICK_BYTES: usize = CODE_BYTES + SCALE_BYTES;
+/// Bytes of a strip's `(s, a)` pairs for one group.
+pub const PAIR_BYTES: usize = BRICK_CHANNELS * 2;
+/// Bytes of a brick's codes and their pairs.
+pub const BRICK_BYTES: usize = CODE_BYTES + PAIR_BYTES;
 /// The largest K: up to here `|acc| ≤ K · 128 · 127` stays below 2³¹.
 pub const MAX_K: usize = 131_072;
 
-const _: () =
-    assert!(BRICK_BYTES == 2176 && BRICK_BYTES.is_multiple_of(16), "bulk copies move multiples of 16 bytes");
+const _: () = assert!(
+    CODE_BYTES.is_multiple_of(16) && PAIR_BYTES.is_multiple_of(16),
+    "bulk copies move multiples of 16 bytes"
+);
 const _: () = assert!((MAX_K as u64) * 128 * 127 < 1 << 31, "int32 accumulators must not wrap");
 
 /// Strips of 64 channels that hold `n` channels, the last one padded.
@@ -44,17 +46,21 @@ pub const fn k_blocks(k: usize) -> usize {
     k.div_ceil(BRICK_K)
 }
 
-/// Byte at which brick (`strip`, `k_block`) begins in a stream whose strips are `k_blocks` bricks long.
+/// Bytes of the codes `[strips, k_blocks, 2048]` of `[n, k]` weights, or `None` where that exceeds `usize`.
 ///
-/// Bricks lie k-fastest, so one strip is one contiguous piece of the stream.
-pub const fn brick_offset(strip: usize, k_block: usize, k_blocks: usize) -> usize {
-    (strip * k_blocks + k_block) * BRICK_BYTES
+/// Bricks lie k-fastest, so the codes of a strip are contiguous.
+pub const fn codes_bytes(n: usize, k: usize) -> Option<usize> {
+    bytes(strips(n), k_blocks(k), CODE_BYTES)
 }
 
-/// Bytes of the whole stream for `[n, k]` weights, or `None` where that exceeds `usize`.
-pub const fn stream_bytes(n: usize, k: usize) -> Option<usize> {
-    match strips(n).checked_mul(k_blocks(k)) {
-        Some(bricks) => bricks.checked_mul(BRICK_BYTES),
+/// Bytes of the pairs `[strips, groups, 128]` of `n` channels with so many groups each, or `None` where that exceeds `usize`.
+pub const fn pairs_bytes(n: usize, groups: usize) -> Option<usize> {
+    bytes(strips(n), groups, PAIR_BYTES)
+}
+
+const fn bytes(strips: usize, count: usize, each: usize) -> Option<usize> {
+    match strips.checked_mul(count) {
+        Some(count) => count.checked_mul(each),
         None => None,
     }
 }
@@ -81,11 +87,11 @@ pub const fn code_at(byte: usize, high: bool) -> (usize, usize) {
     (warp * 16 + row_half * 8 + g, mma * 32 + (high as usize) * 16 + c * 4 + byte_in_word)
 }
 
-/// Byte inside the brick at which the pair of `channel` (below 64) lies: `s` there, `a` right behind it.
-pub const fn scale_offset(channel: usize) -> usize {
+/// Byte among a group's pairs at which the pair of `channel` (below 64) lies: `s` there, `a` right behind it.
+pub const fn pair_offset(channel: usize) -> usize {
     debug_assert!(channel < BRICK_CHANNELS);
     let (warp, row_half, g) = (channel / 16, channel / 8 % 2, channel % 8);
-    CODE_BYTES + 4 * (warp * 8 + g) + 2 * row_half
+    4 * (warp * 8 + g) + 2 * row_half
 }
 
 #[cfg(test)]
@@ -129,23 +135,23 @@ mod tests {
     }
 
     #[test]
-    fn scale_pairs_fill_the_bytes_behind_the_codes_without_overlap() {
-        let mut taken = [false; SCALE_BYTES / 2];
+    fn pairs_fill_their_bytes_without_overlap() {
+        let mut taken = [false; PAIR_BYTES / 2];
         for channel in 0..BRICK_CHANNELS {
-            let offset = scale_offset(channel);
-            assert!(offset >= CODE_BYTES && offset + 2 <= BRICK_BYTES && offset.is_multiple_of(2));
-            assert!(!core::mem::replace(&mut taken[(offset - CODE_BYTES) / 2], true));
+            let offset = pair_offset(channel);
+            assert!(offset + 2 <= PAIR_BYTES && offset.is_multiple_of(2));
+            assert!(!core::mem::replace(&mut taken[offset / 2], true));
         }
         assert!(taken.iter().all(|&pair| pair));
     }
 
     #[test]
-    fn one_scale_word_serves_rows_g_and_g_plus_eight() {
+    fn one_word_of_pairs_serves_rows_g_and_g_plus_eight() {
         for warp in 0..4 {
             for g in 0..8 {
-                let word = CODE_BYTES + 4 * (warp * 8 + g);
-                assert_eq!(scale_offset(16 * warp + g), word);
-                assert_eq!(scale_offset(16 * warp + g + 8), word + 2);
+                let word = 4 * (warp * 8 + g);
+                assert_eq!(pair_offset(16 * warp + g), word);
+                assert_eq!(pair_offset(16 * warp + g + 8), word + 2);
             }
         }
     }
@@ -154,24 +160,17 @@ mod tests {
     fn padding_rounds_up_to_whole_bricks() {
         assert_eq!((strips(1), strips(64), strips(65)), (1, 1, 2));
         assert_eq!((k_blocks(1), k_blocks(64), k_blocks(MAX_K)), (1, 1, 2048));
-        assert_eq!(stream_bytes(65, 64), Some(2 * BRICK_BYTES));
-        assert_eq!(stream_bytes(usize::MAX, MAX_K), None);
+        assert_eq!((codes_bytes(65, 65), pairs_bytes(65, 3)), (Some(4 * CODE_BYTES), Some(6 * PAIR_BYTES)));
+        assert_eq!((codes_bytes(usize::MAX, MAX_K), pairs_bytes(usize::MAX, 64)), (None, None));
     }
 
     proptest! {
         #[test]
-        fn bricks_lie_k_fastest_and_end_to_end(n in 1usize..2000, k in 1usize..5000) {
+        fn bricks_cover_all_weights_and_no_more(n in 1usize..2000, k in 1usize..5000) {
             let (strips, k_blocks) = (strips(n), k_blocks(k));
             prop_assert!((strips - 1) * 64 < n && n <= strips * 64);
             prop_assert!((k_blocks - 1) * 64 < k && k <= k_blocks * 64);
-            let mut expected = 0;
-            for strip in 0..strips {
-                for k_block in 0..k_blocks {
-                    prop_assert_eq!(brick_offset(strip, k_block, k_blocks), expected);
-                    expected += BRICK_BYTES;
-                }
-            }
-            prop_assert_eq!(stream_bytes(n, k), Some(expected));
+            prop_assert_eq!(codes_bytes(n, k), Some(strips * k_blocks * 2048));
         }
     }
 }

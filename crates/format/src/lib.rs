@@ -15,4 +15,5 @@ pub mod probe;
 pub mod ring;
 pub mod schedule;
 pub mod skinny;
+pub mod stream;
 pub mod tile;

@@ -5,7 +5,7 @@
 //! a pass the steps of two bricks along K go round robin to the block's warps. Each warp has rings of its own, one for weights
 //! and one for activations, and in the end the warps' sums meet in the memory of the activations' rings.
 
-use crate::brick::{BRICK_CHANNELS, BRICK_K, CODE_BYTES, SCALE_BYTES};
+use crate::brick::{BRICK_CHANNELS, BRICK_K, CODE_BYTES, PAIR_BYTES};
 
 /// Output channels of a unit, the rows of one MMA.
 pub const UNIT_CHANNELS: u32 = 16;
@@ -14,7 +14,7 @@ pub const STRIP_UNITS: u32 = BRICK_CHANNELS as u32 / UNIT_CHANNELS;
 /// Bytes of a unit's codes in a brick.
 pub const UNIT_CODE_BYTES: u32 = CODE_BYTES as u32 / STRIP_UNITS;
 /// Bytes of a unit's pairs in a brick.
-pub const UNIT_SCALE_BYTES: u32 = SCALE_BYTES as u32 / STRIP_UNITS;
+pub const UNIT_PAIR_BYTES: u32 = PAIR_BYTES as u32 / STRIP_UNITS;
 /// Bricks along K in a step.
 pub const STEP_BRICKS: u32 = 2;
 /// Elements along K in a step: the 128 bytes that the activations' swizzle spans.
@@ -118,7 +118,7 @@ impl SkinnyShape {
     /// Bytes of a stage of weights.
     #[must_use]
     pub const fn weight_stage_bytes(self) -> u32 {
-        self.pairs_offset() + self.stage_bricks * self.units * UNIT_SCALE_BYTES
+        self.pairs_offset() + self.stage_bricks * self.units * UNIT_PAIR_BYTES
     }
 
     /// Stages of a warp's ring of weights: as many as fit.
@@ -236,13 +236,13 @@ mod tests {
 
     #[test]
     fn a_unit_is_what_one_warp_holds_of_a_brick() {
-        use crate::brick::{code_position, scale_offset};
+        use crate::brick::{code_position, pair_offset};
         for channel in 0..BRICK_CHANNELS {
             let unit = channel as u32 / UNIT_CHANNELS;
             for k in 0..BRICK_K {
                 assert_eq!(code_position(channel, k).0 as u32 / UNIT_CODE_BYTES, unit);
             }
-            assert_eq!((scale_offset(channel) - CODE_BYTES) as u32 / UNIT_SCALE_BYTES, unit);
+            assert_eq!(pair_offset(channel) as u32 / UNIT_PAIR_BYTES, unit);
         }
     }
 

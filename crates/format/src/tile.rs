@@ -8,7 +8,7 @@
 //! then each strip's bricks. The blocks of a cluster that don't share K lie side by side along the channels and share the activation
 //! tiles: each loads its part of them for all.
 
-use crate::brick::{BRICK_BYTES, BRICK_CHANNELS, BRICK_K};
+use crate::brick::{BRICK_BYTES, BRICK_CHANNELS, BRICK_K, CODE_BYTES};
 
 /// Threads of a warpgroup.
 pub const WARPGROUP: u32 = 128;
@@ -16,7 +16,9 @@ pub const WARPGROUP: u32 = 128;
 pub const SPAN_BRICKS: u32 = 2;
 /// K extent of a span; in int8 also the bytes of an activation row, which are those that the 128-byte swizzle permutes.
 pub const SPAN_K: u32 = SPAN_BRICKS * BRICK_K as u32;
-/// Bytes of one strip's bricks in a span.
+/// Bytes of one strip's codes in a span, behind which its pairs lie.
+pub const STRIP_SPAN_CODE_BYTES: u32 = SPAN_BRICKS * CODE_BYTES as u32;
+/// Bytes of one strip's codes and pairs in a span.
 pub const STRIP_SPAN_BYTES: u32 = SPAN_BRICKS * BRICK_BYTES as u32;
 /// Shared memory that a thread block may ask for on compute capability 9.0.
 pub const MAX_SHARED_BYTES: u32 = 232_448;

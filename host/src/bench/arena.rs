@@ -11,6 +11,7 @@ use liquidgemm_format::probe::STREAM_PIECE_BYTES;
 use super::data::{POOL_ELEMENTS, Pool, element_bytes, random_scales};
 use super::record::{Baseline, moved_bytes};
 use super::shapes::Case;
+use crate::Group;
 use crate::gpu::{DeviceSpan, During};
 
 /// Weights rotate through more than this, four times the L2, so that none are still there from the launch before.
@@ -133,10 +134,11 @@ impl Arena {
         let activations = |baseline| largest(cases, |m, _, k| m * k * element_bytes(baseline));
         let output = largest(cases, |m, n, _| m * n * 2);
         let baseline_output = if baselines.is_empty() { ALIGNMENT } else { 2 * output };
-        let source =
-            largest(cases, moved_bytes).max(2 * ROTATION_BYTES).next_multiple_of(STREAM_PIECE_BYTES as usize);
+        let source = largest(cases, |m, n, k| moved_bytes(m, n, k, Group::default()))
+            .max(2 * ROTATION_BYTES)
+            .next_multiple_of(STREAM_PIECE_BYTES as usize);
         let packed = largest(cases, |_, n, k| {
-            let bytes = super::record::weight_bytes(n, k);
+            let bytes = super::record::weight_bytes(n, k, Group::default());
             bytes.saturating_mul(copies(bytes))
         });
         let operands: Vec<(Baseline, usize, usize)> = Baseline::ALL

@@ -14,6 +14,7 @@ use rayon::prelude::*;
 
 use super::record::Baseline;
 use crate::gpu::During;
+use crate::packed::PackedSizes;
 use crate::{Error, Group, PackedWeights};
 
 /// Elements of a pool: no power of two, so that rows of matrices don't repeat.
@@ -102,18 +103,19 @@ impl Pool {
 const DRAWN_CHANNELS: usize = 1024;
 
 /// Normal weights, quantized like any others.
-pub(super) fn random_weights(n: usize, k: usize) -> Result<PackedWeights, Error> {
-    let bytes = PackedWeights::check_shape(n, k)?;
+pub(super) fn random_weights(n: usize, k: usize, group: Group) -> Result<PackedWeights, Error> {
+    let sizes = PackedSizes::new(n, k, group)?;
     let drawn = n.min(DRAWN_CHANNELS);
     let mut weights = vec![0.0f32; drawn * k];
     weights.par_chunks_mut(k).enumerate().for_each(|(channel, row)| {
         let mut rng = generator(channel);
         row.fill_with(|| rng.sample(StandardNormal));
     });
-    let drawn = PackedWeights::quantize(&weights, drawn, k, Group::K(64))?;
-    let mut bricks = drawn.bricks().repeat(bytes.div_ceil(drawn.bricks().len()));
-    bricks.truncate(bytes);
-    PackedWeights::from_parts(bricks, random_scales(n), n, k, Group::K(64))
+    let drawn = PackedWeights::quantize(&weights, drawn, k, group)?;
+    let repeated =
+        |strips: &[u8], bytes: usize| -> Vec<u8> { strips.iter().copied().cycle().take(bytes).collect() };
+    let (codes, pairs) = (repeated(drawn.codes(), sizes.codes), repeated(drawn.pairs(), sizes.pairs));
+    PackedWeights::from_parts(codes, pairs, random_scales(n), n, k, group)
 }
 
 /// Scales between 0.001 and 0.002.
@@ -185,7 +187,7 @@ mod tests {
     #[test]
     fn random_weights_are_normal_up_to_quantization() {
         let (n, k) = (DRAWN_CHANNELS + 130, 200);
-        let weights = random_weights(n, k).unwrap();
+        let weights = random_weights(n, k, Group::default()).unwrap();
         assert_eq!((weights.n(), weights.k()), (n, k));
         // The second repetition of the first channels.
         for channel in [0, DRAWN_CHANNELS + 129] {

@@ -13,6 +13,8 @@ use super::monotone::Break;
 use super::replay::Pace;
 use super::shapes::{Matrix, distinct};
 use super::statistics::Timing;
+use crate::Group;
+use crate::packed::PackedSizes;
 
 /// HBM bandwidth that the ideal floor assumes, in bytes a second: what the `stream` probe reaches on large reads.
 const IDEAL_BYTES_PER_SECOND: f64 = 3.10e12;
@@ -53,6 +55,9 @@ pub struct Point {
     pub n: usize,
     /// Elements a channel.
     pub k: usize,
+    /// How many of our weights share a pair.
+    #[serde(default, with = "group_text")]
+    pub group: Group,
     /// How our kernel was launched.
     pub plan: String,
     /// Our kernel, bf16 output.
@@ -84,14 +89,14 @@ impl Point {
         Matrix { n: self.n, k: self.k }
     }
 
-    /// Bytes of the packed weights, 4.25 bits each.
+    /// Bytes of the packed weights' codes and pairs.
     pub fn weight_bytes(&self) -> usize {
-        weight_bytes(self.n, self.k)
+        weight_bytes(self.n, self.k, self.group)
     }
 
     /// Bytes of packed weights, int8 activations and bf16 output.
     pub fn bytes(&self) -> usize {
-        moved_bytes(self.m, self.n, self.k)
+        moved_bytes(self.m, self.n, self.k, self.group)
     }
 
     /// Multiplications and additions.
@@ -145,14 +150,29 @@ impl Point {
     }
 }
 
-/// Bytes of packed weights: a 2,176-byte brick for each 64 × 64.
-pub(super) fn weight_bytes(n: usize, k: usize) -> usize {
-    liquidgemm_format::brick::stream_bytes(n, k).unwrap_or(usize::MAX)
+/// Bytes of packed weights: their codes and pairs.
+pub(super) fn weight_bytes(n: usize, k: usize, group: Group) -> usize {
+    PackedSizes::new(n, k, group).map_or(usize::MAX, |sizes| sizes.codes + sizes.pairs)
 }
 
 /// Bytes that a GEMM can't avoid to move: packed weights, int8 activations, bf16 output.
-pub(super) fn moved_bytes(m: usize, n: usize, k: usize) -> usize {
-    weight_bytes(n, k).saturating_add(m.saturating_mul(k.saturating_add(n.saturating_mul(2))))
+pub(super) fn moved_bytes(m: usize, n: usize, k: usize, group: Group) -> usize {
+    weight_bytes(n, k, group).saturating_add(m.saturating_mul(k.saturating_add(n.saturating_mul(2))))
+}
+
+/// A group as its text.
+mod group_text {
+    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+
+    use crate::Group;
+
+    pub(super) fn serialize<S: Serializer>(group: &Group, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(group)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Group, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(D::Error::custom)
+    }
 }
 
 /// A whole run.
@@ -299,6 +319,7 @@ pub(super) mod tests {
             m,
             n,
             k,
+            group: Group::default(),
             plan: "tile".into(),
             ours: timing(us),
             stream: Some(timing(us * 0.8)),

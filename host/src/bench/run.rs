@@ -18,7 +18,7 @@ use super::replay::{Clock, Contender, Pace};
 use super::shapes::{Case, Matrix};
 use super::statistics::Timing;
 use crate::gpu::{self, DeviceSpan, DeviceWeights, Gpu, StreamHandle, Workspace};
-use crate::{OutputType, PackedWeights, Plan};
+use crate::{Group, OutputType, PackedWeights, Plan};
 
 /// What is measured, and against whom.
 #[derive(Clone, Debug)]
@@ -37,6 +37,8 @@ pub struct Options {
     pub monotone: bool,
     /// A token tile to use instead of the planner's choice.
     pub tile: Option<TileShape>,
+    /// How many weights share a pair.
+    pub group: Group,
 }
 
 /// Is told what happens during a run.
@@ -75,7 +77,7 @@ pub fn run(gpu: &Gpu, options: &Options, observer: &mut dyn Observer) -> anyhow:
     };
     let stage = Stage::new(gpu, &options.cases, cublaslt, &options.baselines)?;
     for case in &options.cases {
-        let fixture = stage.fixture(case)?;
+        let fixture = stage.fixture(case, options.group)?;
         let first = run.points.len();
         for &m in &case.tokens {
             observer.starts(m, case.matrix);
@@ -176,9 +178,9 @@ impl<'g> Stage<'g> {
     }
 
     /// Makes a matrix's weights, uploads copies of them, and computes the reference.
-    pub(super) fn fixture(&self, case: &Case) -> anyhow::Result<Fixture> {
-        let weights = data::random_weights(case.matrix.n, case.matrix.k)?;
-        let copies = arena::copies(weights.bricks().len());
+    pub(super) fn fixture(&self, case: &Case, group: Group) -> anyhow::Result<Fixture> {
+        let weights = data::random_weights(case.matrix.n, case.matrix.k, group)?;
+        let copies = arena::copies(weights.bytes());
         Ok(Fixture {
             weights: (0..copies).map(|_| self.gpu.upload(&weights)).collect::<Result<_, _>>()?,
             reference: self.reference(&weights, case)?,
@@ -207,7 +209,7 @@ impl<'g> Stage<'g> {
 
         let mut contenders = vec![self.ours(fixture, m, &plan)];
         if options.probes {
-            contenders.extend([self.stream_probe(m, n, k), self.mma_probe(m, n, k)]);
+            contenders.extend([self.stream_probe(m, n, k, options.group), self.mma_probe(m, n, k)]);
         }
         let mut entered = Vec::new();
         for &baseline in &self.baselines {
@@ -238,7 +240,21 @@ impl<'g> Stage<'g> {
         let (tokens_checked, mismatch) = fixture.reference.compare(&self.arena, m)?;
         let [int8, fp8, bf16] = baselines;
         let plan = plan.to_string();
-        let point = Point { m, n, k, plan, ours, stream, mma, int8, fp8, bf16, tokens_checked, mismatch };
+        let point = Point {
+            m,
+            n,
+            k,
+            group: options.group,
+            plan,
+            ours,
+            stream,
+            mma,
+            int8,
+            fp8,
+            bf16,
+            tokens_checked,
+            mismatch,
+        };
         Ok((point, remarks))
     }
 
@@ -289,7 +305,7 @@ impl<'g> Stage<'g> {
             launch: Box::new(move |copy| {
                 let (weights, workspace, stream) = (&fixture.weights[copy], &self.workspace, &self.stream);
                 // SAFETY: all memory lives in the stage and the fixture, and one stream orders the launches.
-                unsafe { self.gpu.gemm(weights, &operands, &plan, workspace, stream) }?;
+                unsafe { self.gpu.gemm_with_plan(weights, &operands, &plan, workspace, stream) }?;
                 Ok(())
             }),
         }
@@ -310,10 +326,10 @@ impl<'g> Stage<'g> {
     }
 
     /// The probe that reads as many bytes as the problem moves.
-    pub(super) fn stream_probe(&self, m: usize, n: usize, k: usize) -> Contender<'_> {
+    pub(super) fn stream_probe(&self, m: usize, n: usize, k: usize, group: Group) -> Contender<'_> {
         let source = DeviceSpan::from(&self.arena.source);
         // The probe reads whole pieces of 8 KiB, and one at the least.
-        let bytes = moved_bytes(m, n, k).next_multiple_of(STREAM_PIECE_BYTES as usize);
+        let bytes = moved_bytes(m, n, k, group).next_multiple_of(STREAM_PIECE_BYTES as usize);
         let copies = (source.bytes() / bytes).max(1);
         Contender {
             copies,

@@ -10,8 +10,8 @@ use super::replay::Pace;
 use super::run::{Observer, Stage};
 use super::shapes::Case;
 use super::statistics::geometric_mean;
-use crate::Plan;
 use crate::gpu::Gpu;
+use crate::{Group, Plan};
 
 /// A plan whose estimate is this much slower than the fastest one's is not timed in detail.
 const HOPELESS: f64 = 1.3;
@@ -62,7 +62,7 @@ pub fn sweep(
 ) -> anyhow::Result<()> {
     let stage = Stage::new(gpu, cases, None, &[])?;
     for case in cases {
-        let fixture = stage.fixture(case)?;
+        let fixture = stage.fixture(case, Group::default())?;
         for &m in &case.tokens {
             observer.starts(m, case.matrix);
             measured(one(&stage, &fixture, m, gpu.figures())?)?;
@@ -80,7 +80,7 @@ fn one(
     let (n, k) = (fixture.n(), fixture.k());
     let clock = stage.clock(Pace::RANKING)?;
     let mut floor: f64 = 0.0;
-    for probe in clock.measure(&[stage.stream_probe(m, n, k), stage.mma_probe(m, n, k)]) {
+    for probe in clock.measure(&[stage.stream_probe(m, n, k, Group::default()), stage.mma_probe(m, n, k)]) {
         floor = floor.max(probe?.us);
     }
     let chosen = Plan::new(m, n, k, figures)?;

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use anyhow::{Context, bail};
 use clap::ValueEnum;
 use indicatif::{ProgressBar, ProgressStyle};
+use liquidgemm::Group;
 use liquidgemm::bench::ablation::Ablation;
 use liquidgemm::bench::circumstances::Circumstances;
 use liquidgemm::bench::plots::Pictures;
@@ -70,13 +71,16 @@ pub(super) struct Arguments {
     /// Use this token tile for every problem
     #[arg(long, value_name = "TOKENS", value_parser = parse_tile)]
     tile: Option<TileShape>,
+    /// How many weights share a pair: a multiple of 64, or channel
+    #[arg(long, value_name = "K", default_value_t, conflicts_with = "sweep")]
+    group: Group,
     /// Instead measure every plan of each problem, without cuBLASLt, and say what the planner's choices lose; with --from, what
     /// today's planner would lose
     #[arg(long, conflicts_with_all = ["tile", "plots", "markdown", "baselines", "no_probes", "pace"])]
     sweep: bool,
     /// Instead measure what each idea of the kernel is worth: the arms of the paper's figure 13, by default on the
     /// feed-forward matrices of LLaMA-2-7B and -70B at M = 1 … 1024
-    #[arg(long, conflicts_with_all = ["tile", "sweep", "quick", "peers", "between", "shards", "curve", "monotone", "algorithms", "baselines", "no_probes", "pace"])]
+    #[arg(long, conflicts_with_all = ["tile", "group", "sweep", "quick", "peers", "between", "shards", "curve", "monotone", "algorithms", "baselines", "no_probes", "pace"])]
     ablation: bool,
     /// Measure nothing; read the results of an earlier run, or of several: give the option again, or put commas between
     #[arg(long, value_name = "JSON", value_delimiter = ',', conflicts_with_all = ["problems", "m", "tile", "json", "baselines", "no_probes", "pace"])]
@@ -182,6 +186,7 @@ impl Arguments {
             },
             monotone: self.monotone,
             tile: self.tile,
+            group: self.group,
         }
     }
 }

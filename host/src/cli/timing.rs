@@ -81,7 +81,7 @@ fn time_on_gpu<T: Output>(
         start.record(&stream)?;
         for _ in 0..LAUNCHES {
             // SAFETY: buffers, weights and workspace live until the wait below, and nothing else uses them.
-            unsafe { gpu.gemm(&device_weights, &operands, &plan, &workspace, &stream) }?;
+            unsafe { gpu.gemm_with_plan(&device_weights, &operands, &plan, &workspace, &stream) }?;
         }
         end.record(&stream)?;
         end.synchronize()?;

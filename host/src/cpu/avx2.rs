@@ -15,9 +15,10 @@ use std::arch::x86_64::{
     _mm256_storeu_si256, _mm256_sub_epi16, _mm256_unpackhi_epi16, _mm256_unpacklo_epi16,
 };
 
-use liquidgemm_format::brick::{BRICK_BYTES, BRICK_CHANNELS, BRICK_K, CODE_BYTES, code_at};
+use liquidgemm_format::brick::{BRICK_CHANNELS, BRICK_K, CODE_BYTES, code_at};
 
 use super::{Accumulators, CHUNK_BRICKS, CHUNK_K, Task, TokenBlock, by_tokens};
+use crate::packed::Brick;
 
 /// int32 lanes of a register.
 const LANES: usize = 8;
@@ -78,7 +79,7 @@ pub(super) fn is_available() -> bool {
 
 /// Adds one chunk's products.
 #[target_feature(enable = "avx2")]
-pub(super) fn accumulate(bricks: &[u8], x: &TokenBlock<'_>, chunk: usize, task: &mut Task) {
+pub(super) fn accumulate(bricks: &[Brick<'_>], x: &TokenBlock<'_>, chunk: usize, task: &mut Task) {
     let Panels(panels) = &mut task.avx2;
     panels.resize(x.count, TokenPanel::default());
     for (token, panel) in panels.iter_mut().enumerate() {
@@ -113,21 +114,19 @@ fn fill(panel: &mut TokenPanel, codes: &[i8]) {
     }
 }
 
-/// Splits off what [`Offsets`] holds from the scales of a chunk's bricks. A brick that is missing at the end of K has any
+/// Splits off what [`Offsets`] holds from the pairs of a chunk's bricks. A brick that is missing at the end of K has any
 /// offset: its activations are zeros.
 #[target_feature(enable = "avx2")]
-fn offsets(bricks: &[u8]) -> Offsets {
-    let brick = |index: usize| bricks.chunks_exact(BRICK_BYTES).nth(index);
+fn offsets(bricks: &[Brick<'_>]) -> Offsets {
     let mut offsets = [[_mm256_setzero_si256(); BRICK_CHANNELS / LANES]; CHUNK_BRICKS / 2];
     for (pair, offsets) in offsets.iter_mut().enumerate() {
-        let Some(first) = brick(2 * pair) else { break };
-        let second = brick(2 * pair + 1).unwrap_or(first);
+        let Some(first) = bricks.get(2 * pair) else { break };
+        let second = bricks.get(2 * pair + 1).unwrap_or(first);
         // The words [s, a, s', a'] of eight pieces at a time.
         for (eight, offsets) in offsets.as_chunks_mut::<2>().0.iter_mut().enumerate() {
-            let a = |brick: &[u8]| {
-                let scales =
-                    load::<u8, 32>(brick[CODE_BYTES + 32 * eight..].first_chunk().expect("32 words"));
-                _mm256_sub_epi16(_mm256_srli_epi16::<8>(scales), _mm256_set1_epi16(128))
+            let a = |brick: &Brick<'_>| {
+                let pairs = load::<u8, 32>(brick.pairs[32 * eight..].first_chunk().expect("32 words"));
+                _mm256_sub_epi16(_mm256_srli_epi16::<8>(pairs), _mm256_set1_epi16(128))
             };
             let (first, second) = (a(first), a(second));
             // Each half of a register is interleaved for itself.
@@ -143,7 +142,7 @@ fn offsets(bricks: &[u8]) -> Offsets {
 /// Adds the products of a chunk's bricks with `T` tokens, whose sums stay in registers while a piece is gone through.
 #[target_feature(enable = "avx2")]
 fn multiply<const T: usize>(
-    bricks: &[u8],
+    bricks: &[Brick<'_>],
     offsets: &Offsets,
     x: &[TokenPanel; T],
     accumulators: &mut [Accumulators; T],
@@ -151,7 +150,7 @@ fn multiply<const T: usize>(
     let mut products = [[0i64; PIECES]; T];
     for piece in 0..PIECES {
         let mut sums = [_mm256_setzero_si256(); T];
-        for (index, brick) in bricks.chunks_exact(BRICK_BYTES).enumerate() {
+        for (index, &brick) in bricks.iter().enumerate() {
             let (codes, s) = piece_of(brick, piece);
             for (sum, x) in sums.iter_mut().zip(x) {
                 let x = &x.x[index];
@@ -191,8 +190,7 @@ fn multiply<const T: usize>(
 
 /// The codes of one piece of a brick, in the order of [`FOURS`], and `s` for each int16 lane.
 #[target_feature(enable = "avx2")]
-fn piece_of(brick: &[u8], piece: usize) -> ([__m256i; PIECE_REGISTERS], __m256i) {
-    let (codes, scales) = brick.split_at(CODE_BYTES);
+fn piece_of(Brick { codes, pairs }: Brick<'_>, piece: usize) -> ([__m256i; PIECE_REGISTERS], __m256i) {
     let lower = load::<u8, 32>(codes[64 * piece..].first_chunk().expect("a piece is 64 bytes"));
     let upper = load::<u8, 32>(codes[64 * piece + 32..].first_chunk().expect("a piece is 64 bytes"));
     let nibble = _mm256_set1_epi8(15);
@@ -203,7 +201,7 @@ fn piece_of(brick: &[u8], piece: usize) -> ([__m256i; PIECE_REGISTERS], __m256i)
         _mm256_and_si256(_mm256_srli_epi16::<4>(upper), nibble),
     ];
     // From the word [s, a, s', a'] the int16 lanes s, s, s', s'.
-    let word: [u8; 4] = *scales[4 * piece..].first_chunk().expect("four bytes a piece");
+    let word: [u8; 4] = *pairs[4 * piece..].first_chunk().expect("four bytes a piece");
     let s = _mm256_shuffle_epi8(
         _mm256_set1_epi32(i32::from_le_bytes(word)),
         _mm256_set1_epi64x(0x8002_8002_8000_8000_u64 as i64),

@@ -14,18 +14,17 @@ mod vnni;
 use std::fmt;
 use std::sync::OnceLock;
 
-use liquidgemm_format::brick::{BRICK_BYTES, BRICK_CHANNELS, BRICK_K};
+use liquidgemm_format::brick::{BRICK_CHANNELS, BRICK_K};
 use rayon::prelude::*;
 
 use crate::error::{check_finite, check_length, checked_elements};
+use crate::packed::Brick;
 use crate::{ActivationsView, Error, Output, OutputType, PackedWeights};
 
 /// Bricks that a task dequantizes at once: as int8 they take 16 KiB, half of a usual L1 cache.
 const CHUNK_BRICKS: usize = 4;
 /// Elements along K of such a chunk.
 const CHUNK_K: usize = CHUNK_BRICKS * BRICK_K;
-/// Bytes of a chunk of bricks.
-const CHUNK_BYTES: usize = CHUNK_BRICKS * BRICK_BYTES;
 
 /// Tokens a task multiplies with each dequantized chunk, where there are strips enough to keep all cores busy …
 const LONG_TOKEN_BLOCK: usize = 256;
@@ -116,7 +115,7 @@ impl Kernel {
     }
 
     /// Adds the products of one chunk of bricks to the accumulators of every token in `x`.
-    fn accumulate(self, bricks: &[u8], x: &TokenBlock<'_>, chunk: usize, task: &mut Task) {
+    fn accumulate(self, bricks: &[Brick<'_>], x: &TokenBlock<'_>, chunk: usize, task: &mut Task) {
         match self {
             Kernel::Portable => portable::accumulate(bricks, x, chunk, task),
             #[cfg(target_arch = "x86_64")]
@@ -243,13 +242,14 @@ fn multiply_block<T>(
     block: &OutputBlock<'_, T>,
     task: &mut Task,
 ) {
-    let strip_bytes = weights.k_blocks() * BRICK_BYTES;
-    let strip = &weights.bricks()[block.strip * strip_bytes..][..strip_bytes];
     let tokens = TokenBlock { x, first: block.first_token, count: block.rows.len() };
     task.accumulators.clear();
     task.accumulators.resize(tokens.count, [0; BRICK_CHANNELS]);
-    for (chunk, bricks) in strip.chunks(CHUNK_BYTES).enumerate() {
-        kernel.accumulate(bricks, &tokens, chunk, task);
+    let last = weights.k_blocks() - 1;
+    for (chunk, first) in (0..=last).step_by(CHUNK_BRICKS).enumerate() {
+        let bricks: [Brick<'_>; CHUNK_BRICKS] =
+            std::array::from_fn(|index| weights.brick(block.strip, last.min(first + index)));
+        kernel.accumulate(&bricks[..CHUNK_BRICKS.min(last + 1 - first)], &tokens, chunk, task);
     }
 }
 

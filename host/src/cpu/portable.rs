@@ -1,10 +1,11 @@
 //! The kernel in plain Rust: dot products along K over int16, which LLVM turns into multiply-add instructions
 //! on every target (`pmaddwd`, `smlal`).
 
-use liquidgemm_format::brick::{BRICK_BYTES, BRICK_CHANNELS, BRICK_K, CODE_BYTES, code_at};
+use liquidgemm_format::brick::{BRICK_CHANNELS, BRICK_K, code_at};
 use liquidgemm_format::dequant::{broadcast, dequantize_word, multiply_add_flip};
 
 use super::{CHUNK_K, Task, TokenBlock};
+use crate::packed::Brick;
 
 /// One chunk of K, widened to int16.
 #[derive(Default)]
@@ -14,10 +15,10 @@ pub(super) struct Panels {
 }
 
 /// Adds one chunk's products.
-pub(super) fn accumulate(bricks: &[u8], x: &TokenBlock<'_>, chunk: usize, task: &mut Task) {
+pub(super) fn accumulate(bricks: &[Brick<'_>], x: &TokenBlock<'_>, chunk: usize, task: &mut Task) {
     let weights = &mut task.portable.weights;
     weights.resize(BRICK_CHANNELS, [0; CHUNK_K]);
-    for (index, brick) in bricks.chunks_exact(BRICK_BYTES).enumerate() {
+    for (index, &brick) in bricks.iter().enumerate() {
         dequantize_brick(brick, |channel, values| {
             let place: &mut [i16; BRICK_K] =
                 weights[channel][index * BRICK_K..].first_chunk_mut().expect("a chunk is whole bricks");
@@ -48,16 +49,14 @@ fn dot(a: &[i16; CHUNK_K], b: &[i16; CHUNK_K]) -> i32 {
 
 /// Dequantizes one brick and calls `store(channel, weights)` for each of its 64 channels.
 #[inline(always)]
-fn dequantize_brick(brick: &[u8], mut store: impl FnMut(usize, [i8; BRICK_K])) {
-    let (codes, scales) = brick.split_at(CODE_BYTES);
-    // One word of scales serves two channels, whose codes are 64 bytes: even words the first's, odd ones the
+fn dequantize_brick(Brick { codes, pairs }: Brick<'_>, mut store: impl FnMut(usize, [i8; BRICK_K])) {
+    // One word of pairs serves two channels, whose codes are 64 bytes: even words the first's, odd ones the
     // second's.
-    for (piece, (codes, scales)) in
-        codes.as_chunks::<64>().0.iter().zip(scales.as_chunks::<4>().0).enumerate()
+    for (piece, (codes, pairs)) in codes.as_chunks::<64>().0.iter().zip(pairs.as_chunks::<4>().0).enumerate()
     {
         let mut channels = [[0u32; BRICK_K / 4]; 2];
         for (word, codes) in codes.as_chunks::<4>().0.iter().enumerate() {
-            let (s, a) = (scales[word % 2 * 2], scales[word % 2 * 2 + 1]);
+            let (s, a) = (pairs[word % 2 * 2], pairs[word % 2 * 2 + 1]);
             let fours =
                 dequantize_word(u32::from_le_bytes(*codes), u32::from(s), broadcast(a), multiply_add_flip);
             for (four, high) in fours.into_iter().zip([false, true]) {

@@ -18,9 +18,10 @@ use std::arch::x86_64::{
     _mm512_unpacklo_epi64,
 };
 
-use liquidgemm_format::brick::{BRICK_BYTES, BRICK_K, CODE_BYTES, code_at};
+use liquidgemm_format::brick::{BRICK_K, CODE_BYTES, code_at};
 
 use super::{Accumulators, CHUNK_BRICKS, CHUNK_K, Task, TokenBlock, by_tokens};
+use crate::packed::Brick;
 
 /// Runs of four weights along K in a chunk.
 const CHUNK_FOURS: usize = CHUNK_K / 4;
@@ -56,7 +57,7 @@ pub(super) fn is_available() -> bool {
 
 /// Adds one chunk's products.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-pub(super) fn accumulate(bricks: &[u8], x: &TokenBlock<'_>, chunk: usize, task: &mut Task) {
+pub(super) fn accumulate(bricks: &[Brick<'_>], x: &TokenBlock<'_>, chunk: usize, task: &mut Task) {
     let Panels { weights, x: panel_x } = &mut task.vnni;
     panel_x.resize(x.count, [0; CHUNK_FOURS]);
     for (token, (words, accumulators)) in panel_x.iter_mut().zip(&mut task.accumulators).enumerate() {
@@ -85,10 +86,10 @@ pub(super) fn accumulate(bricks: &[u8], x: &TokenBlock<'_>, chunk: usize, task: 
     }
 
     weights.resize(CHUNK_FOURS, [0; PIECES]);
-    for (brick, weights) in bricks.chunks_exact(BRICK_BYTES).zip(weights.as_chunks_mut().0) {
+    for (&brick, weights) in bricks.iter().zip(weights.as_chunks_mut().0) {
         fill_panel(brick, weights);
     }
-    let weights = &weights[..bricks.len() / BRICK_BYTES * (BRICK_K / 4)];
+    let weights = &weights[..bricks.len() * (BRICK_K / 4)];
     let (accumulators, x) = (&mut task.accumulators[..], &panel_x[..]);
     let (accumulators, x) = by_tokens::<8, _>(accumulators, x, |acc, x| multiply(weights, x, acc));
     let (accumulators, x) = by_tokens::<2, _>(accumulators, x, |acc, x| multiply(weights, x, acc));
@@ -97,7 +98,7 @@ pub(super) fn accumulate(bricks: &[u8], x: &TokenBlock<'_>, chunk: usize, task: 
 
 /// Dequantizes a brick into its 16 rows of the panel.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-fn fill_panel(brick: &[u8], panel: &mut [PanelRow; BRICK_K / 4]) {
+fn fill_panel(brick: Brick<'_>, panel: &mut [PanelRow; BRICK_K / 4]) {
     // Eight pieces at a time: transposed, they are whole cache lines of the panel.
     for first in (0..PIECES).step_by(8) {
         let (mut low, mut high) = ([_mm512_setzero_si512(); 8], [_mm512_setzero_si512(); 8]);
@@ -186,7 +187,7 @@ fn multiply<const T: usize>(
 /// one word of codes.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 fn multiply_in_order<const T: usize>(
-    bricks: &[u8],
+    bricks: &[Brick<'_>],
     x: &[[u32; CHUNK_FOURS]; T],
     accumulators: &mut [Accumulators; T],
 ) {
@@ -213,7 +214,7 @@ fn multiply_in_order<const T: usize>(
 
     for piece in 0..PIECES {
         let mut sums = [_mm512_setzero_si512(); T];
-        for (brick, x_lanes) in bricks.chunks_exact(BRICK_BYTES).zip(&x_lanes) {
+        for (&brick, x_lanes) in bricks.iter().zip(&x_lanes) {
             let [low, high] = dequantize_piece(brick, piece);
             for (sum, x) in sums.iter_mut().zip(x_lanes) {
                 *sum = _mm512_dpbusd_epi32(*sum, low, x[0]);
@@ -233,16 +234,15 @@ fn multiply_in_order<const T: usize>(
 /// The weights plus 128 of one piece of a brick, from its low and from its high nibbles: 16 words in the order of
 /// the brick, four elements along K each. Even lanes belong to the piece's first channel, odd ones to its second.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-fn dequantize_piece(brick: &[u8], piece: usize) -> [__m512i; 2] {
-    let (codes, scales) = brick.split_at(CODE_BYTES);
+fn dequantize_piece(Brick { codes, pairs }: Brick<'_>, piece: usize) -> [__m512i; 2] {
     let codes = load::<u8, 64>(codes[64 * piece..].first_chunk().expect("a piece is 64 bytes"));
     // The word [s, a, s', a'] in every lane; from it s and s' widened to lanes, a and a' in all four bytes.
-    let scales: [u8; 4] = *scales[4 * piece..].first_chunk().expect("four bytes a piece");
-    let scales = _mm512_set1_epi32(i32::from_le_bytes(scales));
+    let pairs: [u8; 4] = *pairs[4 * piece..].first_chunk().expect("four bytes a piece");
+    let pairs = _mm512_set1_epi32(i32::from_le_bytes(pairs));
     const ZERO: i32 = 0x8080_8000_u32 as i32;
-    let s = _mm512_shuffle_epi8(scales, _mm512_set4_epi32(ZERO | 2, ZERO, ZERO | 2, ZERO));
+    let s = _mm512_shuffle_epi8(pairs, _mm512_set4_epi32(ZERO | 2, ZERO, ZERO | 2, ZERO));
     let a_bytes = _mm512_set4_epi32(0x0303_0303, 0x0101_0101, 0x0303_0303, 0x0101_0101);
-    let a4 = _mm512_shuffle_epi8(scales, a_bytes);
+    let a4 = _mm512_shuffle_epi8(pairs, a_bytes);
     let nibble = _mm512_set1_epi32(0x0F0F_0F0F);
     let low = _mm512_and_si512(codes, nibble);
     let high = _mm512_and_si512(_mm512_srli_epi32::<4>(codes), nibble);

@@ -116,22 +116,22 @@ impl Gpu {
     /// If memory runs out or the driver fails.
     pub fn upload_for_ablation(&self, weights: &PackedWeights) -> Result<ArmWeights, Error> {
         self.make_current()?;
-        let mut bricks = weights.bricks().to_vec();
-        ablation::to_subtrahends(&mut bricks);
+        let mut pairs = weights.pairs().to_vec();
+        ablation::to_subtrahends(&mut pairs);
         Ok(ArmWeights {
             adding: DeviceWeights::upload(weights)?,
-            subtracting: DeviceWeights::upload_as(weights, &bricks)?,
+            subtracting: DeviceWeights::upload_as(weights, &pairs)?,
         })
     }
 
-    /// As [`Gpu::gemm`], in the way of `arm`: bf16 output without bias, and tiles of 128 channels with one consumer a strip
+    /// As [`Gpu::gemm_with_plan`], in the way of `arm`: bf16 output without bias, and tiles of 128 channels with one consumer a strip
     /// and as many tokens as [`liquidgemm_format::ablation::TOKENS`] lists.
     ///
     /// # Errors
-    /// As [`Gpu::gemm`]; another output, a bias, and a plan with another tile.
+    /// As [`Gpu::gemm_with_plan`]; another output, a bias, and a plan with another tile.
     ///
     /// # Safety
-    /// As for [`Gpu::gemm`].
+    /// As for [`Gpu::gemm_with_plan`].
     pub unsafe fn ablation(
         &self,
         arm: Arm,

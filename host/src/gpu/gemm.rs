@@ -6,7 +6,7 @@ use std::ops::Range;
 use cust::stream::Stream;
 use cust::sys::{CUfunction, CUstream};
 use liquidgemm_format::arguments::{GemmArguments, output_type};
-use liquidgemm_format::brick::{self, BRICK_CHANNELS};
+use liquidgemm_format::brick::BRICK_CHANNELS;
 use liquidgemm_format::tile::SPAN_K;
 
 use crate::gpu::Gpu;
@@ -143,7 +143,27 @@ pub(super) struct TiledLaunch {
 }
 
 impl Gpu {
-    /// Launches `output = epilogue(activations · weightsᵀ)` on `stream` and returns at once.
+    /// Launches `output = epilogue(activations · weightsᵀ)` on `stream` and returns at once, with the plan that [`Gpu::plan`] keeps for the
+    /// problem.
+    ///
+    /// # Errors
+    /// As [`Gpu::gemm_with_plan`].
+    ///
+    /// # Safety
+    /// As for [`Gpu::gemm_with_plan`].
+    pub unsafe fn gemm(
+        &self,
+        weights: &DeviceWeights,
+        operands: &Operands,
+        workspace: &Workspace,
+        stream: impl Into<StreamHandle>,
+    ) -> Result<(), Error> {
+        let plan = self.plan(operands.m, weights.n(), weights.k())?;
+        // SAFETY: the caller vouches for what this asks for.
+        unsafe { self.gemm_with_plan(weights, operands, &plan, workspace, stream) }
+    }
+
+    /// As [`Gpu::gemm`], with a plan of the caller's choice.
     ///
     /// Nothing is allocated and nothing waits, so the call can be captured in a CUDA graph (after the first call
     /// with each tile shape, which compiles its kernel). A [divided](crate::Divided) plan launches twice.
@@ -162,7 +182,7 @@ impl Gpu {
     /// [`DeviceWeights`] are written only by [`Gpu::upload`], which waits, nothing needs to be done about it.
     ///
     /// All of them belong to this GPU's context.
-    pub unsafe fn gemm(
+    pub unsafe fn gemm_with_plan(
         &self,
         weights: &DeviceWeights,
         operands: &Operands,
@@ -274,12 +294,9 @@ impl Gpu {
         } else {
             activations[0]
         };
-        let k_blocks = brick::k_blocks(weights.k());
-        let first_brick = brick::brick_offset(channels.start / BRICK_CHANNELS, 0, k_blocks);
         let first_f32 = (channels.start * size_of::<f32>()) as u64;
         let arguments = GemmArguments {
-            bricks: weights.bricks() + first_brick as u64,
-            channel_scales: weights.channel_scales() + first_f32,
+            weights: weights.arguments_from(channels.start / BRICK_CHANNELS),
             token_scales: operands.token_scales.address(),
             bias: operands.bias.map_or(0, |bias| bias.address() + first_f32),
             output: output_address,
@@ -287,7 +304,6 @@ impl Gpu {
             flags: workspace.flags(),
             m: operands.m as u32,
             n: channels.len() as u32,
-            k_blocks: k_blocks as u32,
             output_stride: operands.output_stride as u32,
             output_type: output_code(operands.output_type),
             output_is_mapped: is_mapped.into(),
@@ -308,7 +324,7 @@ impl Gpu {
     /// Launches what has been prepared.
     ///
     /// # Safety
-    /// As for [`Gpu::gemm`]; [`check_gemm`](Self::check_gemm) has passed, the kernel computes the plan's tile, and the launch's channels
+    /// As for [`Gpu::gemm_with_plan`]; [`check_gemm`](Self::check_gemm) has passed, the kernel computes the plan's tile, and the launch's channels
     /// are the problem's, from a strip's first on.
     pub(super) unsafe fn launch_tiled(
         &self,

@@ -4,10 +4,13 @@ use std::ptr;
 
 use cust::memory::{CopyDestination, DeviceBuffer, DeviceCopy};
 use cust::sys;
+use liquidgemm_format::arguments::WeightsArguments;
+use liquidgemm_format::brick::BRICK_CHANNELS;
 use liquidgemm_format::tile::{TILE_SHAPES, TileShape};
 
 use crate::gpu::error::{During, GpuError};
-use crate::{Group, PackedWeights, Plan, Tiled};
+use crate::gpu::stream::StreamLayout;
+use crate::{Error, Group, PackedWeights, Plan, Tiled};
 
 /// A span of device memory, wherever it comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,7 +67,8 @@ pub struct DeviceWeights {
     n: usize,
     k: usize,
     group: Group,
-    bricks: DeviceBuffer<u8>,
+    layout: StreamLayout,
+    stream: DeviceBuffer<u8>,
     channel_scales: DeviceBuffer<f32>,
 }
 
@@ -81,17 +85,21 @@ pub(crate) fn copy_to_device<T: DeviceCopy>(
 }
 
 impl DeviceWeights {
-    pub(crate) fn upload(weights: &PackedWeights) -> Result<Self, GpuError> {
-        Self::upload_as(weights, weights.bricks())
+    pub(crate) fn upload(weights: &PackedWeights) -> Result<Self, Error> {
+        Self::upload_as(weights, weights.pairs())
     }
 
-    /// Uploads `bricks` in the place of the weights' own.
-    pub(super) fn upload_as(weights: &PackedWeights, bricks: &[u8]) -> Result<Self, GpuError> {
+    /// Uploads `pairs` in the place of the weights' own.
+    pub(super) fn upload_as(weights: &PackedWeights, pairs: &[u8]) -> Result<Self, Error> {
+        let (n, k, group) = (weights.n(), weights.k(), weights.group());
+        let layout = StreamLayout::new(n, k, group)?;
+        let merged = layout.merge(weights.codes(), pairs);
         Ok(Self {
-            n: weights.n(),
-            k: weights.k(),
-            group: weights.group(),
-            bricks: copy_to_device(bricks, "copying the weights to the GPU")?,
+            n,
+            k,
+            group,
+            layout,
+            stream: copy_to_device(&merged, "copying the weights to the GPU")?,
             channel_scales: copy_to_device(
                 weights.channel_scales(),
                 "copying the channel scales to the GPU",
@@ -103,12 +111,13 @@ impl DeviceWeights {
     ///
     /// # Errors
     /// If the driver fails.
-    pub fn download(&self) -> Result<PackedWeights, crate::Error> {
-        let mut bricks = vec![0; self.bricks.len()];
+    pub fn download(&self) -> Result<PackedWeights, Error> {
+        let mut merged = vec![0; self.stream.len()];
         let mut channel_scales = vec![0.0; self.channel_scales.len()];
-        self.bricks.copy_to(&mut bricks[..]).during("copying the weights from the GPU")?;
+        self.stream.copy_to(&mut merged[..]).during("copying the weights from the GPU")?;
         self.channel_scales.copy_to(&mut channel_scales[..]).during("copying the scales from the GPU")?;
-        PackedWeights::from_parts(bricks, channel_scales, self.n, self.k, self.group)
+        let (codes, pairs) = self.layout.split(&merged);
+        PackedWeights::from_parts(codes, pairs, channel_scales, self.n, self.k, self.group)
     }
 
     /// Output channels.
@@ -128,15 +137,18 @@ impl DeviceWeights {
 
     /// Device memory that the weights take, in bytes.
     pub fn bytes(&self) -> usize {
-        self.bricks.len() + self.channel_scales.len() * size_of::<f32>()
+        self.stream.len() + self.channel_scales.len() * size_of::<f32>()
     }
 
-    pub(crate) fn bricks(&self) -> u64 {
-        self.bricks.as_device_ptr().as_raw()
-    }
-
-    pub(crate) fn channel_scales(&self) -> u64 {
-        self.channel_scales.as_device_ptr().as_raw()
+    /// The weights from a strip on, as the kernels find them.
+    pub(crate) fn arguments_from(&self, strip: usize) -> WeightsArguments {
+        let stream = self.layout.stream();
+        let scales = self.channel_scales.as_device_ptr().as_raw();
+        WeightsArguments {
+            strips: self.stream.as_device_ptr().as_raw() + strip as u64 * u64::from(stream.strip_bytes),
+            channel_scales: scales + (strip * BRICK_CHANNELS * size_of::<f32>()) as u64,
+            stream,
+        }
     }
 }
 

@@ -19,6 +19,7 @@ pub mod memory;
 mod plans;
 pub mod probes;
 mod skinny;
+mod stream;
 mod tensor_map;
 
 use std::ops::RangeInclusive;
@@ -210,7 +211,7 @@ impl Gpu {
     /// If memory runs out or the driver fails.
     pub fn upload(&self, weights: &PackedWeights) -> Result<DeviceWeights, Error> {
         self.make_current()?;
-        Ok(DeviceWeights::upload(weights)?)
+        DeviceWeights::upload(weights)
     }
 
     /// A workspace, large enough for every plan on this GPU. One for each stream that launches GEMMs.
@@ -323,7 +324,7 @@ impl Gpu {
             }),
         };
         // SAFETY: everything lives until the stream has been waited for, and the lock keeps others out.
-        unsafe { self.gemm(device_weights, &operands, plan, &own.workspace, &own.stream) }?;
+        unsafe { self.gemm_with_plan(device_weights, &operands, plan, &own.workspace, &own.stream) }?;
         own.stream.synchronize().during("running the GEMM")?;
 
         let mut bytes: Vec<T> = vec![bytemuck::Zeroable::zeroed(); elements];

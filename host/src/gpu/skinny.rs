@@ -3,7 +3,6 @@
 use std::ffi::c_void;
 
 use liquidgemm_format::arguments::SkinnyArguments;
-use liquidgemm_format::brick::k_blocks;
 use liquidgemm_format::skinny::{STEP_K, THREADS};
 
 use crate::gpu::Gpu;
@@ -17,7 +16,7 @@ impl Gpu {
     /// Launches a plan for few tokens.
     ///
     /// # Safety
-    /// As for [`Gpu::gemm`], which has checked the operands and the plan.
+    /// As for [`Gpu::gemm_with_plan`], which has checked the operands and the plan.
     pub(super) unsafe fn launch_skinny(
         &self,
         weights: &DeviceWeights,
@@ -29,14 +28,12 @@ impl Gpu {
         let kernel = self.kernels.skinny(shape)?;
         let [mut activations, _] = self.activation_maps(weights, operands, [shape.tokens, STEP_K])?;
         let mut arguments = SkinnyArguments {
-            bricks: weights.bricks(),
-            channel_scales: weights.channel_scales(),
+            weights: weights.arguments_from(0),
             token_scales: operands.token_scales.address(),
             bias: operands.bias.map_or(0, DeviceSpan::address),
             output: operands.output.address(),
             m: operands.m as u32,
             n: weights.n() as u32,
-            k_blocks: k_blocks(weights.k()) as u32,
             output_stride: operands.output_stride as u32,
             output_type: output_code(operands.output_type),
             shares: plan.shares(),

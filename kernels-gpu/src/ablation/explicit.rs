@@ -8,12 +8,11 @@ use cuda_std::warp::WARP_SIZE;
 use cuda_std::{TensorMap, cluster, shared, thread, warp};
 use liquidgemm_format::ablation::{EXPLICIT_MMA_BYTES, EXPLICIT_REGISTERS, ExplicitShape, explicit_row};
 use liquidgemm_format::arguments::GemmArguments;
-use liquidgemm_format::brick::BRICK_BYTES;
 use liquidgemm_format::ring::RingCursor;
 use liquidgemm_format::schedule::Segment;
 use liquidgemm_format::tile::{STRIP_SPAN_BYTES, TileShape, WARPGROUP};
 
-use crate::dequant::{BrickShare, Dequantization, SharePlace};
+use crate::dequant::{BrickShare, Dequantization};
 use crate::gemm::{MainLoop, TokenBoxes, consume, produce_activations, produce_bricks, sync};
 use crate::pipeline::{Cluster, Consumer, Shared};
 use crate::ptx::matrix::store_x4;
@@ -40,7 +39,7 @@ pub unsafe fn gemm<A: Accumulator, D: Dequantization, const STAGES: u32, const B
 ) {
     let shape = const { shape(A::TOKENS, STAGES, BUFFERS) };
     let tile = shape.tile;
-    let shared = Shared::new(shared::dynamic_shared_mem(), tile);
+    let shared = Shared::new(shared::dynamic_shared_mem(), tile, arguments.weights.stream);
     let buffers = Buffers::behind(shared, shape);
     let thread = thread::thread_idx_x();
     let warp = warp::broadcast(thread / WARP_SIZE);
@@ -160,7 +159,7 @@ unsafe fn dequantize<D: Dequantization, const STAGES: u32, const BUFFERS: u32>(
     consumer: Consumer,
 ) {
     let tile = buffers.shape.tile;
-    let place = SharePlace::of_thread(consumer.thread).moved(shared.own_bricks(0, consumer));
+    let place = shared.share_place(consumer);
     let row = explicit_row(consumer.thread);
     let mut ring = RingCursor::<STAGES>::start();
     let mut filled = RingCursor::<BUFFERS>::start();
@@ -174,7 +173,7 @@ unsafe fn dequantize<D: Dequantization, const STAGES: u32, const BUFFERS: u32>(
                 unsafe {
                     shared.acquire_full(ring.stage(), span, ring.full_parity());
                     let first = BrickShare::load(bricks, place);
-                    let second = BrickShare::load(bricks + BRICK_BYTES as u32, place);
+                    let second = BrickShare::load_second(bricks, place, shared.stream());
                     mbarrier::wait(buffers.empty(buffer, strip), filled.empty_parity());
                     let address = buffers.weights(buffer, strip) + row;
                     store_x4(address, first.operand::<D, 0>());

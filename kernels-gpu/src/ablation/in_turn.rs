@@ -4,12 +4,11 @@
 use core::marker::PhantomData;
 
 use cuda_std::warp;
-use liquidgemm_format::brick::BRICK_BYTES;
 use liquidgemm_format::ring::RingCursor;
 use liquidgemm_format::schedule::Segment;
 use liquidgemm_format::tile::{STRIP_SPAN_BYTES, TileShape};
 
-use crate::dequant::{BrickShare, Dequantization, SharePlace};
+use crate::dequant::{BrickShare, Dequantization};
 use crate::gemm::MainLoop;
 use crate::pipeline::{Cluster, Consumer, Shared};
 use crate::ptx::wgmma::{self, Accumulator};
@@ -35,7 +34,7 @@ impl<D: Dequantization, const STAGES: u32> MainLoop for InTurn<D, STAGES> {
         cluster: Cluster,
         consumer: Consumer,
     ) -> Self {
-        let place = SharePlace::of_thread(consumer.thread).moved(shared.own_bricks(0, consumer));
+        let place = shared.share_place(consumer);
         let mut ring = position;
         for step in segment.k_begin..segment.k_end {
             let stage = ring.stage();
@@ -50,7 +49,7 @@ impl<D: Dequantization, const STAGES: u32> MainLoop for InTurn<D, STAGES> {
                         let bricks = bricks + SPAN * STRIP_SPAN_BYTES;
                         let tile = tile + SPAN * wgmma::descriptor_step(shape.span_bytes());
                         let first = BrickShare::load(bricks, place);
-                        let second = BrickShare::load(bricks + BRICK_BYTES as u32, place);
+                        let second = BrickShare::load_second(bricks, place, shared.stream());
                         let operands = [
                             first.operand::<D, 0>(),
                             first.operand::<D, 1>(),

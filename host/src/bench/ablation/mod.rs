@@ -18,9 +18,9 @@ use super::replay::{Contender, Pace};
 use super::run::{Observer, Stage};
 use super::shapes::{Case, Matrix, distinct};
 use super::statistics::Timing;
-use crate::Plan;
 use crate::gpu::Gpu;
 use crate::gpu::ablation::{Arm, ArmWeights};
+use crate::{Group, Plan};
 
 pub use page::write as write_page;
 
@@ -174,8 +174,8 @@ struct Fixture {
 
 impl Fixture {
     fn new(stage: &Stage<'_>, case: &Case) -> anyhow::Result<Self> {
-        let weights = data::random_weights(case.matrix.n, case.matrix.k)?;
-        let copies = copies(weights.bricks().len());
+        let weights = data::random_weights(case.matrix.n, case.matrix.k, Group::default())?;
+        let copies = copies(weights.bytes());
         let uploads = (0..copies).map(|_| stage.gpu.upload_for_ablation(&weights));
         Ok(Self { weights: uploads.collect::<Result<_, _>>()?, reference: stage.reference(&weights, case)? })
     }

@@ -1,0 +1,151 @@
+//! Packed weights in the order in which device memory has them, and back. The layout is `liquidgemm_format::stream`'s.
+
+use liquidgemm_format::brick::{self, CODE_BYTES, PAIR_BYTES};
+use liquidgemm_format::stream::WeightStream;
+use liquidgemm_format::tile::{SPAN_BRICKS, STRIP_SPAN_CODE_BYTES};
+use rayon::prelude::*;
+
+use crate::{Error, Group};
+
+/// Where the parts of packed weights `[n, k]` lie in the device's order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct StreamLayout {
+    stream: WeightStream,
+    strips: usize,
+    k_blocks: usize,
+    /// Blocks of 64 along K of a group.
+    group_blocks: usize,
+}
+
+/// A piece of a strip: so many bytes, where they lie in the stream, and where among the strip's codes or its pairs.
+enum Piece {
+    Codes { stream: usize, packed: usize, bytes: usize },
+    Pairs { stream: usize, packed: usize },
+}
+
+impl StreamLayout {
+    pub(crate) fn new(n: usize, k: usize, group: Group) -> Result<Self, Error> {
+        let (k_blocks, group_blocks) = (brick::k_blocks(k), group.blocks(k)?);
+        let stream = WeightStream::new(k_blocks as u32, group_blocks as u32);
+        Ok(Self { stream, strips: brick::strips(n), k_blocks, group_blocks })
+    }
+
+    pub(crate) fn stream(self) -> WeightStream {
+        self.stream
+    }
+
+    /// Bytes of everything.
+    pub(crate) fn bytes(self) -> usize {
+        self.strips * self.stream.strip_bytes as usize
+    }
+
+    fn groups(self) -> usize {
+        self.k_blocks.div_ceil(self.group_blocks)
+    }
+
+    /// Calls `visit` for each piece of a strip.
+    fn for_each_piece(self, mut visit: impl FnMut(Piece)) {
+        let WeightStream { span_bytes, channel_pairs, second_pairs, .. } = self.stream;
+        if channel_pairs > 0 {
+            visit(Piece::Pairs { stream: 0, packed: 0 });
+        }
+        for (span, block) in (0..self.k_blocks).step_by(SPAN_BRICKS as usize).enumerate() {
+            let place = channel_pairs as usize + span * span_bytes as usize;
+            let bricks = (self.k_blocks - block).min(SPAN_BRICKS as usize);
+            visit(Piece::Codes { stream: place, packed: block * CODE_BYTES, bytes: bricks * CODE_BYTES });
+            let first = place + STRIP_SPAN_CODE_BYTES as usize;
+            let pairs =
+                [(channel_pairs == 0, first, block), (second_pairs > 0, first + PAIR_BYTES, block + 1)];
+            for (exists, stream, block) in pairs {
+                if exists && block < self.k_blocks {
+                    visit(Piece::Pairs { stream, packed: block / self.group_blocks * PAIR_BYTES });
+                }
+            }
+        }
+    }
+
+    /// Packed codes `[strips, k_blocks, 2048]` and pairs `[strips, groups, 128]` in the device's order.
+    pub(crate) fn merge(self, codes: &[u8], pairs: &[u8]) -> Vec<u8> {
+        let mut merged = vec![0; self.bytes()];
+        let codes = codes.par_chunks_exact(self.k_blocks * CODE_BYTES);
+        let pairs = pairs.par_chunks_exact(self.groups() * PAIR_BYTES);
+        let strips = merged.par_chunks_exact_mut(self.stream.strip_bytes as usize);
+        strips.zip(codes).zip(pairs).for_each(|((strip, codes), pairs)| {
+            self.for_each_piece(|piece| match piece {
+                Piece::Codes { stream, packed, bytes } => {
+                    strip[stream..][..bytes].copy_from_slice(&codes[packed..][..bytes]);
+                }
+                Piece::Pairs { stream, packed } => {
+                    strip[stream..][..PAIR_BYTES].copy_from_slice(&pairs[packed..][..PAIR_BYTES]);
+                }
+            });
+        });
+        merged
+    }
+
+    /// The codes and the pairs of what [`merge`](Self::merge) has put together.
+    pub(crate) fn split(self, merged: &[u8]) -> (Vec<u8>, Vec<u8>) {
+        let mut codes = vec![0; self.strips * self.k_blocks * CODE_BYTES];
+        let mut pairs = vec![0; self.strips * self.groups() * PAIR_BYTES];
+        let to_codes = codes.par_chunks_exact_mut(self.k_blocks * CODE_BYTES);
+        let to_pairs = pairs.par_chunks_exact_mut(self.groups() * PAIR_BYTES);
+        let strips = merged.par_chunks_exact(self.stream.strip_bytes as usize);
+        strips.zip(to_codes).zip(to_pairs).for_each(|((strip, codes), pairs)| {
+            self.for_each_piece(|piece| match piece {
+                Piece::Codes { stream, packed, bytes } => {
+                    codes[packed..][..bytes].copy_from_slice(&strip[stream..][..bytes]);
+                }
+                Piece::Pairs { stream, packed } => {
+                    pairs[packed..][..PAIR_BYTES].copy_from_slice(&strip[stream..][..PAIR_BYTES]);
+                }
+            });
+        });
+        (codes, pairs)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn codes_and_pairs_come_back_for_every_group_and_tail() {
+        for k in [1, 64, 65, 128, 200, 449, 640] {
+            let groups = [64, 128, 192, 256, 320].map(Group::K).into_iter().chain([Group::Channel]);
+            for (n, group) in
+                [1, 64, 65, 200].into_iter().flat_map(|n| groups.clone().map(move |group| (n, group)))
+            {
+                let layout = StreamLayout::new(n, k, group).unwrap();
+                let bytes =
+                    |count: usize, of: usize| (0..count).map(|at| (at * of % 251) as u8).collect::<Vec<_>>();
+                let codes = bytes(n.div_ceil(64) * k.div_ceil(64) * 2048, 7);
+                let pairs = bytes(n.div_ceil(64) * group.count(k).unwrap() * 128, 13);
+                let merged = layout.merge(&codes, &pairs);
+                assert_eq!(merged.len(), layout.bytes());
+                assert_eq!(layout.split(&merged), (codes, pairs), "{n} x {k}, group {group}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_span_is_the_codes_of_two_bricks_and_then_their_pairs() {
+        let codes: Vec<u8> = (0..3 * 2048).map(|at| (at / 2048) as u8).collect();
+        let pairs: Vec<u8> = (0..3 * 128).map(|at| 10 + (at / 128) as u8).collect();
+        let merged = |group, pairs: &[u8]| StreamLayout::new(64, 192, group).unwrap().merge(&codes, pairs);
+        let runs = |bytes: &[u8]| -> Vec<(u8, usize)> {
+            bytes.chunk_by(|a, b| a == b).map(|run| (run[0], run.len())).collect()
+        };
+        assert_eq!(
+            runs(&merged(Group::K(64), &pairs)),
+            [(0, 2048), (1, 2048), (10, 128), (11, 128), (2, 2048), (0, 2048), (12, 128), (0, 128)]
+        );
+        assert_eq!(
+            runs(&merged(Group::K(128), &pairs[..256])),
+            [(0, 2048), (1, 2048), (10, 128), (2, 2048), (0, 2048), (11, 128)]
+        );
+        assert_eq!(
+            runs(&merged(Group::Channel, &pairs[..128])),
+            [(10, 128), (0, 2048), (1, 2048), (2, 2048), (0, 2048)]
+        );
+    }
+}

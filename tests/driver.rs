@@ -26,7 +26,7 @@ enum Library {
 /// The property that it checks, the driver that it needs, and the check.
 type Check = (&'static str, Library, fn() -> Result<(), Failed>);
 
-const CHECKS: [Check; 14] = [
+const CHECKS: [Check; 19] = [
     ("without_a_driver_the_error_says_what_to_install", Library::TheMachines, no_driver),
     ("a_broken_driver_is_told_from_a_missing_one", Library::Broken, broken_driver),
     ("a_driver_before_cuda_12_is_too_old", Library::Fake(&[("FAKE_CUDA_VERSION", "11080")]), driver_too_old),
@@ -53,7 +53,17 @@ const CHECKS: [Check; 14] = [
     ("without_a_current_context_there_is_no_current_gpu", Library::Fake(&[]), no_context),
     ("what_has_been_prepared_compiles_nothing_later", Library::Fake(&[]), prepared),
     ("bad_calls_are_refused_before_the_launch", Library::Fake(&[]), bad_calls),
+    ("what_lives_on_a_gpu_outlives_it_and_is_freed_on_any_thread", WORKING, freed_anywhere),
+    ("the_callers_context_stays_current", TWO_GPUS, current_context),
+    ("another_gpus_weights_and_workspace_are_refused", TWO_GPUS, other_gpu),
+    ("no_tokens_are_a_call_that_does_nothing", WORKING, no_tokens),
+    ("any_driver_call_may_fail", WORKING, any_failure),
 ];
+
+/// A driver that launches.
+const WORKING: Library = Library::Fake(&[("FAKE_CUDA_LAUNCH", "0")]);
+/// The same with two GPUs.
+const TWO_GPUS: Library = Library::Fake(&[("FAKE_CUDA_LAUNCH", "0"), ("FAKE_CUDA_DEVICES", "2")]);
 
 /// Names the check that a child process runs.
 const CHILD: &str = "LIQUIDGEMM_TEST_DRIVER_CHECK";
@@ -254,6 +264,7 @@ fn no_context() -> Result<(), Failed> {
         other => return Err(format!("{other:?}").into()),
     }
     let own = Gpu::new()?;
+    own.make_current()?;
     let current = Gpu::from_current_context()?;
     check(own.description() == current.description(), current.description())
 }
@@ -339,4 +350,213 @@ fn bad_calls() -> Result<(), Failed> {
         text.as_deref() == Some("launching the GEMM failed: invalid cluster size (CUDA status 912)"),
         format!("{outcome:?}"),
     )
+}
+
+/// The fake driver's own functions.
+struct Fake {
+    fail_after: extern "C" fn(i64),
+    failure_pending: extern "C" fn() -> i32,
+    allocations: extern "C" fn() -> u32,
+    violations: extern "C" fn() -> u32,
+    take_busy: extern "C" fn() -> i32,
+    take_could_not_enter: extern "C" fn() -> i32,
+    retained: extern "C" fn(i32) -> i64,
+}
+
+impl Fake {
+    fn load() -> Result<Self, Failed> {
+        let driver = cuda_driver::load()?;
+        // SAFETY: the types are those of the fake's functions, which only set and read counters.
+        unsafe {
+            Ok(Self {
+                fail_after: driver.symbol("fakeFailAfter").ok_or("fakeFailAfter")?,
+                failure_pending: driver.symbol("fakeFailurePending").ok_or("fakeFailurePending")?,
+                allocations: driver.symbol("fakeAllocations").ok_or("fakeAllocations")?,
+                violations: driver.symbol("fakeViolations").ok_or("fakeViolations")?,
+                take_busy: driver.symbol("fakeTakeBusy").ok_or("fakeTakeBusy")?,
+                take_could_not_enter: driver
+                    .symbol("fakeTakeCouldNotEnter")
+                    .ok_or("fakeTakeCouldNotEnter")?,
+                retained: driver.symbol("fakeRetained").ok_or("fakeRetained")?,
+            })
+        }
+    }
+
+    /// Makes the call after so many fail, and none after that.
+    fn fail_after(&self, calls: i64) {
+        (self.fail_after)(calls)
+    }
+
+    fn failure_is_pending(&self) -> bool {
+        (self.failure_pending)() != 0
+    }
+
+    fn allocations(&self) -> u32 {
+        (self.allocations)()
+    }
+
+    fn violations(&self) -> u32 {
+        (self.violations)()
+    }
+
+    fn take_busy(&self) -> bool {
+        (self.take_busy)() != 0
+    }
+
+    fn take_could_not_enter(&self) -> bool {
+        (self.take_could_not_enter)() != 0
+    }
+
+    fn retained(&self, device: i32) -> i64 {
+        (self.retained)(device)
+    }
+}
+
+fn some_weights() -> Result<PackedWeights, Error> {
+    PackedWeights::quantize(&vec![1f32; 200 * 300], 200, 300, Group::default())
+}
+
+fn some_activations(m: usize) -> Result<QuantizedActivations, Error> {
+    QuantizedActivations::quantize(&vec![1f32; m * 300], m, 300)
+}
+
+/// The context that is current on this thread, as a number.
+fn current() -> Result<usize, Failed> {
+    let mut context = std::ptr::null_mut();
+    // SAFETY: the argument is valid for a write.
+    let status = unsafe { cust::sys::cuCtxGetCurrent(&mut context) };
+    check(status as u32 == 0, format!("{status:?}"))?;
+    Ok(context as usize)
+}
+
+fn freed_anywhere() -> Result<(), Failed> {
+    let gpu = Gpu::new()?;
+    let fake = Fake::load()?;
+    let (weights, workspace) = (gpu.upload(&some_weights()?)?, gpu.workspace()?);
+    let allocations = fake.allocations();
+    check(allocations >= 4, format!("{allocations} allocations"))?;
+    drop(gpu);
+    check(fake.retained(0) > 0, "the context went before what lives in it")?;
+    // A new one's context is the same.
+    let again = Gpu::new()?;
+    let downloaded = std::thread::spawn(move || {
+        // On a thread without a context.
+        let downloaded = weights.download();
+        drop((weights, workspace));
+        downloaded.map(|_| ())
+    });
+    match downloaded.join() {
+        // The fake driver gives zeros back, which are no pairs.
+        Ok(Err(Error::InvariantBroken { .. })) => {}
+        other => return Err(format!("{other:?}").into()),
+    }
+    check(fake.allocations() == 0, format!("{} allocations stay", fake.allocations()))?;
+    drop(again);
+    check(fake.retained(0) == 0, format!("the context is retained {} times", fake.retained(0)))?;
+    check(fake.violations() == 0, format!("{} violations", fake.violations()))
+}
+
+fn current_context() -> Result<(), Failed> {
+    let (gpu, other) = (Gpu::with_device(0)?, Gpu::with_device(1)?);
+    check(current()? == 0, "a new Gpu leaves its context current")?;
+    let use_all = || -> Result<(), Failed> {
+        let weights = gpu.upload(&some_weights()?)?;
+        gpu.workspace()?;
+        gpu.prepare(&[[200, 300]], 1..=2)?;
+        gpu.multiply::<f32>(&some_weights()?, &some_activations(3)?, None)?;
+        gpu.multiply_with::<f32>(&weights, &some_activations(3)?, None)?;
+        let _ = weights.download();
+        drop(Gpu::with_device(0)?);
+        Ok(())
+    };
+    use_all()?;
+    check(current()? == 0, "a call leaves a context current")?;
+    other.make_current()?;
+    let before = current()?;
+    use_all()?;
+    check(current()? == before, "a call leaves another context current")?;
+    drop(other);
+    check(current()? == 0, "a dead context is current")
+}
+
+fn other_gpu() -> Result<(), Failed> {
+    let (gpu, other) = (Gpu::with_device(0)?, Gpu::with_device(1)?);
+    let weights = other.upload(&some_weights()?)?;
+    let outcome = gpu.multiply_with::<f32>(&weights, &some_activations(3)?, None);
+    check(
+        matches!(outcome, Err(Error::Gpu(GpuError::OtherContext { what: "weights" }))),
+        format!("{outcome:?}"),
+    )?;
+    check(other.multiply_with::<f32>(&weights, &some_activations(3)?, None).is_ok(), "its own")
+}
+
+fn no_tokens() -> Result<(), Failed> {
+    let gpu = Gpu::new()?;
+    let (weights, workspace) = (gpu.upload(&some_weights()?)?, gpu.workspace()?);
+    let none = some_activations(0)?;
+    let product = gpu.multiply_with::<f32>(&weights, &none, None)?;
+    check(product.is_empty(), format!("{} elements", product.len()))?;
+    check(gpu.multiply::<f32>(&some_weights()?, &none, None)?.is_empty(), "elements")?;
+    // SAFETY: the fake driver launches nothing, and follows no address.
+    let outcome = unsafe {
+        let nothing = DeviceSpan::from_raw(0, 0);
+        let operands = Operands {
+            m: 0,
+            activations: nothing,
+            activation_stride: 304,
+            token_scales: nothing,
+            bias: None,
+            output: nothing,
+            output_stride: 200,
+            output_type: OutputType::Bf16,
+        };
+        gpu.gemm(&weights, &operands, &workspace, StreamHandle::from_raw(std::ptr::null_mut()))
+    };
+    outcome?;
+    check(!Fake::load()?.take_busy(), "something was launched")
+}
+
+/// For each public operation: whichever call of the driver fails, the operation says so or succeeds, nothing is freed while it may be in
+/// use, nothing stays behind, and the operation works afterwards.
+fn any_failure() -> Result<(), Failed> {
+    let (packed, x) = (some_weights()?, some_activations(3)?);
+    // Two launches, so that the second can fail alone.
+    let wide = PackedWeights::quantize(&vec![1f32; 10_240 * 64], 10_240, 64, Group::default())?;
+    let many = QuantizedActivations::quantize(&vec![1f32; 512 * 64], 512, 64)?;
+    type Operation<'a> = &'a dyn Fn() -> Result<(), Error>;
+    let operations: [(&str, Operation<'_>); 6] = [
+        ("Gpu::new", &|| Gpu::new().map(drop)),
+        ("Gpu::upload", &|| Gpu::new()?.upload(&packed).map(drop)),
+        ("Gpu::workspace", &|| Gpu::new()?.workspace().map(drop)),
+        ("Gpu::prepare", &|| Gpu::new()?.prepare(&[[200, 300]], 1..=40)),
+        ("Gpu::multiply", &|| Gpu::new()?.multiply::<f32>(&packed, &x, None).map(drop)),
+        ("Gpu::multiply with two launches", &|| Gpu::new()?.multiply::<f32>(&wide, &many, None).map(drop)),
+    ];
+    Gpu::new()?;
+    let fake = Fake::load()?;
+    for (name, operation) in operations {
+        operation()?;
+        for call in 0.. {
+            let before = fake.allocations();
+            fake.fail_after(call);
+            let outcome = operation();
+            let is_over = fake.failure_is_pending();
+            fake.fail_after(-1);
+            let busy = fake.take_busy();
+            let what = || format!("{name}, call {call} fails: {outcome:?}");
+            check(fake.violations() == 0, format!("{}: freed while or where it must not", what()))?;
+            // What a launch may still use has to stay, and what lies in a context that can't be entered.
+            let stays = busy || fake.take_could_not_enter();
+            check(
+                stays || fake.allocations() <= before,
+                format!("{}: {} allocations stay", what(), fake.allocations()),
+            )?;
+            check(operation().is_ok(), format!("{}: and then nothing works", what()))?;
+            if is_over {
+                check(outcome.is_ok() && call > 3, what())?;
+                break;
+            }
+        }
+    }
+    Ok(())
 }

@@ -7,7 +7,7 @@ use std::fmt;
 
 use rayon::prelude::*;
 
-use crate::error::{check_dimension, check_finite, check_k, check_length, checked_elements};
+use crate::error::{check_finite, check_k, check_length, checked_elements};
 use crate::float::{Float, round_clamped};
 use crate::packed::PackedSizes;
 use crate::{Error, Group};
@@ -33,7 +33,7 @@ impl QuantizedActivations {
     /// `clamp(rne(x / scale), −127, 127)`. An all-zero token has scale 0 and codes 0.
     ///
     /// # Errors
-    /// Zero `m` or `k`, K above 131,072, a slice that is not `m · k` long, and NaN or infinite activations,
+    /// Zero `k`, K above 131,072, a slice that is not `m · k` long, and NaN or infinite activations,
     /// named by their position.
     pub fn quantize<T: Float>(activations: &[T], m: usize, k: usize) -> Result<Self, Error> {
         check_input(activations.len(), m, k)?;
@@ -61,7 +61,7 @@ impl QuantizedActivations {
     /// Takes codes that another quantizer made: row-major `[m, k]` without padding, and one scale a token.
     ///
     /// # Errors
-    /// Shapes that do not fit, a scale that is not finite, a code of −128.
+    /// Shapes that do not fit, a scale that is not finite.
     pub fn from_parts(codes: &[i8], scales: Vec<f32>, m: usize, k: usize) -> Result<Self, Error> {
         check_input(codes.len(), m, k)?;
         ActivationsView::new(codes, k, &scales, m, k)?;
@@ -146,17 +146,19 @@ impl<'a> ActivationsView<'a> {
     /// scale `scales[i]`. What lies between rows is never read.
     ///
     /// # Errors
-    /// Zero `m` or `k`, K above 131,072, `stride < k`, too short `data`, scales that are not `[m]` or not
-    /// finite, a code of −128 (128 · 128 a product would exceed what the limit on K allows for).
+    /// Zero `k`, K above 131,072, `stride < k`, too short `data`, scales that are not `[m]` or not finite.
     pub fn new(data: &'a [i8], stride: usize, scales: &'a [f32], m: usize, k: usize) -> Result<Self, Error> {
-        check_dimension("m", m)?;
         check_k(k)?;
         if stride < k {
             return Err(Error::StrideTooShort { stride, k });
         }
-        let needed = checked_elements("activation matrix", m - 1, stride)?
-            .checked_add(k)
-            .ok_or(Error::TooLarge { what: "activation matrix", rows: m, columns: stride })?;
+        // The last row needs no padding behind it.
+        let needed = match m.checked_sub(1) {
+            None => 0,
+            Some(others) => checked_elements("activation matrix", others, stride)?
+                .checked_add(k)
+                .ok_or(Error::TooLarge { what: "activation matrix", rows: m, columns: stride })?,
+        };
         if data.len() < needed {
             let shape = "(m - 1) · stride + k at the least";
             return Err(Error::ShapeMismatch {
@@ -168,13 +170,7 @@ impl<'a> ActivationsView<'a> {
         }
         check_length("token scales", "[m]", m, scales.len())?;
         check_finite("token scale", scales)?;
-        let view = Self { data, stride, scales, m, k };
-        for token in 0..m {
-            if let Some(k) = view.row(token).iter().position(|&code| code == i8::MIN) {
-                return Err(Error::ActivationOutOfRange { token, k });
-            }
-        }
-        Ok(view)
+        Ok(Self { data, stride, scales, m, k })
     }
 
     /// The codes; row `i` begins at `i · stride`.
@@ -239,7 +235,6 @@ pub fn smooth_weights<T: Float>(
 }
 
 fn check_input(length: usize, m: usize, k: usize) -> Result<(), Error> {
-    check_dimension("m", m)?;
     check_k(k)?;
     check_length("activations", "[m, k]", checked_elements("activation matrix", m, k)?, length)
 }

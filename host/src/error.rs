@@ -170,15 +170,6 @@ pub enum Error {
         group: crate::Group,
     },
 
-    /// An int8 activation of −128.
-    #[error("the activation code of token {token} at k = {k} is -128; codes are -127 to 127")]
-    ActivationOutOfRange {
-        /// Token (row).
-        token: usize,
-        /// Position along K (column).
-        k: usize,
-    },
-
     /// A bias together with raw int32 output.
     #[error("int32 output is the raw accumulator and takes no bias; leave the bias out or ask for f32")]
     BiasWithRawOutput,

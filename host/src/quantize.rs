@@ -24,8 +24,8 @@ const ZERO: i32 = 128;
 impl PackedWeights {
     /// Quantizes and packs row-major `[n, k]` weights.
     ///
-    /// Per channel: `scale = max|w| / 119` (f32), `w8 = clamp(rne(w / scale), −119, 119)`. A channel that is
-    /// all zero, or so small that its scale underflows, has scale 0 and weights 0. Per group of `w8`:
+    /// Per channel: `scale = max|w| / 119` (f32; the next larger number where a subnormal scale was rounded down so far that the largest
+    /// weight would be clipped), `w8 = clamp(rne(w / scale), −119, 119)`. A channel that is all zero has scale 0 and weights 0. Per group of `w8`:
     /// `s = max(1, round((max − min) / 15))`, `a = min(128 + min, 255 − 15·s)` and
     /// `q = clamp(round((w8 + 128 − a) / s), 0, 15)`, with ties rounded up. The `min` for `a` acts only where
     /// `s = 1` and every `w8` of the group is above 112; it keeps the pair within the format's invariant and
@@ -64,7 +64,7 @@ impl PackedWeights {
     }
 }
 
-/// `max|w| / 119`, or the first weight that is not finite.
+/// `max|w| / 119`, rounded so that no weight is clipped, or the first weight that is not finite.
 fn channel_scale<T: Float>(channel: usize, row: &[T]) -> Result<f32, Error> {
     let mut max = 0.0f32;
     for (k, weight) in row.iter().enumerate() {
@@ -74,7 +74,10 @@ fn channel_scale<T: Float>(channel: usize, row: &[T]) -> Result<f32, Error> {
         }
         max = max.max(value.abs());
     }
-    Ok(max / LEVEL1_LIMIT)
+    let scale = max / LEVEL1_LIMIT;
+    // Only a subnormal scale can be rounded so far down that the largest weight would be clipped, or to 0. The next number holds it.
+    let clips = max > 0.0 && max / scale > LEVEL1_LIMIT + 0.5;
+    Ok(if clips { f32::from_bits(scale.to_bits() + 1) } else { scale })
 }
 
 /// Level 1: `clamp(rne(w / scale), −119, 119)`, zeros where the scale is 0.

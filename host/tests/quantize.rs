@@ -83,6 +83,17 @@ proptest! {
 }
 
 #[test]
+fn subnormal_weights_are_not_clipped() {
+    // 178 · 2⁻¹⁴⁹ over 119 rounds to 2⁻¹⁴⁹, with which 119 · 2⁻¹⁴⁹ would be the largest weight.
+    for ulps in [1u32, 50, 59, 60, 119, 120, 178, 179, 300, 1000] {
+        let value = f32::from_bits(ulps);
+        let back = PackedWeights::quantize(&[value; 8], 1, 8, Group::default()).unwrap().dequantize();
+        let error = (f64::from(back[0]) - f64::from(value)).abs() / f64::from(value);
+        assert!(error <= 0.5 / 59.0, "{ulps} ulps come back as {} ({error})", back[0].to_bits());
+    }
+}
+
+#[test]
 fn f16_weights_quantize_like_the_same_values_in_f32() {
     let weights: Vec<f16> = (0..70 * 130).map(|i| f16::from_f32(((i * i) as f32).sin())).collect();
     let wide: Vec<f32> = weights.iter().map(|w| w.to_f32()).collect();

@@ -1,34 +1,144 @@
 //! A driver for tests without a GPU: a library that reports whatever machine the environment asks for. Device memory is
-//! only numbers: what is copied there is dropped. `tests/driver.rs` compiles it at run time.
+//! only numbers: what is copied there is dropped, and what is copied back are zeros. `tests/driver.rs` compiles it at run time.
 //!
 //! | variable | what it sets | otherwise |
 //! |---|---|---|
 //! | `FAKE_CUDA_VERSION` | what `cuDriverGetVersion` reports | 12080 |
 //! | `FAKE_CUDA_INIT` | the status of `cuInit` | 0 |
 //! | `FAKE_CUDA_DEVICES` | how many GPUs there are | 1 |
-//! | `FAKE_CUDA_CAPABILITY` | ten times their compute capability | 90 |
+//! | `FAKE_CUDA_CAPABILITY` | ten times their compute capability; for several GPUs with commas between | 90 |
+//! | `FAKE_CUDA_LAUNCH` | the status of every launch | 912 |
+//!
+//! It keeps account of allocations, contexts and launches; the functions called `fake…`, which no driver has, make any one call fail and say
+//! what went wrong.
 
+use std::cell::Cell;
+use std::collections::HashMap;
 use std::ffi::{c_char, c_int, c_uint, c_void};
-use std::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, AtomicU64, Ordering::SeqCst};
+use std::sync::{LazyLock, Mutex, MutexGuard};
 
-/// `CUDA_ERROR_INVALID_CLUSTER_SIZE`, which `cust` has no name for: what every launch returns.
+/// `CUDA_ERROR_INVALID_CLUSTER_SIZE`, which `cust` has no name for: what launches return unless told otherwise.
 const INVALID_CLUSTER_SIZE: c_int = 912;
+/// `CUDA_ERROR_UNKNOWN`: what a call returns that was made to fail.
+const UNKNOWN: c_int = 999;
+/// `CUDA_ERROR_INVALID_CONTEXT`: what calls return that need a current context.
+const INVALID_CONTEXT: c_int = 201;
 
 /// Modules loaded so far.
 static LOADS: AtomicU32 = AtomicU32::new(0);
+/// Calls until the one that fails; below 0 none does.
+static UNTIL_FAILURE: AtomicI64 = AtomicI64::new(-1);
+/// Whether a launch has not been waited for.
+static BUSY: AtomicBool = AtomicBool::new(false);
+/// What a driver would have let corrupt something: frees of what is not there, in another context, or while a launch runs.
+static VIOLATIONS: AtomicU32 = AtomicU32::new(0);
+/// Whether the call that failed was to make a context current.
+static COULD_NOT_ENTER: AtomicBool = AtomicBool::new(false);
+/// Live allocations and the context of each.
+static ALLOCATIONS: LazyLock<Mutex<HashMap<u64, usize>>> = LazyLock::new(Mutex::default);
+/// How often each device's primary context is retained.
+static RETAINED: [AtomicI64; 8] = [const { AtomicI64::new(0) }; 8];
+
+thread_local! {
+    /// The current context: the number of its device plus `CONTEXT`, or 0.
+    static CURRENT: Cell<usize> = const { Cell::new(0) };
+}
+
+/// The context of device 0.
+const CONTEXT: usize = 0x1000;
 
 fn setting(name: &str, otherwise: c_int) -> c_int {
     std::env::var(name).map_or(otherwise, |text| text.parse().expect("a number"))
 }
 
+fn allocations() -> MutexGuard<'static, HashMap<u64, usize>> {
+    ALLOCATIONS.lock().expect("nothing panics in here")
+}
+
+/// Whether this is the call that fails.
+fn fails() -> bool {
+    UNTIL_FAILURE.load(SeqCst) >= 0 && UNTIL_FAILURE.fetch_sub(1, SeqCst) == 0
+}
+
+/// Returns from the driver's function if it is the one that fails.
+macro_rules! may_fail {
+    () => {
+        if fails() {
+            return UNKNOWN;
+        }
+    };
+}
+
+/// Also without a current context that lives.
+macro_rules! needs_context {
+    () => {
+        may_fail!();
+        let current = CURRENT.get();
+        if current == 0 || RETAINED[current - CONTEXT].load(SeqCst) == 0 {
+            return INVALID_CONTEXT;
+        }
+    };
+}
+
+/// Makes the call after so many fail; none if it is below 0.
+#[unsafe(no_mangle)]
+extern "C" fn fakeFailAfter(calls: i64) {
+    UNTIL_FAILURE.store(calls, SeqCst);
+}
+
+/// Whether that call is still to come.
+#[unsafe(no_mangle)]
+extern "C" fn fakeFailurePending() -> c_int {
+    (UNTIL_FAILURE.load(SeqCst) >= 0).into()
+}
+
+/// Whether a context could not be made current since this was asked last.
+#[unsafe(no_mangle)]
+extern "C" fn fakeTakeCouldNotEnter() -> c_int {
+    COULD_NOT_ENTER.swap(false, SeqCst).into()
+}
+
+/// Allocations that live.
+#[unsafe(no_mangle)]
+extern "C" fn fakeAllocations() -> c_uint {
+    allocations().len() as c_uint
+}
+
+/// See `VIOLATIONS`.
+#[unsafe(no_mangle)]
+extern "C" fn fakeViolations() -> c_uint {
+    VIOLATIONS.load(SeqCst)
+}
+
+/// Whether a launch may still run; after this nothing does.
+#[unsafe(no_mangle)]
+extern "C" fn fakeTakeBusy() -> c_int {
+    BUSY.swap(false, SeqCst).into()
+}
+
+/// How often the primary context of a device is retained.
+#[unsafe(no_mangle)]
+extern "C" fn fakeRetained(device: c_int) -> i64 {
+    RETAINED[device as usize].load(SeqCst)
+}
+
+/// How many modules have been loaded.
+#[unsafe(no_mangle)]
+extern "C" fn fakeModuleLoads() -> c_uint {
+    LOADS.load(SeqCst)
+}
+
 #[unsafe(no_mangle)]
 extern "C" fn cuDriverGetVersion(version: *mut c_int) -> c_int {
+    may_fail!();
     unsafe { *version = setting("FAKE_CUDA_VERSION", 12_080) };
     0
 }
 
 #[unsafe(no_mangle)]
 extern "C" fn cuInit(_flags: c_uint) -> c_int {
+    may_fail!();
     setting("FAKE_CUDA_INIT", 0)
 }
 
@@ -41,18 +151,21 @@ extern "C" fn cuGetErrorString(status: c_int, text: *mut *const c_char) -> c_int
 
 #[unsafe(no_mangle)]
 extern "C" fn cuDeviceGetCount(count: *mut c_int) -> c_int {
+    may_fail!();
     unsafe { *count = setting("FAKE_CUDA_DEVICES", 1) };
     0
 }
 
 #[unsafe(no_mangle)]
 extern "C" fn cuDeviceGet(device: *mut c_int, ordinal: c_int) -> c_int {
+    may_fail!();
     unsafe { *device = ordinal };
     0
 }
 
 #[unsafe(no_mangle)]
 extern "C" fn cuDeviceGetName(name: *mut c_char, length: c_int, _device: c_int) -> c_int {
+    may_fail!();
     let text = c"Fake GPU".to_bytes_with_nul();
     assert!(text.len() <= length as usize);
     unsafe { name.copy_from_nonoverlapping(text.as_ptr().cast(), text.len()) };
@@ -60,13 +173,16 @@ extern "C" fn cuDeviceGetName(name: *mut c_char, length: c_int, _device: c_int) 
 }
 
 #[unsafe(no_mangle)]
-extern "C" fn cuDeviceGetAttribute(value: *mut c_int, attribute: c_int, _device: c_int) -> c_int {
-    let capability = setting("FAKE_CUDA_CAPABILITY", 90);
+extern "C" fn cuDeviceGetAttribute(value: *mut c_int, attribute: c_int, device: c_int) -> c_int {
+    may_fail!();
+    let capabilities = std::env::var("FAKE_CUDA_CAPABILITY").unwrap_or_else(|_| "90".to_owned());
+    let capabilities: Vec<c_int> = capabilities.split(',').map(|text| text.parse().expect("a number")).collect();
+    let capability = capabilities[device as usize % capabilities.len()];
     let answer = match attribute {
         13 => 1_980_000, // SM clock, kHz
-        16 => 132, // multiprocessors
+        16 => 132,       // multiprocessors
         36 => 2_619_000, // memory clock, kHz
-        37 => 5120, // bits of the memory bus
+        37 => 5120,      // bits of the memory bus
         75 => capability / 10,
         76 => capability % 10,
         other => panic!("attribute {other} is not expected"),
@@ -75,59 +191,114 @@ extern "C" fn cuDeviceGetAttribute(value: *mut c_int, attribute: c_int, _device:
     0
 }
 
-/// The context of every device.
-const CONTEXT: *mut c_void = 0x1000 as *mut c_void;
-static CURRENT: AtomicPtr<c_void> = AtomicPtr::new(std::ptr::null_mut());
-
 #[unsafe(no_mangle)]
-extern "C" fn cuDevicePrimaryCtxRetain(context: *mut *mut c_void, _device: c_int) -> c_int {
-    unsafe { *context = CONTEXT };
+extern "C" fn cuDevicePrimaryCtxRetain(context: *mut *mut c_void, device: c_int) -> c_int {
+    may_fail!();
+    RETAINED[device as usize].fetch_add(1, SeqCst);
+    unsafe { *context = (CONTEXT + device as usize) as *mut c_void };
+    0
+}
+
+/// A release that fails has been asked for, too.
+#[unsafe(no_mangle)]
+extern "C" fn cuDevicePrimaryCtxRelease_v2(device: c_int) -> c_int {
+    if RETAINED[device as usize].fetch_sub(1, SeqCst) <= 0 {
+        VIOLATIONS.fetch_add(1, SeqCst);
+    }
+    may_fail!();
     0
 }
 
 #[unsafe(no_mangle)]
-extern "C" fn cuDevicePrimaryCtxRelease_v2(_device: c_int) -> c_int {
+extern "C" fn cuDevicePrimaryCtxGetState(device: c_int, flags: *mut c_uint, active: *mut c_int) -> c_int {
+    may_fail!();
+    unsafe {
+        *flags = 0;
+        *active = (RETAINED[device as usize].load(SeqCst) > 0).into();
+    }
     0
 }
 
 #[unsafe(no_mangle)]
 extern "C" fn cuCtxSetCurrent(context: *mut c_void) -> c_int {
-    CURRENT.store(context, Ordering::Relaxed);
+    if fails() {
+        COULD_NOT_ENTER.store(true, SeqCst);
+        return UNKNOWN;
+    }
+    CURRENT.set(context as usize);
     0
 }
 
 #[unsafe(no_mangle)]
 extern "C" fn cuCtxGetCurrent(context: *mut *mut c_void) -> c_int {
-    unsafe { *context = CURRENT.load(Ordering::Relaxed) };
+    may_fail!();
+    unsafe { *context = CURRENT.get() as *mut c_void };
     0
 }
 
 #[unsafe(no_mangle)]
 extern "C" fn cuCtxGetDevice(device: *mut c_int) -> c_int {
-    unsafe { *device = 0 };
+    needs_context!();
+    unsafe { *device = (CURRENT.get() - CONTEXT) as c_int };
     0
 }
 
 #[unsafe(no_mangle)]
 extern "C" fn cuMemAlloc_v2(address: *mut u64, bytes: usize) -> c_int {
     static NEXT: AtomicU64 = AtomicU64::new(1 << 32);
-    let bytes = bytes.next_multiple_of(256) as u64;
-    unsafe { *address = NEXT.fetch_add(bytes, Ordering::Relaxed) };
+    needs_context!();
+    let address_of_this = NEXT.fetch_add(bytes.next_multiple_of(256) as u64, SeqCst);
+    allocations().insert(address_of_this, CURRENT.get());
+    unsafe { *address = address_of_this };
     0
 }
 
+/// A free that fails has been asked for, too.
 #[unsafe(no_mangle)]
-extern "C" fn cuMemFree_v2(_address: u64) -> c_int {
+extern "C" fn cuMemFree_v2(address: u64) -> c_int {
+    let context = allocations().remove(&address);
+    if context != Some(CURRENT.get()) || BUSY.load(SeqCst) {
+        VIOLATIONS.fetch_add(1, SeqCst);
+    }
+    may_fail!();
     0
 }
 
 #[unsafe(no_mangle)]
 extern "C" fn cuMemcpyHtoD_v2(_to: u64, _from: *const c_void, _bytes: usize) -> c_int {
+    needs_context!();
+    0
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn cuMemcpyDtoH_v2(to: *mut c_void, _from: u64, bytes: usize) -> c_int {
+    needs_context!();
+    unsafe { to.cast::<u8>().write_bytes(0, bytes) };
+    0
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn cuStreamCreate(stream: *mut *mut c_void, _flags: c_uint) -> c_int {
+    needs_context!();
+    unsafe { *stream = 0x4000 as *mut c_void };
+    0
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn cuStreamCreateWithPriority(stream: *mut *mut c_void, flags: c_uint, _priority: c_int) -> c_int {
+    cuStreamCreate(stream, flags)
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn cuStreamDestroy_v2(_stream: *mut c_void) -> c_int {
+    may_fail!();
     0
 }
 
 #[unsafe(no_mangle)]
 extern "C" fn cuStreamSynchronize(_stream: *mut c_void) -> c_int {
+    needs_context!();
+    BUSY.store(false, SeqCst);
     0
 }
 
@@ -139,19 +310,15 @@ extern "C" fn cuModuleLoadDataEx(
     _names: *mut c_int,
     _values: *mut *mut c_void,
 ) -> c_int {
-    LOADS.fetch_add(1, Ordering::Relaxed);
+    needs_context!();
+    LOADS.fetch_add(1, SeqCst);
     unsafe { *module = 0x2000 as *mut c_void };
     0
 }
 
-/// How many modules have been loaded; no driver has this function.
-#[unsafe(no_mangle)]
-extern "C" fn fakeModuleLoads() -> c_uint {
-    LOADS.load(Ordering::Relaxed)
-}
-
 #[unsafe(no_mangle)]
 extern "C" fn cuModuleUnload(_module: *mut c_void) -> c_int {
+    may_fail!();
     0
 }
 
@@ -161,18 +328,21 @@ extern "C" fn cuModuleGetFunction(
     _module: *mut c_void,
     _name: *const c_char,
 ) -> c_int {
+    may_fail!();
     unsafe { *function = 0x3000 as *mut c_void };
     0
 }
 
 #[unsafe(no_mangle)]
 extern "C" fn cuFuncSetAttribute(_function: *mut c_void, _attribute: c_int, _value: c_int) -> c_int {
+    may_fail!();
     0
 }
 
 /// The arguments are not looked at.
 #[unsafe(no_mangle)]
 extern "C" fn cuTensorMapEncodeTiled() -> c_int {
+    may_fail!();
     0
 }
 
@@ -180,5 +350,10 @@ extern "C" fn cuTensorMapEncodeTiled() -> c_int {
 #[cfg(not(without_launch_kernel_ex))]
 #[unsafe(no_mangle)]
 extern "C" fn cuLaunchKernelEx() -> c_int {
-    INVALID_CLUSTER_SIZE
+    needs_context!();
+    let status = setting("FAKE_CUDA_LAUNCH", INVALID_CLUSTER_SIZE);
+    if status == 0 {
+        BUSY.store(true, SeqCst);
+    }
+    status
 }

@@ -65,12 +65,6 @@ pub fn refused_calls(good: Operands) -> Result<Vec<RefusedCall>, Error> {
     }
     Ok(vec![
         operands(
-            "no tokens",
-            Operands { m: 0, ..good },
-            is!(Error::EmptyDimension { dimension: "m" }),
-            "at least 1",
-        ),
-        operands(
             "an activation stride that is no multiple of 16",
             Operands { activation_stride: k, ..good },
             is_gpu!(GpuError::Misaligned { what: "activations' row stride", value: 201, multiple: 16, .. }),

@@ -36,7 +36,9 @@ const ROWS_AT_ONCE: usize = 1024;
 /// The accumulators of one token for a strip's channels.
 type Accumulators = [i32; BRICK_CHANNELS];
 
-/// `out[m, n] = epilogue(Σₖ x[m, k] · level1[n, k])`, row-major, exact before the epilogue.
+/// `out[m, n] = epilogue(Σₖ x[m, k] · level1[n, k])`, row-major, exact before the epilogue. With `m = 0` there is nothing to do.
+///
+/// The sums are int32 and wrap like the GPU's. They can't, but where K is 131,072 and every activation and every weight of the sum is −128.
 ///
 /// `bias` is `[n]`; `out` has exactly `m · n` elements and is written only if everything was in order. The
 /// epilogue is [`Output::from_accumulator`].
@@ -51,27 +53,27 @@ pub fn gemm<'a, T: Output>(
     out: &mut [T],
 ) -> Result<(), Error> {
     let x = x.into();
-    check_call::<T>(weights, &x, bias, out.len())?;
+    check_call::<T>([weights.n(), weights.k()], &x, bias, out.len())?;
     multiply(Kernel::best(), weights, &x, bias, out);
     Ok(())
 }
 
-/// Everything that must hold before a product of these operands may be written to `out_length` elements.
+/// Everything that must hold before a product with weights `[n, k]` may be written to `out_length` elements.
 pub(crate) fn check_call<T: Output>(
-    weights: &PackedWeights,
+    [n, k]: [usize; 2],
     x: &ActivationsView<'_>,
     bias: Option<&[f32]>,
     out_length: usize,
 ) -> Result<(), Error> {
-    if weights.k() != x.k() {
-        return Err(Error::KMismatch { weights: weights.k(), activations: x.k() });
+    if k != x.k() {
+        return Err(Error::KMismatch { weights: k, activations: x.k() });
     }
-    check_length("output", "[m, n]", checked_elements("output matrix", x.m(), weights.n())?, out_length)?;
+    check_length("output", "[m, n]", checked_elements("output matrix", x.m(), n)?, out_length)?;
     if let Some(bias) = bias {
         if T::TYPE == OutputType::I32 {
             return Err(Error::BiasWithRawOutput);
         }
-        check_length("bias", "[n]", weights.n(), bias.len())?;
+        check_length("bias", "[n]", n, bias.len())?;
         check_finite("bias", bias)?;
     }
     Ok(())

@@ -35,7 +35,7 @@ pub(super) fn accumulate(bricks: &[Brick<'_>], x: &TokenBlock<'_>, chunk: usize,
             *wide = i16::from(code);
         }
         for (accumulator, weights) in accumulators.iter_mut().zip(weights.iter()) {
-            *accumulator += dot(weights, &token_x);
+            *accumulator = accumulator.wrapping_add(dot(weights, &token_x));
         }
     }
 }

@@ -38,7 +38,7 @@ fn any_weights(n: usize, k: usize, group: Group, random: &mut Random) -> PackedW
 }
 
 fn any_activations(m: usize, k: usize, random: &mut Random) -> QuantizedActivations {
-    let codes: Vec<i8> = (0..m * k).map(|_| (random.below(255) as i32 - 127) as i8).collect();
+    let codes: Vec<i8> = (0..m * k).map(|_| (random.below(256) as i32 - 128) as i8).collect();
     let scales = (0..m).map(|_| random.below(1000) as f32 * 1e-4).collect();
     QuantizedActivations::from_parts(&codes, scales, m, k).unwrap()
 }
@@ -130,6 +130,31 @@ fn the_largest_k_with_every_product_at_its_limit_does_not_wrap() {
             assert_eq!(i64::from(out[0]), -128 * i64::from(code) * k as i64, "{kernel}");
         }
     }
+}
+
+#[test]
+fn the_one_sum_that_wraps_wraps_in_every_kernel() {
+    let k = 131_072;
+    let weights = PackedWeights::pack(&vec![0; k], &[(1, 0)], vec![1.0], 1, k, Group::Channel).unwrap();
+    // 2³¹ at the largest K, which no int32 holds; one product less does.
+    for (least, sum) in [(k, i32::MIN), (k - 1, i32::MAX - 16_383)] {
+        let mut codes = vec![0i8; k];
+        codes[..least].fill(i8::MIN);
+        let x = QuantizedActivations::from_parts(&codes, vec![1.0], 1, k).unwrap();
+        for kernel in Kernel::available() {
+            let mut out = [0i32];
+            multiply(kernel, &weights, &x.view(), None, &mut out);
+            assert_eq!(out[0], sum, "{kernel}");
+        }
+    }
+}
+
+#[test]
+fn no_tokens_are_no_work() {
+    let weights = PackedWeights::quantize(&[1.0f32; 6], 2, 3, Group::default()).unwrap();
+    let none = QuantizedActivations::quantize::<f32>(&[], 0, 3).unwrap();
+    gemm::<f32>(&weights, &none, None, &mut []).unwrap();
+    assert!(matches!(gemm(&weights, &none, None, &mut [0f32]), Err(Error::ShapeMismatch { .. })));
 }
 
 #[test]

@@ -115,12 +115,11 @@ impl Gpu {
     /// # Errors
     /// If memory runs out or the driver fails.
     pub fn upload_for_ablation(&self, weights: &PackedWeights) -> Result<ArmWeights, Error> {
-        self.make_current()?;
         let mut pairs = weights.pairs().to_vec();
         ablation::to_subtrahends(&mut pairs);
         Ok(ArmWeights {
-            adding: DeviceWeights::upload(weights)?,
-            subtracting: DeviceWeights::upload_as(weights, &pairs)?,
+            adding: DeviceWeights::upload(&self.context, weights)?,
+            subtracting: DeviceWeights::upload_as(&self.context, weights, &pairs)?,
         })
     }
 
@@ -145,7 +144,7 @@ impl Gpu {
         if operands.output_type != OutputType::Bf16 || operands.bias.is_some() {
             return Err(GpuError::NotInAblation { what: "an output other than bf16 without bias" }.into());
         }
-        self.check_gemm(weights, operands, plan, workspace)?;
+        let _entered = self.check_gemm(weights, operands, plan, workspace)?;
         let Method::Tiled(tiled) = plan.method() else {
             return Err(GpuError::NotInAblation { what: "a plan that isn't one launch in tiles" }.into());
         };

@@ -68,6 +68,21 @@ pub enum GpuError {
     #[error("no CUDA context is current on this thread; make one current first, or use Gpu::new")]
     NoContext,
 
+    /// The current context isn't the GPU's primary one, so nothing keeps it alive.
+    #[error(
+        "the current context is not the GPU's primary one; Gpu::from_context takes any context that its caller keeps alive"
+    )]
+    NotPrimary,
+
+    /// Something on the device lives in another context than that of the GPU that it is used with.
+    #[error(
+        "the {what} live in another context than the GPU that they are used with; make them with the same Gpu"
+    )]
+    OtherContext {
+        /// What.
+        what: &'static str,
+    },
+
     /// A call of the driver failed.
     #[error("{action} failed: {status}")]
     Cuda {

@@ -10,6 +10,7 @@ use liquidgemm_format::brick::BRICK_CHANNELS;
 use liquidgemm_format::tile::SPAN_K;
 
 use crate::gpu::Gpu;
+use crate::gpu::context::Entered;
 use crate::gpu::error::{During, GpuError};
 use crate::gpu::launch::Launch;
 use crate::gpu::memory::{DeviceSpan, DeviceWeights, Workspace};
@@ -75,9 +76,6 @@ impl Operands {
 
     fn check(&self, weights: &DeviceWeights) -> Result<(), Error> {
         let (m, n, k) = (self.m, weights.n(), weights.k());
-        if m == 0 {
-            return Err(Error::EmptyDimension { dimension: "m" });
-        }
         if self.activation_stride < k {
             return Err(Error::StrideTooShort { stride: self.activation_stride, k });
         }
@@ -104,6 +102,9 @@ impl Operands {
                 limit,
             }
             .into());
+        }
+        if m == 0 {
+            return Ok(());
         }
         // The last row needs no padding behind it.
         let span = |stride: usize, row: usize, size: usize| {
@@ -143,7 +144,7 @@ pub(super) struct TiledLaunch {
 }
 
 impl Gpu {
-    /// Launches `output = epilogue(activations · weightsᵀ)` on `stream` and returns at once, with the plan that [`Gpu::plan`] keeps for the
+    /// Launches `output = epilogue(activations · weightsᵀ)` on `stream` and returns at once; with `m = 0` it does nothing. It takes the plan that [`Gpu::plan`] keeps for the
     /// problem.
     ///
     /// # Errors
@@ -158,6 +159,9 @@ impl Gpu {
         workspace: &Workspace,
         stream: impl Into<StreamHandle>,
     ) -> Result<(), Error> {
+        if operands.m == 0 {
+            return self.check_operands(weights, operands, workspace);
+        }
         let plan = self.plan(operands.m, weights.n(), weights.k())?;
         // SAFETY: the caller vouches for what this asks for.
         unsafe { self.gemm_with_plan(weights, operands, &plan, workspace, stream) }
@@ -170,7 +174,8 @@ impl Gpu {
     ///
     /// # Errors
     /// Shapes, strides, sizes and alignments that don't fit together, a plan for another problem, or the driver's
-    /// own errors. Nothing is launched then.
+    /// own errors. Nothing is launched then, unless it is the second launch of a divided plan that the driver refuses: the first may run
+    /// by then, so what it uses must stay until the stream has been waited for.
     ///
     /// # Safety
     /// Until the launch has finished on `stream`:
@@ -181,7 +186,7 @@ impl Gpu {
     /// The launch begins to read the weights, and nothing else, while the one before it on the stream may still run. As
     /// [`DeviceWeights`] are written only by [`Gpu::upload`], which waits, nothing needs to be done about it.
     ///
-    /// All of them belong to this GPU's context.
+    /// The operands and the stream belong to this GPU's context.
     pub unsafe fn gemm_with_plan(
         &self,
         weights: &DeviceWeights,
@@ -190,7 +195,10 @@ impl Gpu {
         workspace: &Workspace,
         stream: impl Into<StreamHandle>,
     ) -> Result<(), Error> {
-        self.check_gemm(weights, operands, plan, workspace)?;
+        if operands.m == 0 {
+            return self.check_operands(weights, operands, workspace);
+        }
+        let _entered = self.check_gemm(weights, operands, plan, workspace)?;
         let stream = stream.into();
         if let Method::Skinny(skinny) = plan.method() {
             // SAFETY: the operands and the plan are checked; the caller vouches for the rest.
@@ -215,15 +223,27 @@ impl Gpu {
         Ok(())
     }
 
-    /// Fails unless everything fits together; makes the context current.
+    /// Fails unless the operands fit the weights, and everything is this GPU's.
+    fn check_operands(
+        &self,
+        weights: &DeviceWeights,
+        operands: &Operands,
+        workspace: &Workspace,
+    ) -> Result<(), Error> {
+        self.check_context("weights", weights.context())?;
+        self.check_context("workspace's partial sums", workspace.context())?;
+        operands.check(weights)
+    }
+
+    /// Fails unless everything fits together; enters the context.
     pub(super) fn check_gemm(
         &self,
         weights: &DeviceWeights,
         operands: &Operands,
         plan: &Plan,
         workspace: &Workspace,
-    ) -> Result<(), Error> {
-        operands.check(weights)?;
+    ) -> Result<Entered, Error> {
+        self.check_operands(weights, operands, workspace)?;
         let problem = [operands.m, weights.n(), weights.k()];
         if plan.problem() != problem {
             return Err(GpuError::PlanMismatch {
@@ -233,7 +253,7 @@ impl Gpu {
             .into());
         }
         workspace.check(plan)?;
-        self.make_current()
+        Ok(self.context.enter()?)
     }
 
     /// The maps of a GEMM's activations, read in boxes of so many tokens × elements along K: of whole boxes, and of the last one, with

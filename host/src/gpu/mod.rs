@@ -11,6 +11,7 @@
 
 #[cfg(feature = "bench")]
 pub mod ablation;
+mod context;
 mod error;
 pub mod gemm;
 mod kernels;
@@ -22,14 +23,13 @@ mod skinny;
 mod stream;
 mod tensor_map;
 
+use std::mem;
 use std::ops::RangeInclusive;
 use std::sync::{Mutex, PoisonError};
 
-use cust::context::Context;
 use cust::device::{Device, DeviceAttribute};
-use cust::memory::{CopyDestination, DeviceBuffer};
 use cust::stream::{Stream, StreamFlags};
-use cust::sys::{self, CUcontext};
+use cust::sys::CUcontext;
 use liquidgemm_format::tile::MAX_SHARED_BYTES;
 
 pub(crate) use error::During;
@@ -38,8 +38,11 @@ pub use gemm::{Operands, StreamHandle};
 pub use kernels::ptx_hash;
 pub use memory::{DeviceSpan, DeviceWeights, Workspace};
 
+use crate::cpu::check_call;
+use crate::error::checked_elements;
 use crate::{ActivationsView, DeviceFigures, Error, Method, Output, PackedWeights, Plan};
-use memory::copy_to_device;
+use context::ContextHandle;
+use memory::DeviceMemory;
 
 /// The CUDA version that first understands the kernels' PTX (ISA 8.1).
 const NEEDED_CUDA: cuda_driver::CudaVersion = cuda_driver::CudaVersion { major: 12, minor: 1 };
@@ -50,15 +53,13 @@ pub struct Gpu {
     name: String,
     driver: cuda_driver::CudaVersion,
     figures: DeviceFigures,
-    context: CUcontext,
+    context: ContextHandle,
     kernels: kernels::KernelCache,
     plans: plans::PlanCache,
     encode_tensor_map: tensor_map::EncodeTiled,
     launch_kernel: launch::LaunchKernel,
     /// Of the blocking calls.
     own: Mutex<Option<Own>>,
-    /// Keeps the primary context alive, where this is one of our own; last, because all the above lives in it.
-    _primary: Option<Context>,
 }
 
 /// What the blocking calls launch with.
@@ -103,24 +104,47 @@ impl Gpu {
         let device = Device::get_device(ordinal).during("opening the GPU")?;
         // Before the context, which takes hundreds of megabytes.
         check_device(device)?;
-        let primary = Context::new(device).during("making the GPU's primary context current")?;
-        Self::assemble(device, primary.as_raw(), Some(primary))
+        Self::assemble(device, ContextHandle::primary(device.as_raw())?)
     }
 
-    /// The GPU and context that are current on this thread. The context must outlive the value.
+    /// The GPU whose primary context is current on this thread, as it is where the CUDA runtime or another framework has been at work.
     ///
     /// # Errors
-    /// As [`Gpu::new`], and [`GpuError::NoContext`].
+    /// As [`Gpu::new`], [`GpuError::NoContext`], and [`GpuError::NotPrimary`] for another context of the GPU.
     pub fn from_current_context() -> Result<Self, Error> {
         Self::load_driver()?;
-        let mut context = std::ptr::null_mut();
-        // SAFETY: the argument is valid for a write.
-        unsafe { sys::cuCtxGetCurrent(&mut context) }.during("asking for the current context")?;
-        if context.is_null() {
+        let current = ContextHandle::current()?;
+        if current.is_null() {
             return Err(GpuError::NoContext.into());
         }
         let device = cust::context::CurrentContext::get_device().during("asking for the current GPU")?;
-        Self::assemble(device, context, None)
+        check_device(device)?;
+        let primary = ContextHandle::primary(device.as_raw())?;
+        if primary.as_raw() != current {
+            return Err(GpuError::NotPrimary.into());
+        }
+        Self::assemble(device, primary)
+    }
+
+    /// The GPU of any context.
+    ///
+    /// # Errors
+    /// As [`Gpu::new`], and [`GpuError::NoContext`] for null.
+    ///
+    /// # Safety
+    /// The context outlives the value and everything that is made with it.
+    pub unsafe fn from_context(context: CUcontext) -> Result<Self, Error> {
+        Self::load_driver()?;
+        if context.is_null() {
+            return Err(GpuError::NoContext.into());
+        }
+        // SAFETY: the caller vouches for the context.
+        let context = unsafe { ContextHandle::foreign(context) };
+        let device = {
+            let _entered = context.enter()?;
+            cust::context::CurrentContext::get_device().during("asking for the context's GPU")?
+        };
+        Self::assemble(device, context)
     }
 
     fn load_driver() -> Result<&'static cuda_driver::Driver, GpuError> {
@@ -135,7 +159,7 @@ impl Gpu {
         }
     }
 
-    fn assemble(device: Device, context: CUcontext, primary: Option<Context>) -> Result<Self, Error> {
+    fn assemble(device: Device, context: ContextHandle) -> Result<Self, Error> {
         let driver = Self::load_driver()?;
         check_device(device)?;
         let attribute = |attribute| device.get_attribute(attribute).during("asking for the GPU's figures");
@@ -155,14 +179,14 @@ impl Gpu {
             encode_tensor_map: tensor_map::encoder(driver)?,
             launch_kernel: launch::launcher(driver)?,
             own: Mutex::new(None),
-            _primary: primary,
         };
-        gpu.figures.clusters = gpu.resident_clusters(driver);
+        gpu.figures.clusters = gpu.resident_clusters(driver)?;
         Ok(gpu)
     }
 
     /// How many clusters of 1, 2, 4 and 8 blocks run at a time, one block an SM: as the driver says, or where it doesn't, cautiously.
-    fn resident_clusters(&self, driver: &cuda_driver::Driver) -> [u32; 4] {
+    fn resident_clusters(&self, driver: &cuda_driver::Driver) -> Result<[u32; 4], GpuError> {
+        let _entered = self.context.enter()?;
         let mut clusters = DeviceFigures::cautious_clusters(self.figures.multiprocessors);
         if let Some(occupancy) = launch::Occupancy::of_driver(driver)
             && let Ok(probe) = self.kernels.probe_stream()
@@ -172,7 +196,7 @@ impl Gpu {
                 *fit = asked.unwrap_or(*fit);
             }
         }
-        clusters
+        Ok(clusters)
     }
 
     /// The GPU's name, such as `NVIDIA H100 80GB HBM3`.
@@ -195,14 +219,13 @@ impl Gpu {
         format!("{}, {} multiprocessors, driver for CUDA {}", self.name, self.multiprocessors(), self.driver)
     }
 
-    /// Makes this GPU's context the current one of this thread.
+    /// Makes this GPU's context the current one of this thread, and leaves it so: for what a caller does with the driver itself. No other call
+    /// needs it or changes what is current.
     ///
     /// # Errors
     /// If the driver fails.
     pub fn make_current(&self) -> Result<(), Error> {
-        // SAFETY: the context lives as long as this value, by the constructors.
-        unsafe { sys::cuCtxSetCurrent(self.context) }.during("making the GPU's context current")?;
-        Ok(())
+        Ok(self.context.make_current()?)
     }
 
     /// Copies packed weights to the GPU.
@@ -210,8 +233,7 @@ impl Gpu {
     /// # Errors
     /// If memory runs out or the driver fails.
     pub fn upload(&self, weights: &PackedWeights) -> Result<DeviceWeights, Error> {
-        self.make_current()?;
-        DeviceWeights::upload(weights)
+        DeviceWeights::upload(&self.context, weights)
     }
 
     /// A workspace, large enough for every plan on this GPU. One for each stream that launches GEMMs.
@@ -219,8 +241,7 @@ impl Gpu {
     /// # Errors
     /// If memory runs out or the driver fails.
     pub fn workspace(&self) -> Result<Workspace, Error> {
-        self.make_current()?;
-        Ok(Workspace::new(self.multiprocessors())?)
+        Ok(Workspace::new(&self.context, self.multiprocessors())?)
     }
 
     /// The plan for `Y[m, n] = X[m, k] · W[n, k]ᵀ` on this GPU.
@@ -242,7 +263,7 @@ impl Gpu {
     /// # Errors
     /// If a dimension is 0 or too large, or the driver fails. What was made ready before stays so.
     pub fn prepare(&self, shapes: &[[usize; 2]], m: RangeInclusive<usize>) -> Result<(), Error> {
-        self.make_current()?;
+        let _entered = self.context.enter()?;
         for &[n, k] in shapes {
             for m in m.clone() {
                 self.load_kernels(&self.plan(m, n, k)?)?;
@@ -275,48 +296,58 @@ impl Gpu {
         bias: Option<&[f32]>,
     ) -> Result<Vec<T>, Error> {
         let activations = activations.into();
-        let device_weights = self.upload(weights)?;
-        let plan = self.plan(activations.m(), weights.n(), weights.k())?;
-        self.multiply_with::<T>(weights, &device_weights, activations, bias, &plan)
+        let problem = [weights.n(), weights.k()];
+        check_call::<T>(
+            problem,
+            &activations,
+            bias,
+            checked_elements("output", activations.m(), weights.n())?,
+        )?;
+        self.multiply_with::<T>(&self.upload(weights)?, activations, bias)
     }
 
-    /// As [`Gpu::multiply`], with weights that are on the GPU already and a plan of the caller's choice.
+    /// As [`Gpu::multiply`], with weights that are on the GPU already.
     ///
     /// # Errors
-    /// As [`Gpu::multiply`].
+    /// As [`Gpu::multiply`], and [`GpuError::OtherContext`] for another GPU's weights.
     pub fn multiply_with<'a, T: Output>(
         &self,
-        weights: &PackedWeights,
-        device_weights: &DeviceWeights,
+        weights: &DeviceWeights,
         activations: impl Into<ActivationsView<'a>>,
         bias: Option<&[f32]>,
-        plan: &Plan,
     ) -> Result<Vec<T>, Error> {
         let activations = activations.into();
-        let elements = crate::error::checked_elements("output", activations.m(), weights.n())?;
-        crate::cpu::check_call::<T>(weights, &activations, bias, elements)?;
-        self.make_current()?;
+        let elements = checked_elements("output", activations.m(), weights.n())?;
+        check_call::<T>([weights.n(), weights.k()], &activations, bias, elements)?;
+        self.check_context("weights", weights.context())?;
+        if activations.m() == 0 {
+            return Ok(Vec::new());
+        }
+        let mut product: Vec<T> = vec![bytemuck::Zeroable::zeroed(); elements];
 
         let codes = padded_rows(&activations);
-        let codes = copy_to_device(&codes, "copying the activations to the GPU")?;
-        let scales = copy_to_device(activations.scales(), "copying the token scales to the GPU")?;
-        let bias = bias.map(|bias| copy_to_device(bias, "copying the bias to the GPU")).transpose()?;
-        // SAFETY: the kernel writes every element before it is read.
-        let output = unsafe { DeviceBuffer::<u8>::uninitialized(elements * size_of::<T>()) }
-            .during("allocating the output")?;
+        let copy = |bytes: &[u8], action| DeviceMemory::copy_of(&self.context, bytes, action);
+        let codes = copy(bytemuck::cast_slice(&codes), "copying the activations to the GPU")?;
+        let scales = copy(bytemuck::cast_slice(activations.scales()), "copying the token scales to the GPU")?;
+        let bias =
+            bias.map(|bias| copy(bytemuck::cast_slice(bias), "copying the bias to the GPU")).transpose()?;
+        // The kernel writes every element before it is read.
+        let output =
+            DeviceMemory::uninitialized(&self.context, elements * size_of::<T>(), "allocating the output")?;
 
         let operands = Operands {
             m: activations.m(),
-            activations: (&codes).into(),
+            activations: codes.span(),
             activation_stride: padded_stride(&activations),
-            token_scales: (&scales).into(),
-            bias: bias.as_ref().map(DeviceSpan::from),
-            output: (&output).into(),
+            token_scales: scales.span(),
+            bias: bias.as_ref().map(DeviceMemory::span),
+            output: output.span(),
             output_stride: weights.n(),
             output_type: T::TYPE,
         };
-        let mut own = self.own.lock().unwrap_or_else(PoisonError::into_inner);
-        let own = match &mut *own {
+        let mut lock = self.own.lock().unwrap_or_else(PoisonError::into_inner);
+        let _entered = self.context.enter()?;
+        let own = match &mut *lock {
             Some(own) => own,
             empty => empty.insert(Own {
                 stream: Stream::new(StreamFlags::NON_BLOCKING, None).during("making a stream")?,
@@ -324,21 +355,32 @@ impl Gpu {
             }),
         };
         // SAFETY: everything lives until the stream has been waited for, and the lock keeps others out.
-        unsafe { self.gemm_with_plan(device_weights, &operands, plan, &own.workspace, &own.stream) }?;
-        own.stream.synchronize().during("running the GEMM")?;
+        let launched = unsafe { self.gemm(weights, &operands, &own.workspace, &own.stream) };
+        // Also after a failure: of two launches the first may run.
+        let finished = own.stream.synchronize().during("running the GEMM");
+        if let Err(error) = finished {
+            // Nobody knows whether the launches still run. What they use is never freed, nor used by another call.
+            weights.keep_forever();
+            mem::forget((codes, scales, bias, output, lock.take()));
+            return Err(launched.err().unwrap_or(error.into()));
+        }
+        launched?;
+        output.copy_to(&mut product, "copying the result from the GPU")?;
+        Ok(product)
+    }
 
-        let mut bytes: Vec<T> = vec![bytemuck::Zeroable::zeroed(); elements];
-        output
-            .copy_to(bytemuck::cast_slice_mut::<T, u8>(&mut bytes))
-            .during("copying the result from the GPU")?;
-        Ok(bytes)
+    /// Fails unless something lives in this GPU's context.
+    fn check_context(&self, what: &'static str, context: &ContextHandle) -> Result<(), GpuError> {
+        if self.context.is(context) { Ok(()) } else { Err(GpuError::OtherContext { what }) }
     }
 }
 
 impl Drop for Gpu {
     fn drop(&mut self) {
-        // Modules, streams and buffers are freed in the current context. A failure here can't be helped.
-        let _ = self.make_current();
+        // A failure can't be helped. Modules and streams are freed in the current context.
+        let _entered = self.context.enter_to_free();
+        self.kernels = kernels::KernelCache::default();
+        *self.own.get_mut().unwrap_or_else(PoisonError::into_inner) = None;
     }
 }
 

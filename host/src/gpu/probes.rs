@@ -27,7 +27,7 @@ impl Gpu {
         stream: impl Into<StreamHandle>,
     ) -> Result<(), Error> {
         source.check("probe's source", STREAM_PIECE_BYTES as usize, 16)?;
-        self.make_current()?;
+        let _entered = self.context.enter()?;
         let mut address = source.address();
         let mut pieces = (source.bytes() / STREAM_PIECE_BYTES as usize).min(u32::MAX as usize) as u32;
         let mut parameters = [(&raw mut address).cast(), (&raw mut pieces).cast()];
@@ -54,7 +54,7 @@ impl Gpu {
         let blocks = self.multiprocessors() as u64;
         let threads = MMA_WARPGROUPS * 128;
         sink.check("probe's sink", (blocks * threads as u64 * 4) as usize, 4)?;
-        self.make_current()?;
+        let _entered = self.context.enter()?;
         let mut address = sink.address();
         let mut rounds = products.div_ceil(blocks * MMA_ROUND_PRODUCTS).clamp(1, u32::MAX as u64) as u32;
         let mut parameters = [(&raw mut address).cast(), (&raw mut rounds).cast()];

@@ -205,6 +205,56 @@ pub enum FileError {
     #[error("not a readable safetensors file ({0}); it may be truncated or damaged")]
     Safetensors(safetensors::SafeTensorError),
 
+    /// No path at all.
+    #[error("the path is empty; give a file's name")]
+    EmptyPath,
+
+    /// Something else than a regular file.
+    #[error("this is {found}, not a file; packed weights are read from and saved to files only")]
+    NotAFile {
+        /// What it is.
+        found: &'static str,
+    },
+
+    /// Symbolic links that lead on and on.
+    #[error("more than {limit} symbolic links lead on from here; they may form a circle")]
+    TooManyLinks {
+        /// How many are followed.
+        limit: usize,
+    },
+
+    /// Memory for a file's contents.
+    #[error("there is no memory for {bytes} bytes of the file")]
+    OutOfMemory {
+        /// Bytes asked for.
+        bytes: usize,
+    },
+
+    /// A header that no file of this format has.
+    #[error(
+        "a header of {bytes} bytes is beyond the limit of {limit}: this is no file of packed weights, or it is damaged"
+    )]
+    HeaderTooLong {
+        /// Bytes that the file says it has.
+        bytes: u64,
+        /// The most that are read.
+        limit: u64,
+    },
+
+    /// A header that says something twice.
+    #[error("the header is not valid: {reason}")]
+    BadHeader {
+        /// What is wrong.
+        reason: String,
+    },
+
+    /// A tensor that the format does not have.
+    #[error("tensor {name:?} has no place in a file of packed weights")]
+    UnknownTensor {
+        /// The tensor's name.
+        name: String,
+    },
+
     /// A safetensors file without this format's mark.
     #[error("no packed LiquidGEMM weights: metadata \"format\" is {found:?}, not {expected:?}")]
     WrongFormat {

@@ -242,9 +242,9 @@ fn metadata_that_say_nothing_sensible_are_rejected() {
     assert!(matches!(load("format", "other"), Err(FileError::WrongFormat { .. })));
     assert!(matches!(load("format_version", "3"), Err(FileError::WrongVersion { .. })));
     for (key, values) in [
-        ("n", ["", "-1", "1.5", "99999999999999999999999"]),
-        ("k", ["", "x", "+", "0x10"]),
-        ("group", ["0", "65", "channels", "-64"]),
+        ("n", ["", "-1", "+70", "99999999999999999999999"]),
+        ("k", ["0130", "x", "+130", "0x10"]),
+        ("group", ["0", "65", "+64", "064"]),
     ] {
         for value in values {
             assert!(matches!(load(key, value), Err(FileError::BadMetadata { .. })), "{key} = {value:?}");
@@ -309,11 +309,11 @@ fn saving_replaces_a_file_whole_and_leaves_nothing_beside_it() {
 #[test]
 fn a_failed_save_leaves_nothing_behind() {
     let directory = tempfile::tempdir().unwrap();
-    // A directory stands where the file should go, so the last step fails.
+    // A directory stands where the file should go.
     let path = directory.path().join("taken");
     std::fs::create_dir(&path).unwrap();
     let error = weights(2, 3, Group::default()).save(&path).unwrap_err();
-    assert!(matches!(error, Error::File { problem: FileError::Io { .. }, .. }), "{error}");
+    assert!(matches!(error, Error::File { problem: FileError::NotAFile { found: "a directory" }, .. }), "{error}");
     assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1);
 }
 
@@ -334,5 +334,148 @@ fn empty_files_and_directories_are_errors() {
     std::fs::write(&empty, []).unwrap();
     for path in [empty.as_path(), directory.path(), Path::new("")] {
         assert!(matches!(PackedWeights::load(path), Err(Error::File { .. })), "{}", path.display());
+    }
+}
+
+#[test]
+fn the_same_weights_give_the_same_bytes() {
+    let weights = weights(70, 130, Group::default());
+    let bytes = saved_bytes(&weights);
+    for _ in 0..10 {
+        assert!(saved_bytes(&weights) == bytes);
+    }
+}
+
+#[test]
+fn tensors_and_keys_that_do_not_belong_are_errors() {
+    let bytes = saved_bytes(&weights(2, 3, Group::default()));
+    let mut contents = Contents::of(&bytes);
+    contents.tensors.push(("more".to_owned(), Dtype::U8, vec![1], vec![0]));
+    assert!(matches!(contents.load(), Err(FileError::UnknownTensor { name }) if name == "more"));
+
+    let length = u64::from_le_bytes(*bytes.first_chunk().unwrap()) as usize;
+    let header = std::str::from_utf8(&bytes[8..][..length]).unwrap().trim_end().to_owned();
+    let doubled = |from: &str, to: &str| {
+        let header = header.replacen(from, to, 1);
+        let mut file = (header.len() as u64).to_le_bytes().to_vec();
+        file.extend(header.as_bytes());
+        file.extend(&bytes[8 + length..]);
+        PackedWeights::from_file_bytes(&file)
+    };
+    assert!(doubled("", "").is_ok());
+    for result in [doubled("\"k\":\"3\"", "\"k\":\"3\",\"k\":\"3\""), doubled("{", "{\"__metadata__\":{},")] {
+        match result {
+            Err(FileError::BadHeader { reason }) => assert!(reason.contains("twice"), "{reason}"),
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+#[test]
+fn a_header_beyond_the_limit_is_refused_before_it_is_read() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("w.safetensors");
+    // A file with a hole, as long as it says.
+    let file = std::fs::File::create(&path).unwrap();
+    file.set_len(90_000_008).unwrap();
+    std::io::Write::write_all(&mut &file, &90_000_000u64.to_le_bytes()).unwrap();
+    match PackedWeights::load(&path) {
+        Err(Error::File { problem: FileError::HeaderTooLong { bytes: 90_000_000, .. }, .. }) => {}
+        other => panic!("{other:?}"),
+    }
+    assert!(matches!(
+        PackedWeights::from_file_bytes(&u64::MAX.to_le_bytes()),
+        Err(FileError::HeaderTooLong { bytes: u64::MAX, .. })
+    ));
+}
+
+#[cfg(unix)]
+mod unix {
+    use std::fs::{self, Permissions};
+    use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+    use std::process::{Command, Stdio};
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn what_is_no_file_is_refused_and_stays() {
+        let directory = tempfile::tempdir().unwrap();
+        let fifo = directory.path().join("fifo");
+        assert!(Command::new("mkfifo").arg(&fifo).status().unwrap().success());
+        let weights = weights(1, 1, Group::default());
+        for path in [fifo.as_path(), Path::new("/dev/null"), directory.path()] {
+            let before = fs::symlink_metadata(path).unwrap().ino();
+            for outcome in [weights.save(path), PackedWeights::load(path).map(drop)] {
+                match outcome {
+                    Err(Error::File { problem: FileError::NotAFile { .. }, .. }) => {}
+                    other => panic!("{}: {other:?}", path.display()),
+                }
+            }
+            assert_eq!(fs::symlink_metadata(path).unwrap().ino(), before);
+        }
+        for outcome in [weights.save(""), PackedWeights::load("").map(drop)] {
+            assert!(matches!(outcome, Err(Error::File { problem: FileError::EmptyPath, .. })), "{outcome:?}");
+        }
+    }
+
+    #[test]
+    fn links_are_followed_and_permissions_kept() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = |name: &str| directory.path().join(name);
+        fs::create_dir(path("there")).unwrap();
+        symlink("there/target", path("link")).unwrap();
+        symlink("link", path("link to a link")).unwrap();
+        let (old, new) = (weights(1, 1, Group::default()), weights(2, 2, Group::default()));
+        // At first the link leads nowhere.
+        old.save(path("link to a link")).unwrap();
+        assert_eq!(PackedWeights::load(path("there/target")).unwrap(), old);
+        fs::set_permissions(path("there/target"), Permissions::from_mode(0o600)).unwrap();
+        new.save(path("link to a link")).unwrap();
+        assert_eq!(PackedWeights::load(path("there/target")).unwrap(), new);
+        assert!(fs::symlink_metadata(path("link")).unwrap().is_symlink());
+        assert_eq!(fs::metadata(path("there/target")).unwrap().mode() & 0o777, 0o600);
+
+        symlink("circle", path("circle")).unwrap();
+        assert!(new.save(path("circle")).is_err());
+    }
+
+    /// Where the process that is killed saves.
+    const VICTIM: &str = "LIQUIDGEMM_TEST_SAVES_TO";
+
+    fn old_and_new() -> [PackedWeights; 2] {
+        [weights(300, 4000, Group::default()), weights(640, 2500, Group::Channel)]
+    }
+
+    #[test]
+    #[ignore = "saves until it is killed, for the test below"]
+    fn saves_until_it_is_killed() {
+        let path = std::env::var_os(VICTIM).expect("started by the test below");
+        let weights = old_and_new();
+        for weights in weights.iter().cycle() {
+            weights.save(&path).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_process_killed_while_it_saves_leaves_the_old_file_or_the_new_one() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("w.safetensors");
+        let weights = old_and_new();
+        weights[0].save(&path).unwrap();
+        for round in 0..20 {
+            let mut victim = Command::new(std::env::current_exe().unwrap())
+                .args(["--ignored", "--exact", "unix::saves_until_it_is_killed"])
+                .env(VICTIM, &path)
+                .stdout(Stdio::null())
+                .spawn()
+                .unwrap();
+            // Random enough: some 20 ms pass until it saves, and a save takes about one.
+            std::thread::sleep(Duration::from_micros(15_000 + round * 4_321 % 60_000));
+            victim.kill().unwrap();
+            assert!(!victim.wait().unwrap().success(), "it ended by itself");
+            let found = PackedWeights::load(&path).unwrap();
+            assert!(weights.contains(&found), "round {round}");
+        }
     }
 }

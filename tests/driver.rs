@@ -6,7 +6,7 @@ use std::process::{Command, ExitCode};
 use std::sync::LazyLock;
 
 use libtest_mimic::{Arguments, Failed, Trial};
-use liquidgemm::gpu::{DeviceSpan, Gpu, GpuError, Operands, StreamHandle};
+use liquidgemm::gpu::{DEVICE_VARIABLE, DeviceSpan, Gpu, GpuError, Operands, StreamHandle};
 use liquidgemm::{Backend, Error, Group, OutputType, PackedWeights, Plan, QuantizedActivations, cpu};
 use liquidgemm_gpu_tests::refused::{REFUSED_SHAPE, refused_calls};
 
@@ -26,7 +26,7 @@ enum Library {
 /// The property that it checks, the driver that it needs, and the check.
 type Check = (&'static str, Library, fn() -> Result<(), Failed>);
 
-const CHECKS: [Check; 19] = [
+const CHECKS: [Check; 22] = [
     ("without_a_driver_the_error_says_what_to_install", Library::TheMachines, no_driver),
     ("a_broken_driver_is_told_from_a_missing_one", Library::Broken, broken_driver),
     ("a_driver_before_cuda_12_is_too_old", Library::Fake(&[("FAKE_CUDA_VERSION", "11080")]), driver_too_old),
@@ -58,6 +58,21 @@ const CHECKS: [Check; 19] = [
     ("another_gpus_weights_and_workspace_are_refused", TWO_GPUS, other_gpu),
     ("no_tokens_are_a_call_that_does_nothing", WORKING, no_tokens),
     ("any_driver_call_may_fail", WORKING, any_failure),
+    (
+        "the_first_gpu_that_can_be_used_is_taken",
+        Library::Fake(&[("FAKE_CUDA_DEVICES", "3"), ("FAKE_CUDA_CAPABILITY", "80,90,90")]),
+        first_usable,
+    ),
+    (
+        "a_variable_chooses_the_gpu",
+        Library::Fake(&[
+            ("FAKE_CUDA_DEVICES", "3"),
+            ("FAKE_CUDA_CAPABILITY", "80,90,90"),
+            (DEVICE_VARIABLE, "0"),
+        ]),
+        wrong_device::<8, 0>,
+    ),
+    ("a_variable_that_is_no_number_is_an_error", Library::Fake(&[(DEVICE_VARIABLE, "gpu1")]), bad_device),
 ];
 
 /// A driver that launches.
@@ -514,6 +529,21 @@ fn no_tokens() -> Result<(), Failed> {
     };
     outcome?;
     check(!Fake::load()?.take_busy(), "something was launched")
+}
+
+fn first_usable() -> Result<(), Failed> {
+    let gpu = Gpu::new()?;
+    let fake = Fake::load()?;
+    check([0, 1, 2].map(|device| fake.retained(device)) == [0, 1, 0], "the contexts are not those of GPU 1")?;
+    drop(gpu);
+    check(Backend::auto().as_gpu().is_some(), "the CPU was taken")
+}
+
+fn bad_device() -> Result<(), Failed> {
+    match unusable()? {
+        GpuError::BadDevice { text } if text == "gpu1" => Ok(()),
+        other => Err(format!("{other:?}").into()),
+    }
 }
 
 /// For each public operation: whichever call of the driver fails, the operation says so or succeeds, nothing is freed while it may be in

@@ -8,7 +8,7 @@ use std::fmt;
 use rayon::prelude::*;
 
 use crate::error::{check_finite, check_k, check_length, checked_elements};
-use crate::float::{Float, round_clamped};
+use crate::float::{Float, round_clamped, scale_of};
 use crate::packed::PackedSizes;
 use crate::{Error, Group};
 
@@ -29,8 +29,9 @@ pub struct QuantizedActivations {
 }
 
 impl QuantizedActivations {
-    /// Quantizes row-major `[m, k]` activations: per token `scale = max|x| / 127` in f32 and codes
-    /// `clamp(rne(x / scale), −127, 127)`. An all-zero token has scale 0 and codes 0.
+    /// Quantizes row-major `[m, k]` activations: per token `scale = max|x| / 127` in f32 (the next larger number where a
+    /// subnormal scale was rounded down so far that the largest value would be clipped) and codes `clamp(rne(x / scale), −127, 127)`. An all-zero
+    /// token has scale 0 and codes 0.
     ///
     /// # Errors
     /// Zero `k`, K above 131,072, a slice that is not `m · k` long, and NaN or infinite activations,
@@ -281,8 +282,7 @@ fn quantize_rows<T: Float>(
 
 /// Quantizes one token and returns its scale.
 fn quantize_row(values: &[f32], codes: &mut [i8]) -> f32 {
-    let scale = values.iter().fold(0.0f32, |max, x| max.max(x.abs())) / CODE_LIMIT;
-    // Also true where the largest value is so small that its 127th part underflows.
+    let scale = scale_of(values.iter().fold(0.0f32, |max, x| max.max(x.abs())), CODE_LIMIT);
     if scale == 0.0 {
         codes.fill(0);
         return 0.0;

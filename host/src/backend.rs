@@ -37,7 +37,7 @@ enum Device {
 }
 
 impl Backend {
-    /// The GPU if one can be used, otherwise the CPU; [`reason`](Self::reason) then says what was missing.
+    /// The GPU that [`Gpu::new`] takes, if one can be used, otherwise the CPU; [`reason`](Self::reason) then says what was missing.
     pub fn auto() -> Self {
         match Gpu::new() {
             Ok(gpu) => Self { device: Device::Gpu(Box::new(gpu)), reason: "it can be used".into() },
@@ -48,12 +48,21 @@ impl Backend {
         }
     }
 
-    /// The first GPU, because the caller says so.
+    /// The GPU that [`Gpu::new`] takes, because the caller says so.
     ///
     /// # Errors
     /// What [`Gpu::new`] says where none can be used.
     pub fn gpu() -> Result<Self, Error> {
         Ok(Self { device: Device::Gpu(Box::new(Gpu::new()?)), reason: "asked for".into() })
+    }
+
+    /// The GPU of this number, because the caller says so.
+    ///
+    /// # Errors
+    /// What [`Gpu::with_device`] says where it can't be used.
+    pub fn with_device(ordinal: u32) -> Result<Self, Error> {
+        let gpu = Box::new(Gpu::with_device(ordinal)?);
+        Ok(Self { device: Device::Gpu(gpu), reason: "asked for".into() })
     }
 
     /// The CPU, because the caller says so.

@@ -115,7 +115,7 @@ pub enum Error {
 
     /// A group size that the format does not have.
     #[error(
-        "a group of {group} is not possible; use a positive multiple of {BRICK_K}, or one group a channel"
+        "a group of {group} is not possible; use a positive multiple of {BRICK_K}, or \"channel\" for one group a channel"
     )]
     InvalidGroup {
         /// The group size asked for.

@@ -47,6 +47,14 @@ pub(crate) fn round_clamped(value: f32, limit: f32) -> i32 {
     (value.clamp(-limit, limit) + SHIFT).to_bits() as i32 - SHIFT.to_bits() as i32
 }
 
+/// The scale with which the largest magnitude becomes the code `limit`: `max / limit`, or where that is subnormal and rounded down so far that
+/// the magnitude would be clipped, or to 0, the next number.
+pub(crate) fn scale_of(max: f32, limit: f32) -> f32 {
+    let scale = max / limit;
+    let clips = max > 0.0 && max / scale > limit + 0.5;
+    if clips { scale.next_up() } else { scale }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

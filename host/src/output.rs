@@ -52,6 +52,9 @@ pub trait Output: bytemuck::Pod + Send + Sync + PartialEq + fmt::Debug + sealed:
     /// The epilogue: `y = rn(rn(f32(acc) · channel_scale) · token_scale)`, then `+ bias`, then one rounding to
     /// `Self`. Each step is one f32 operation rounded to nearest even, never a fused multiply-add.
     ///
+    /// What is beyond the range of f32, or in the end of `Self`, becomes infinite with its sign, as IEEE 754 has it: in f16 from 65,520 on, in f32
+    /// and bf16 from about 3.4 · 10³⁸. A product that overflows to infinity before the token's scale takes it back stays infinite.
+    ///
     /// For `i32` it is the accumulator itself; scales and bias are ignored there.
     fn from_accumulator(acc: i32, channel_scale: f32, token_scale: f32, bias: Option<f32>) -> Self;
 }

@@ -8,7 +8,7 @@ use liquidgemm_format::brick::{BRICK_CHANNELS, BRICK_K};
 use rayon::prelude::*;
 
 use crate::error::{check_length, checked_elements};
-use crate::float::{Float, round_clamped};
+use crate::float::{Float, round_clamped, scale_of};
 use crate::packed::{PackedSizes, Packer};
 use crate::{Error, Group, PackedWeights};
 
@@ -74,10 +74,7 @@ fn channel_scale<T: Float>(channel: usize, row: &[T]) -> Result<f32, Error> {
         }
         max = max.max(value.abs());
     }
-    let scale = max / LEVEL1_LIMIT;
-    // Only a subnormal scale can be rounded so far down that the largest weight would be clipped, or to 0. The next number holds it.
-    let clips = max > 0.0 && max / scale > LEVEL1_LIMIT + 0.5;
-    Ok(if clips { f32::from_bits(scale.to_bits() + 1) } else { scale })
+    Ok(scale_of(max, LEVEL1_LIMIT))
 }
 
 /// Level 1: `clamp(rne(w / scale), −119, 119)`, zeros where the scale is 0.

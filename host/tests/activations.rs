@@ -156,3 +156,13 @@ fn every_int8_code_is_an_activation_and_none_are_too() {
     let none = QuantizedActivations::quantize::<f32>(&[], 0, 128).unwrap();
     assert_eq!((none.m(), none.data().len(), none.dequantize().len()), (0, 0, 0));
 }
+
+#[test]
+fn subnormal_activations_are_not_clipped() {
+    for ulps in [1u32, 50, 63, 64, 127, 128, 190, 191, 1000] {
+        let value = f32::from_bits(ulps);
+        let back = QuantizedActivations::quantize(&[value; 8], 1, 8).unwrap().dequantize();
+        let error = (f64::from(back[0]) - f64::from(value)).abs() / f64::from(value);
+        assert!(error <= 0.5 / 63.0, "{ulps} ulps come back as {} ({error})", back[0].to_bits());
+    }
+}

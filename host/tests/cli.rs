@@ -58,7 +58,7 @@ fn every_output_type_and_group_is_exact() {
 fn smallest_problem_works() {
     let (code, report, errors) = run(&["demo", "--m", "1", "--n", "1", "--k", "1"]);
     assert_eq!(code, 0, "{report}{errors}");
-    assert!(field(&report, "exact").starts_with("yes: all 1 outputs"), "{report}");
+    assert!(field(&report, "exact").starts_with("yes: the one output compared is"), "{report}");
     // One weight takes a whole brick, and the report does not call that a saving.
     assert!(field(&report, "memory").contains("padded"), "{report}");
 }
@@ -171,4 +171,16 @@ fn reader_that_leaves_early_is_no_panic() {
     let output = child.wait_with_output().unwrap();
     assert_eq!(String::from_utf8_lossy(&output.stderr), "");
     assert!(output.status.success());
+}
+
+#[test]
+fn a_result_that_cannot_be_written_is_a_failure() {
+    let full = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+    let status = std::process::Command::new(assert_cmd::cargo::cargo_bin!("liquidgemm"))
+        .arg("info")
+        .stdout(full)
+        .stderr(std::process::Stdio::null())
+        .status()
+        .unwrap();
+    assert_eq!(status.code(), Some(1));
 }

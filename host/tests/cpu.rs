@@ -1,7 +1,7 @@
 //! The CPU backend from outside: results near the floating-point product, strides, and refusals that leave the
 //! output untouched. (Its kernels are tested against plain 64-bit loops beside their source.)
 
-use half::bf16;
+use half::{bf16, f16};
 use liquidgemm::{ActivationsView, Error, Group, Output, PackedWeights, QuantizedActivations, cpu};
 
 fn operands(m: usize, n: usize, k: usize) -> (PackedWeights, QuantizedActivations) {
@@ -112,4 +112,26 @@ fn the_product_is_near_the_floating_point_one() {
     }
     let relative = (error / norm).sqrt();
     assert!(relative < 0.12, "{relative}");
+}
+
+#[test]
+fn what_is_beyond_an_outputs_range_is_infinite() {
+    let weights = PackedWeights::quantize(&[1.0f32, -1.0], 2, 1, Group::default()).unwrap();
+    let products = |scale: f32| {
+        // The accumulators are ±119 · 1, times 1 / 119 and the scale.
+        let x = QuantizedActivations::from_parts(&[1], vec![scale], 1, 1).unwrap();
+        let mut f16_out = [f16::ZERO; 2];
+        let mut bf16_out = [bf16::ZERO; 2];
+        cpu::gemm(&weights, &x, None, &mut f16_out).unwrap();
+        cpu::gemm(&weights, &x, None, &mut bf16_out).unwrap();
+        (f16_out, bf16_out)
+    };
+    assert_eq!(products(65_504.0).0, [f16::MAX, f16::MIN]);
+    assert_eq!(products(65_536.0).0, [f16::INFINITY, f16::NEG_INFINITY]);
+    assert_eq!(products(f32::MAX).1, [bf16::INFINITY, bf16::NEG_INFINITY]);
+    let large = PackedWeights::pack(&[15], &[(1, 128)], vec![f32::MAX], 1, 1, Group::default()).unwrap();
+    let x = QuantizedActivations::from_parts(&[1], vec![1e-30], 1, 1).unwrap();
+    let mut out = [0f32];
+    cpu::gemm(&large, &x, None, &mut out).unwrap();
+    assert_eq!(out, [f32::INFINITY], "the channel's scale comes first");
 }

@@ -313,7 +313,10 @@ fn a_failed_save_leaves_nothing_behind() {
     let path = directory.path().join("taken");
     std::fs::create_dir(&path).unwrap();
     let error = weights(2, 3, Group::default()).save(&path).unwrap_err();
-    assert!(matches!(error, Error::File { problem: FileError::NotAFile { found: "a directory" }, .. }), "{error}");
+    assert!(
+        matches!(error, Error::File { problem: FileError::NotAFile { found: "a directory" }, .. }),
+        "{error}"
+    );
     assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1);
 }
 

@@ -7,7 +7,6 @@ use std::path::PathBuf;
 use anyhow::{Context, bail};
 use clap::ValueEnum;
 use indicatif::{ProgressBar, ProgressStyle};
-use liquidgemm::Group;
 use liquidgemm::bench::ablation::Ablation;
 use liquidgemm::bench::circumstances::Circumstances;
 use liquidgemm::bench::plots::Pictures;
@@ -18,6 +17,7 @@ use liquidgemm::bench::shapes::{self, Case, Matrix};
 use liquidgemm::bench::sweep::Sweep;
 use liquidgemm::bench::{self, markdown, monotone, plots, table, targets};
 use liquidgemm::gpu::Gpu;
+use liquidgemm::{Error, Group};
 use liquidgemm_format::tile::{TILE_SHAPES, TileShape};
 
 use super::Report;
@@ -74,13 +74,16 @@ pub(super) struct Arguments {
     /// How many weights share a pair: a multiple of 64, or channel
     #[arg(long, value_name = "K", default_value_t, conflicts_with = "sweep")]
     group: Group,
+    /// The number of the GPU, 0 for the first [default: LIQUIDGEMM_DEVICE, or the first that can be used]
+    #[arg(long, value_name = "NUMBER")]
+    device: Option<u32>,
     /// Instead measure every plan of each problem, without cuBLASLt, and say what the planner's choices lose; with --from, what
     /// today's planner would lose
     #[arg(long, conflicts_with_all = ["tile", "plots", "markdown", "baselines", "no_probes", "pace"])]
     sweep: bool,
     /// Instead measure what each idea of the kernel is worth: the arms of the paper's figure 13, by default on the
     /// feed-forward matrices of LLaMA-2-7B and -70B at M = 1 … 1024
-    #[arg(long, conflicts_with_all = ["tile", "group", "sweep", "quick", "peers", "between", "shards", "curve", "monotone", "algorithms", "baselines", "no_probes", "pace"])]
+    #[arg(long, conflicts_with_all = ["tile", "group", "device", "sweep", "quick", "peers", "between", "shards", "curve", "monotone", "algorithms", "baselines", "no_probes", "pace"])]
     ablation: bool,
     /// Measure nothing; read the results of an earlier run, or of several: give the option again, or put commas between
     #[arg(long, value_name = "JSON", value_delimiter = ',', conflicts_with_all = ["problems", "m", "tile", "json", "baselines", "no_probes", "pace"])]
@@ -167,6 +170,10 @@ impl Arguments {
         cases
     }
 
+    fn gpu(&self) -> Result<Gpu, Error> {
+        self.device.map_or_else(Gpu::new, Gpu::with_device)
+    }
+
     fn options(&self) -> Options {
         Options {
             cases: self.cases(),
@@ -237,7 +244,7 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<Report> {
 }
 
 fn measure(arguments: &Arguments) -> anyhow::Result<Run> {
-    let gpu = Gpu::new()?;
+    let gpu = arguments.gpu()?;
     let options = arguments.options();
     let mut screen = Screen::new(&options.cases, arguments.json.clone());
     screen.print(&format!("{}\n{}", gpu.description(), table::heading()));
@@ -267,7 +274,7 @@ fn sweep(arguments: &Arguments) -> anyhow::Result<Report> {
 }
 
 fn measure_sweep(arguments: &Arguments) -> anyhow::Result<Vec<Sweep>> {
-    let gpu = Gpu::new()?;
+    let gpu = arguments.gpu()?;
     let cases = arguments.cases();
     let mut screen = Screen::new(&cases, None);
     let bar = screen.bar.clone();
@@ -312,7 +319,7 @@ fn ablation(arguments: &Arguments) -> anyhow::Result<Report> {
 }
 
 fn measure_ablation(arguments: &Arguments) -> anyhow::Result<Ablation> {
-    let gpu = Gpu::new()?;
+    let gpu = arguments.gpu()?;
     let cases = arguments.cases();
     let mut screen = Screen::new(&cases, None);
     let bar = screen.bar.clone();

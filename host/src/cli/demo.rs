@@ -11,7 +11,7 @@ use super::check::{self, Accuracy, Exactness};
 use super::problem::{self, Problem};
 use super::progress::Progress;
 use super::timing::{self, Timing};
-use super::{BackendChoice, Report};
+use super::{Place, Report};
 
 /// Multiply a real layer (or a generated one), and show time, error, memory and exactness
 ///
@@ -40,9 +40,8 @@ pub(super) struct Arguments {
     #[arg(long, default_value_t = 0)]
     seed: u64,
 
-    /// Where to compute
-    #[arg(long, value_enum, default_value = "auto")]
-    backend: BackendChoice,
+    #[command(flatten)]
+    place: Place,
 
     /// Type of the outputs; i32 is the raw accumulator, without scales and bias
     #[arg(long, value_enum, default_value = "bf16")]
@@ -87,7 +86,7 @@ struct Figures {
 /// Runs the demo with outputs of type `T`; `value` turns one of them, with its channel's and its token's scale,
 /// into the number that it stands for.
 fn run_as<T: Output>(arguments: &Arguments, value: fn(T, [f32; 2]) -> f32) -> anyhow::Result<Report> {
-    let backend = arguments.backend.open()?;
+    let backend = arguments.place.open()?;
     let problem = problem(arguments)?;
     let Problem { m, n, k, .. } = problem;
 
@@ -185,9 +184,20 @@ impl Figures {
 
         let Exactness { oracle, compared, different } = self.exactness;
         let total = m * n;
-        let which = if compared < total { format!("{compared} of {total}") } else { format!("all {total}") };
+        let which = if compared < total {
+            format!("{compared} of {total}")
+        } else if total == 1 {
+            "the one".into()
+        } else {
+            format!("all {total}")
+        };
         let verdict = if different == 0 {
-            format!("yes: {which} outputs compared are bit for bit those of {oracle}")
+            let outputs = if total == 1 {
+                "output compared is bit for bit that"
+            } else {
+                "outputs compared are bit for bit those"
+            };
+            format!("yes: {which} {outputs} of {oracle}")
         } else {
             format!("NO: {different} of {compared} outputs compared differ from those of {oracle}")
         };

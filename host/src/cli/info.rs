@@ -2,18 +2,17 @@
 
 use std::fmt::Write;
 
-use super::{BackendChoice, Report};
+use super::{Place, Report};
 
 /// Show driver, GPU, the backend that would be used and why, and what the kernels were built from
 #[derive(clap::Args)]
 pub(super) struct Arguments {
-    /// Which backend to ask for
-    #[arg(long, value_enum, default_value = "auto")]
-    backend: BackendChoice,
+    #[command(flatten)]
+    place: Place,
 }
 
 pub(super) fn run(arguments: &Arguments) -> anyhow::Result<Report> {
-    let backend = arguments.backend.open()?;
+    let backend = arguments.place.open()?;
     let mut text = String::new();
     let mut line =
         |what: &str, value: String| writeln!(text, "{what:<9} {value}").expect("a String takes all");

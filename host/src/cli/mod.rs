@@ -45,12 +45,25 @@ enum BackendChoice {
     Gpu,
 }
 
-impl BackendChoice {
+/// The options that say where to compute.
+#[derive(Clone, Copy, clap::Args)]
+struct Place {
+    /// Where to compute
+    #[arg(long, value_enum, default_value = "auto")]
+    backend: BackendChoice,
+
+    /// The number of the GPU, 0 for the first [default: LIQUIDGEMM_DEVICE, or the first that can be used]
+    #[arg(long, value_name = "NUMBER")]
+    device: Option<u32>,
+}
+
+impl Place {
     fn open(self) -> Result<Backend, Error> {
-        match self {
-            BackendChoice::Auto => Ok(Backend::auto()),
-            BackendChoice::Cpu => Ok(Backend::cpu()),
-            BackendChoice::Gpu => Backend::gpu(),
+        match (self.backend, self.device) {
+            (BackendChoice::Cpu, _) => Ok(Backend::cpu()),
+            (_, Some(device)) => Backend::with_device(device),
+            (BackendChoice::Gpu, None) => Backend::gpu(),
+            (BackendChoice::Auto, None) => Ok(Backend::auto()),
         }
     }
 }
@@ -71,9 +84,17 @@ pub fn run() -> ExitCode {
     };
     match outcome {
         Ok(report) => {
-            // Unlike `println!`, this does not panic when the reader has gone (`liquidgemm demo | head -1`).
-            let _ = std::io::stdout().write_all(report.text.as_bytes());
-            if report.success { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+            let mut stdout = std::io::stdout();
+            let written = stdout.write_all(report.text.as_bytes()).and_then(|()| stdout.flush());
+            match written {
+                // A reader that has gone has read enough (`liquidgemm demo | head -1`).
+                Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
+                    eprintln!("error: cannot write the result: {error}");
+                    ExitCode::FAILURE
+                }
+                _ if report.success => ExitCode::SUCCESS,
+                _ => ExitCode::FAILURE,
+            }
         }
         Err(error) => {
             eprintln!("error: {}", format!("{error:#}").replace('\n', "; "));

@@ -116,7 +116,10 @@ fn matrix(file: &SafeTensors<'_>, name: &str) -> anyhow::Result<([usize; 2], Vec
 pub(super) fn check_memory(m: usize, n: usize, k: usize) -> anyhow::Result<()> {
     let [m_, n_, k_] = [m, n, k].map(|dimension| dimension as f64);
     // f16 and packed weights; f16 and int8 activations; the output, the oracle's, and what they are compared with.
-    let needed = n_ * k_ * (2.0 + 2176.0 / 4096.0) + m_ * k_ * (2.0 + 1.0) + m_ * n_ * (4.0 + 4.0);
+    let padded = |dimension: usize, multiple: usize| dimension.div_ceil(multiple) as f64 * multiple as f64;
+    let packed = padded(n, 64) * padded(k, 64) * 2176.0 / 4096.0;
+    let quantized = m_ * padded(k, 16);
+    let needed = n_ * k_ * 2.0 + packed + m_ * k_ * 2.0 + quantized + m_ * n_ * (4.0 + 4.0);
     // Where the system does not say, at least no size may overflow.
     let available = available_memory().unwrap_or(isize::MAX as u64) as f64;
     if needed > available {

@@ -59,6 +59,8 @@ fn time_on_gpu<T: Output>(
 ) -> anyhow::Result<Timing> {
     let (m, n) = (activations.m(), weights.n());
     let plan = gpu.plan(m, n, weights.k())?;
+    // For the stream, the events and the buffers below.
+    gpu.make_current()?;
     let device_weights = gpu.upload(weights)?;
     let workspace = gpu.workspace()?;
     let stream = Stream::new(StreamFlags::NON_BLOCKING, None)?;

@@ -193,3 +193,89 @@ fn the_epilogue_rounds_each_step_once_for_every_output_type() {
     }
     check::<i32>(&weights, &x, None, |index| exact[index] as i32);
 }
+
+/// Bytes with a page before and behind that nobody may touch: they begin right behind the one, or end right before the other.
+struct Guarded {
+    memory: region::Allocation,
+    offset: usize,
+    length: usize,
+}
+
+impl Guarded {
+    fn new(bytes: &[u8], at_the_end: bool) -> Self {
+        let page = region::page::size();
+        let room = bytes.len().next_multiple_of(page);
+        let mut memory = region::alloc(room + 2 * page, region::Protection::READ_WRITE).unwrap();
+        let offset = if at_the_end { page + room - bytes.len() } else { page };
+        let start = memory.as_mut_ptr::<u8>();
+        // SAFETY: the offset and as many bytes lie in the allocation; the guards are pages of their own in it.
+        unsafe {
+            start.add(offset).copy_from_nonoverlapping(bytes.as_ptr(), bytes.len());
+            region::protect(start, page, region::Protection::NONE).unwrap();
+            region::protect(start.add(page + room), page, region::Protection::NONE).unwrap();
+        }
+        Self { memory, offset, length: bytes.len() }
+    }
+
+    fn bytes(&self) -> &[u8] {
+        // SAFETY: these bytes were written, and lie in no guard.
+        unsafe { std::slice::from_raw_parts(self.memory.as_ptr::<u8>().add(self.offset), self.length) }
+    }
+}
+
+#[test]
+fn no_kernel_reads_beyond_its_operands() {
+    let mut random = Random(11);
+    for (m, k) in [1, 2, 3, 7, 8, 9, 17].into_iter().flat_map(|m| [1, 63, 64, 65, 200, 256].map(|k| (m, k))) {
+        let weights = any_weights(64, k, Group::default(), &mut random);
+        let x = any_activations(m, k, &mut random);
+        let codes: Vec<u8> = (0..m).flat_map(|token| x.row(token)).map(|&code| code as u8).collect();
+        let exact = triple_loop(&weights, &x);
+        for at_the_end in [false, true] {
+            let guard = |bytes: &[u8]| Guarded::new(bytes, at_the_end);
+            let bricks: Vec<[Guarded; 2]> = (0..weights.k_blocks())
+                .map(|block| weights.brick(0, block))
+                .map(|brick| [guard(brick.codes), guard(brick.pairs)])
+                .collect();
+            let bricks: Vec<Brick<'_>> = bricks
+                .iter()
+                .map(|[codes, pairs]| Brick {
+                    codes: codes.bytes().try_into().unwrap(),
+                    pairs: pairs.bytes().try_into().unwrap(),
+                })
+                .collect();
+            let codes = guard(&codes);
+            let view =
+                ActivationsView::new(bytemuck::cast_slice(codes.bytes()), k, x.scales(), m, k).unwrap();
+            for kernel in Kernel::available() {
+                let mut task = Task { accumulators: vec![[0; BRICK_CHANNELS]; m], ..Task::default() };
+                let tokens = TokenBlock { x: &view, first: 0, count: m };
+                kernel.accumulate(&bricks, &tokens, 0, &mut task);
+                let sums = task.accumulators.as_flattened().iter().map(|&sum| i64::from(sum));
+                assert!(sums.eq(exact.iter().copied()), "{kernel}: m = {m}, k = {k}");
+            }
+        }
+    }
+}
+
+#[test]
+fn no_kernel_writes_beyond_the_output() {
+    let mut random = Random(12);
+    let (n, k) = (70, 100);
+    let weights = any_weights(n, k, Group::default(), &mut random);
+    for m in [1, 3, 64, 65] {
+        let x = any_activations(m, k, &mut random);
+        let exact = triple_loop(&weights, &x);
+        for at_the_end in [false, true] {
+            let mut out = Guarded::new(&vec![0xFF; m * n * 4], at_the_end);
+            let start = out.memory.as_mut_ptr::<u8>();
+            // SAFETY: these bytes were written, lie in no guard, begin on four bytes, and are borrowed nowhere else.
+            let out = unsafe { std::slice::from_raw_parts_mut(start.add(out.offset).cast::<i32>(), m * n) };
+            for kernel in Kernel::available() {
+                out.fill(i32::MIN);
+                multiply(kernel, &weights, &x.view(), None, out);
+                assert!(out.iter().map(|&sum| i64::from(sum)).eq(exact.iter().copied()), "{kernel}: m = {m}");
+            }
+        }
+    }
+}

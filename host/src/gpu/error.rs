@@ -4,6 +4,7 @@ use std::fmt;
 
 use cust::error::CudaError;
 use cust::sys::CUresult;
+use liquidgemm_format::brick::BRICK_CHANNELS;
 
 /// A status that the driver returned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,6 +68,13 @@ pub enum GpuError {
     /// No context is current on this thread.
     #[error("no CUDA context is current on this thread; make one current first, or use Gpu::new")]
     NoContext,
+
+    /// The variable that chooses a GPU holds something else.
+    #[error("{DEVICE_VARIABLE} is {text:?}; it must be the number of a GPU, 0 for the first", DEVICE_VARIABLE = super::DEVICE_VARIABLE)]
+    BadDevice {
+        /// What it holds.
+        text: String,
+    },
 
     /// The current context isn't the GPU's primary one, so nothing keeps it alive.
     #[error(
@@ -171,7 +179,7 @@ pub enum GpuError {
     #[error(
         "there is no kernel for tiles of {} channels x {} tokens with {} consumers a strip and K shared by {} blocks; \
          liquidgemm_format::tile::TILE_SHAPES lists those that there are",
-        shape.channels(), shape.tokens, shape.halves, shape.split
+        u64::from(shape.strips) * BRICK_CHANNELS as u64, shape.tokens, shape.halves, shape.split
     )]
     UnknownTile {
         /// What was asked for.

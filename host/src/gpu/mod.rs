@@ -44,6 +44,9 @@ use crate::{ActivationsView, DeviceFigures, Error, Method, Output, PackedWeights
 use context::ContextHandle;
 use memory::DeviceMemory;
 
+/// The environment variable with the number of the GPU that [`Gpu::new`] takes.
+pub const DEVICE_VARIABLE: &str = "LIQUIDGEMM_DEVICE";
+
 /// The CUDA version that first understands the kernels' PTX (ISA 8.1).
 const NEEDED_CUDA: cuda_driver::CudaVersion = cuda_driver::CudaVersion { major: 12, minor: 1 };
 
@@ -76,12 +79,24 @@ unsafe impl Send for Gpu {}
 unsafe impl Sync for Gpu {}
 
 impl Gpu {
-    /// The first GPU, with its primary context, which the CUDA runtime and other frameworks share.
+    /// The first GPU that can be used, or the one whose number [`DEVICE_VARIABLE`] holds, with its primary context, which the CUDA runtime and
+    /// other frameworks share.
     ///
     /// # Errors
-    /// [`GpuError`] if there is no driver, it is too old, or the GPU isn't a Hopper.
+    /// [`GpuError`] if there is no driver, it is too old, or no GPU is a Hopper: then what is wrong with the first. [`GpuError::BadDevice`] if
+    /// the variable holds no number.
     pub fn new() -> Result<Self, Error> {
-        Self::with_device(0)
+        if let Some(text) = std::env::var_os(DEVICE_VARIABLE) {
+            let text = text.to_string_lossy();
+            let ordinal = text.trim().parse().map_err(|_| GpuError::BadDevice { text: text.to_string() })?;
+            return Self::with_device(ordinal);
+        }
+        let first = match Self::with_device(0) {
+            Err(error @ Error::Gpu(GpuError::WrongDevice { .. } | GpuError::Cuda { .. })) => error,
+            outcome => return outcome,
+        };
+        let others = 1..Device::num_devices().during("counting the GPUs")?;
+        others.map(Self::with_device).find_map(Result::ok).ok_or(first)
     }
 
     /// The GPU of this number, with its primary context.

@@ -392,6 +392,45 @@ fn a_header_beyond_the_limit_is_refused_before_it_is_read() {
     ));
 }
 
+/// A fuzz target: whatever becomes of a file's bytes, it is an error or loads as weights that are saved and loaded again.
+///
+/// It takes some seconds' worth of random changes; `BOLERO_RANDOM_TEST_TIME_MS=600000 BOLERO_RANDOM_ITERATIONS=1000000000` makes it ten minutes.
+#[test]
+fn fuzz_damaged_files() {
+    let shapes = [
+        (1, 1, Group::default()),
+        (3, 70, Group::default()),
+        (65, 130, Group::K(128)),
+        (2, 200, Group::Channel),
+    ];
+    let files = shapes.map(|(n, k, group)| saved_bytes(&weights(n, k, group)));
+    let old = files.clone().map(|bytes| Contents::of(&bytes).in_version_1().bytes());
+    let files = [files, old].concat();
+    bolero::check!().with_type::<(u8, bool, Vec<(u16, u8, u8)>)>().cloned().for_each(
+        |(which, is_in_the_header, changes)| {
+            let mut bytes = files[which as usize % files.len()].clone();
+            for (position, change, byte) in changes {
+                // Most of a file is codes, of which any are right but for the checksum.
+                let limit = if is_in_the_header { bytes.len().min(600) } else { bytes.len() };
+                let at = position as usize % limit.max(1);
+                match change % 6 {
+                    0 if at < bytes.len() => bytes[at] = byte,
+                    1 if at < bytes.len() => bytes[at] ^= 1 << (byte % 8),
+                    2 => bytes.insert(at, byte),
+                    3 if at < bytes.len() => drop(bytes.remove(at)),
+                    4 => bytes.truncate(at),
+                    // A digit, quote or bracket, which the header is made of.
+                    _ if at < bytes.len() => bytes[at] = b"0123456789\"{}[],:"[byte as usize % 17],
+                    _ => {}
+                }
+            }
+            if let Ok(loaded) = PackedWeights::from_file_bytes(&bytes) {
+                assert_eq!(PackedWeights::from_file_bytes(&saved_bytes(&loaded)).unwrap(), loaded);
+            }
+        },
+    );
+}
+
 #[cfg(unix)]
 mod unix {
     use std::fs::{self, Permissions};

@@ -285,3 +285,30 @@ fn the_search_finds_the_least_estimate_of_all_candidates_and_fits_every_gpu() {
         }
     }
 }
+
+/// A fuzz target: any numbers at all are a plan that covers its problem and fits the GPU, or an error.
+///
+/// It takes some seconds' worth of random numbers; `BOLERO_RANDOM_TEST_TIME_MS=600000 BOLERO_RANDOM_ITERATIONS=1000000000` makes it ten minutes.
+#[test]
+fn fuzz_plans_and_their_schedules() {
+    /// More tiles than these take too long to go through.
+    const MOST_TILES: u32 = 20_000;
+    bolero::check!().with_type::<([u32; 3], [u8; 3], u8)>().cloned().for_each(
+        |(dimensions, shifts, multiprocessors)| {
+            // Of all magnitudes.
+            let mut extents = [0; 3];
+            for ((extent, dimension), shift) in extents.iter_mut().zip(dimensions).zip(shifts) {
+                *extent = (dimension >> (shift % 32)) as usize;
+            }
+            let [m, n, k] = extents;
+            let multiprocessors = u32::from(multiprocessors).max(2);
+            let Ok(plan) = Plan::new(m, n, k, &figures(multiprocessors)) else { return };
+            assert_eq!(plan.problem(), extents);
+            assert!(plan.estimate_us(&figures(multiprocessors)).is_finite());
+            check_fit(&plan, multiprocessors).unwrap();
+            if launches(&plan).iter().all(|tiled| tiled.schedule().tiles() <= MOST_TILES) {
+                check_cover(&plan).unwrap();
+            }
+        },
+    );
+}

@@ -31,6 +31,13 @@ pub fn run() -> anyhow::Result<()> {
         check(doc.env("RUSTDOCFLAGS", "-D warnings"))
     });
     steps.run("kernels", ptx::build_and_check);
-    steps.run("tests", || check(&mut cargo(["test", "--workspace", "--no-fail-fast"])));
+    steps.run("tests", || {
+        let mut tests = cargo(["test", "--workspace", "--no-fail-fast"]);
+        // The fuzz targets' inputs are the same each time, and as many.
+        tests.env("BOLERO_RANDOM_SEED", "1").env("BOLERO_RANDOM_ITERATIONS", "2000");
+        check(tests.env("BOLERO_RANDOM_TEST_TIME_MS", "600000"))
+    });
+    // CPU kernels that this machine lacks the instructions for have not been tested: it says which.
+    steps.run("machine", || check(&mut cargo(["run", "--quiet", "--package", "liquidgemm", "--", "info"])));
     steps.finish()
 }

@@ -2,6 +2,8 @@
 
 use std::fmt::Write;
 
+use liquidgemm::cpu::Kernel;
+
 use super::{Place, Report};
 
 /// Show driver, GPU, the backend that would be used and why, and what the kernels were built from
@@ -45,7 +47,14 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<Report> {
             ),
         );
     }
-    line("CPU", format!("{}, {} kernel", std::env::consts::ARCH, liquidgemm::cpu::Kernel::best()));
+    let kernels = |are_available| {
+        let of_them = Kernel::ALL.iter().filter(|kernel| kernel.is_available() == are_available);
+        of_them.map(ToString::to_string).collect::<Vec<_>>().join(", ")
+    };
+    line("CPU", format!("{}, kernels: {}", std::env::consts::ARCH, kernels(true)));
+    if !kernels(false).is_empty() {
+        line("lacking", format!("instructions for the CPU kernels: {}", kernels(false)));
+    }
     line("PTX", format!("built from sources {}", liquidgemm::gpu::ptx_hash()));
     Ok(Report { text, success: true })
 }

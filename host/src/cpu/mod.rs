@@ -97,23 +97,32 @@ impl Kernel {
     /// The fastest kernel that this CPU has the instructions for; what [`gemm`] uses.
     pub fn best() -> Self {
         static BEST: OnceLock<Kernel> = OnceLock::new();
-        *BEST.get_or_init(|| *Self::available().last().expect("the portable kernel is always there"))
+        *BEST.get_or_init(|| Self::available().last().unwrap_or(Kernel::Portable))
     }
 
-    /// Every kernel that this CPU has the instructions for, slowest first.
-    fn available() -> Vec<Self> {
-        #[cfg_attr(not(target_arch = "x86_64"), expect(unused_mut))]
-        let mut kernels = vec![Kernel::Portable];
+    /// Every kernel for the target's architecture, slowest first.
+    pub const ALL: &[Kernel] = &[
+        Kernel::Portable,
         #[cfg(target_arch = "x86_64")]
-        {
-            if avx2::is_available() {
-                kernels.push(Kernel::Avx2);
-            }
-            if vnni::is_available() {
-                kernels.push(Kernel::Avx512Vnni);
-            }
+        Kernel::Avx2,
+        #[cfg(target_arch = "x86_64")]
+        Kernel::Avx512Vnni,
+    ];
+
+    /// Whether this CPU has the instructions for it.
+    pub fn is_available(self) -> bool {
+        match self {
+            Kernel::Portable => true,
+            #[cfg(target_arch = "x86_64")]
+            Kernel::Avx2 => avx2::is_available(),
+            #[cfg(target_arch = "x86_64")]
+            Kernel::Avx512Vnni => vnni::is_available(),
         }
-        kernels
+    }
+
+    /// Those that this CPU has the instructions for.
+    fn available() -> impl Iterator<Item = Self> {
+        Self::ALL.iter().copied().filter(|kernel| kernel.is_available())
     }
 
     /// Adds the products of one chunk of bricks to the accumulators of every token in `x`.

@@ -7,7 +7,8 @@ use std::sync::LazyLock;
 
 use libtest_mimic::{Arguments, Failed, Trial};
 use liquidgemm::gpu::{DEVICE_VARIABLE, DeviceSpan, Gpu, GpuError, Operands, StreamHandle};
-use liquidgemm::{Backend, Error, Group, OutputType, PackedWeights, Plan, QuantizedActivations, cpu};
+use liquidgemm::{Backend, Cut, Error, Group, OutputType, PackedWeights, Plan, QuantizedActivations, cpu};
+use liquidgemm_format::tile::TILE_SHAPES;
 use liquidgemm_gpu_tests::refused::{REFUSED_SHAPE, refused_calls};
 
 /// What the loader finds as `libcuda.so.1`.
@@ -292,7 +293,7 @@ fn prepared() -> Result<(), Failed> {
     let loads = loads.ok_or("the fake driver counts modules")?;
     // SAFETY: it only reads a counter.
     let loads = || unsafe { loads() };
-    // Narrow enough to be quick, and with plans of all kinds: skinny, tiled, and of two launches.
+    // Narrow enough to be quick, and with skinny plans and tiled ones.
     let (n, k) = (22_016, 64);
     let tokens = || (1..=70).chain(1000..=1003);
     gpu.prepare(&[[n, k]], 1..=70)?;
@@ -546,13 +547,41 @@ fn bad_device() -> Result<(), Failed> {
     }
 }
 
+/// A GEMM by a plan of two launches, of which the second can fail alone; waited for as its caller must.
+fn two_launches() -> Result<(), Error> {
+    let gpu = Gpu::new()?;
+    let (m, n, k) = (5, 200, 300);
+    let (weights, workspace) = (gpu.upload(&some_weights()?)?, gpu.workspace()?);
+    let cuts = [Cut { shape: TILE_SHAPES[0], cluster: 1, workers: 4, streamed_waves: 0 }; 2];
+    let plan = Plan::divided(m, n, k, 128, cuts)?;
+    // SAFETY: the fake driver follows no address; the null stream is always there.
+    let (launched, finished) = unsafe {
+        let span = |bytes| DeviceSpan::from_raw(1 << 20, bytes);
+        let operands = Operands {
+            m,
+            activations: span(m * 304),
+            activation_stride: 304,
+            token_scales: span(m * 4),
+            bias: None,
+            output: span(m * n * 2),
+            output_stride: n,
+            output_type: OutputType::Bf16,
+        };
+        let stream = StreamHandle::from_raw(std::ptr::null_mut());
+        let launched = gpu.gemm_with_plan(&weights, &operands, &plan, &workspace, stream);
+        let entered = gpu.make_current();
+        (launched, entered.is_ok() && cust::sys::cuStreamSynchronize(stream.as_raw()) as u32 == 0)
+    };
+    if !finished {
+        std::mem::forget((weights, workspace));
+    }
+    launched
+}
+
 /// For each public operation: whichever call of the driver fails, the operation says so or succeeds, nothing is freed while it may be in
 /// use, nothing stays behind, and the operation works afterwards.
 fn any_failure() -> Result<(), Failed> {
     let (packed, x) = (some_weights()?, some_activations(3)?);
-    // Two launches, so that the second can fail alone.
-    let wide = PackedWeights::quantize(&vec![1f32; 10_240 * 64], 10_240, 64, Group::default())?;
-    let many = QuantizedActivations::quantize(&vec![1f32; 512 * 64], 512, 64)?;
     type Operation<'a> = &'a dyn Fn() -> Result<(), Error>;
     let operations: [(&str, Operation<'_>); 6] = [
         ("Gpu::new", &|| Gpu::new().map(drop)),
@@ -560,7 +589,7 @@ fn any_failure() -> Result<(), Failed> {
         ("Gpu::workspace", &|| Gpu::new()?.workspace().map(drop)),
         ("Gpu::prepare", &|| Gpu::new()?.prepare(&[[200, 300]], 1..=40)),
         ("Gpu::multiply", &|| Gpu::new()?.multiply::<f32>(&packed, &x, None).map(drop)),
-        ("Gpu::multiply with two launches", &|| Gpu::new()?.multiply::<f32>(&wide, &many, None).map(drop)),
+        ("Gpu::gemm_with_plan in two launches", &two_launches),
     ];
     Gpu::new()?;
     let fake = Fake::load()?;

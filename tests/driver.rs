@@ -287,12 +287,7 @@ fn no_context() -> Result<(), Failed> {
 
 fn prepared() -> Result<(), Failed> {
     let gpu = Gpu::new()?;
-    let driver = cuda_driver::load()?;
-    // SAFETY: the type is that of the fake's function.
-    let loads = unsafe { driver.symbol::<unsafe extern "C" fn() -> u32>("fakeModuleLoads") };
-    let loads = loads.ok_or("the fake driver counts modules")?;
-    // SAFETY: it only reads a counter.
-    let loads = || unsafe { loads() };
+    let loads = Fake::load()?.module_loads;
     // Narrow enough to be quick, and with skinny plans and tiled ones.
     let (n, k) = (22_016, 64);
     let tokens = || (1..=70).chain(1000..=1003);
@@ -303,22 +298,8 @@ fn prepared() -> Result<(), Failed> {
     let weights = gpu.upload(&PackedWeights::quantize(&vec![1f32; n * k], n, k, Group::default())?)?;
     let workspace = gpu.workspace()?;
     for m in tokens() {
-        // SAFETY: the fake driver launches nothing, so no address is followed; the null stream is always there.
-        let outcome = unsafe {
-            let span = |bytes| DeviceSpan::from_raw(1 << 20, bytes);
-            let operands = Operands {
-                m,
-                activations: span(m * k),
-                activation_stride: k,
-                token_scales: span(m * 4),
-                bias: None,
-                output: span(m * n * 2),
-                output_stride: n,
-                output_type: OutputType::Bf16,
-            };
-            let stream = StreamHandle::from_raw(std::ptr::null_mut());
-            gpu.gemm(&weights, &operands, &workspace, stream)
-        };
+        // SAFETY: the fake driver launches nothing and follows no address.
+        let outcome = unsafe { gpu.gemm(&weights, &fake_operands([m, n, k]), &workspace, default_stream()) };
         let text = outcome.as_ref().err().map(ToString::to_string).unwrap_or_default();
         check(text.starts_with("launching the GEMM failed"), format!("{m}: {outcome:?}"))?;
     }
@@ -333,24 +314,12 @@ fn bad_calls() -> Result<(), Failed> {
     let weights = PackedWeights::quantize(&vec![1f32; n * k], n, k, Group::default())?;
     let weights = gpu.upload(&weights)?;
     let workspace = gpu.workspace()?;
-    // SAFETY: the fake driver launches nothing, so no address is followed; the null stream is always there.
-    let (span, stream) = unsafe {
-        (|bytes| DeviceSpan::from_raw(1 << 20, bytes), StreamHandle::from_raw(std::ptr::null_mut()))
-    };
-    let stride = k.next_multiple_of(16);
-    let good = Operands {
-        m,
-        activations: span(m * stride),
-        activation_stride: stride,
-        token_scales: span(m * 4),
-        bias: Some(span(n * 4)),
-        output: span(m * n * 2),
-        output_stride: n,
-        output_type: OutputType::Bf16,
-    };
-    // SAFETY: as above.
+    // SAFETY: the fake driver follows no address.
+    let bias = unsafe { DeviceSpan::from_raw(FAKE_ADDRESS, n * 4) };
+    let good = Operands { bias: Some(bias), ..fake_operands([m, n, k]) };
+    // SAFETY: the fake driver launches nothing and follows no address.
     let launch = |operands: &Operands, plan: &Plan| unsafe {
-        gpu.gemm_with_plan(&weights, operands, plan, &workspace, stream)
+        gpu.gemm_with_plan(&weights, operands, plan, &workspace, default_stream())
     };
     for call in refused_calls(good)? {
         let outcome = launch(&call.operands, &call.plan);
@@ -373,6 +342,7 @@ struct Fake {
     fail_after: extern "C" fn(i64),
     failure_pending: extern "C" fn() -> i32,
     allocations: extern "C" fn() -> u32,
+    module_loads: extern "C" fn() -> u32,
     violations: extern "C" fn() -> u32,
     take_busy: extern "C" fn() -> i32,
     take_could_not_enter: extern "C" fn() -> i32,
@@ -388,6 +358,7 @@ impl Fake {
                 fail_after: driver.symbol("fakeFailAfter").ok_or("fakeFailAfter")?,
                 failure_pending: driver.symbol("fakeFailurePending").ok_or("fakeFailurePending")?,
                 allocations: driver.symbol("fakeAllocations").ok_or("fakeAllocations")?,
+                module_loads: driver.symbol("fakeModuleLoads").ok_or("fakeModuleLoads")?,
                 violations: driver.symbol("fakeViolations").ok_or("fakeViolations")?,
                 take_busy: driver.symbol("fakeTakeBusy").ok_or("fakeTakeBusy")?,
                 take_could_not_enter: driver
@@ -426,6 +397,32 @@ impl Fake {
     fn retained(&self, device: i32) -> i64 {
         (self.retained)(device)
     }
+}
+
+/// Where the fake driver's operands lie.
+const FAKE_ADDRESS: u64 = 1 << 20;
+
+/// Operands of bf16 output without bias for the fake driver, which follows no address.
+fn fake_operands([m, n, k]: [usize; 3]) -> Operands {
+    let stride = k.next_multiple_of(16);
+    // SAFETY: nobody reads or writes there.
+    let span = |bytes| unsafe { DeviceSpan::from_raw(FAKE_ADDRESS, bytes) };
+    Operands {
+        m,
+        activations: span(m * stride),
+        activation_stride: stride,
+        token_scales: span(m * 4),
+        bias: None,
+        output: span(m * n * 2),
+        output_stride: n,
+        output_type: OutputType::Bf16,
+    }
+}
+
+/// The default stream.
+fn default_stream() -> StreamHandle {
+    // SAFETY: null is always a stream.
+    unsafe { StreamHandle::from_raw(std::ptr::null_mut()) }
 }
 
 fn some_weights() -> Result<PackedWeights, Error> {
@@ -513,20 +510,16 @@ fn no_tokens() -> Result<(), Failed> {
     let product = gpu.multiply_with::<f32>(&weights, &none, None)?;
     check(product.is_empty(), format!("{} elements", product.len()))?;
     check(gpu.multiply::<f32>(&some_weights()?, &none, None)?.is_empty(), "elements")?;
-    // SAFETY: the fake driver launches nothing, and follows no address.
+    // SAFETY: the fake driver launches nothing and follows no address.
     let outcome = unsafe {
         let nothing = DeviceSpan::from_raw(0, 0);
         let operands = Operands {
-            m: 0,
             activations: nothing,
-            activation_stride: 304,
             token_scales: nothing,
-            bias: None,
             output: nothing,
-            output_stride: 200,
-            output_type: OutputType::Bf16,
+            ..fake_operands([0, 200, 300])
         };
-        gpu.gemm(&weights, &operands, &workspace, StreamHandle::from_raw(std::ptr::null_mut()))
+        gpu.gemm(&weights, &operands, &workspace, default_stream())
     };
     outcome?;
     check(!Fake::load()?.take_busy(), "something was launched")
@@ -554,20 +547,9 @@ fn two_launches() -> Result<(), Error> {
     let (weights, workspace) = (gpu.upload(&some_weights()?)?, gpu.workspace()?);
     let cuts = [Cut { shape: TILE_SHAPES[0], cluster: 1, workers: 4, streamed_waves: 0 }; 2];
     let plan = Plan::divided(m, n, k, 128, cuts)?;
-    // SAFETY: the fake driver follows no address; the null stream is always there.
+    let (operands, stream) = (fake_operands([m, n, k]), default_stream());
+    // SAFETY: the fake driver follows no address.
     let (launched, finished) = unsafe {
-        let span = |bytes| DeviceSpan::from_raw(1 << 20, bytes);
-        let operands = Operands {
-            m,
-            activations: span(m * 304),
-            activation_stride: 304,
-            token_scales: span(m * 4),
-            bias: None,
-            output: span(m * n * 2),
-            output_stride: n,
-            output_type: OutputType::Bf16,
-        };
-        let stream = StreamHandle::from_raw(std::ptr::null_mut());
         let launched = gpu.gemm_with_plan(&weights, &operands, &plan, &workspace, stream);
         let entered = gpu.make_current();
         (launched, entered.is_ok() && cust::sys::cuStreamSynchronize(stream.as_raw()) as u32 == 0)

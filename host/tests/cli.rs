@@ -173,6 +173,7 @@ fn reader_that_leaves_early_is_no_panic() {
     assert!(output.status.success());
 }
 
+#[cfg(target_os = "linux")]
 #[test]
 fn a_result_that_cannot_be_written_is_a_failure() {
     let full = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();

@@ -1,5 +1,5 @@
-//! How long the planner takes for a batch size that it has not met: problems between the round numbers, and the slowest of some 6,600
-//! that were tried.
+//! How long the planner takes for a batch size that it has not met: problems between the round numbers, and two of the slowest
+//! of some 6,600 that were tried.
 //!
 //! `cargo bench -p liquidgemm --bench plan`
 
@@ -9,7 +9,7 @@
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
 use liquidgemm::{DeviceFigures, Plan};
 
-/// `[m, n, k]`; the last two take the longest.
+/// `[m, n, k]`; the last two are the slow ones.
 const PROBLEMS: [[usize; 3]; 8] = [
     [1, 4096, 4096],
     [17, 12_288, 4096],

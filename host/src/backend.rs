@@ -53,7 +53,7 @@ impl Backend {
     /// # Errors
     /// What [`Gpu::new`] says where none can be used.
     pub fn gpu() -> Result<Self, Error> {
-        Ok(Self { device: Device::Gpu(Box::new(Gpu::new()?)), reason: "asked for".into() })
+        Ok(Self::asked_for(Device::Gpu(Box::new(Gpu::new()?))))
     }
 
     /// The GPU of this number, because the caller says so.
@@ -61,13 +61,16 @@ impl Backend {
     /// # Errors
     /// What [`Gpu::with_device`] says where it can't be used.
     pub fn with_device(ordinal: u32) -> Result<Self, Error> {
-        let gpu = Box::new(Gpu::with_device(ordinal)?);
-        Ok(Self { device: Device::Gpu(gpu), reason: "asked for".into() })
+        Ok(Self::asked_for(Device::Gpu(Box::new(Gpu::with_device(ordinal)?))))
     }
 
     /// The CPU, because the caller says so.
     pub fn cpu() -> Self {
-        Self { device: Device::Cpu, reason: "asked for".into() }
+        Self::asked_for(Device::Cpu)
+    }
+
+    fn asked_for(device: Device) -> Self {
+        Self { device, reason: "asked for".into() }
     }
 
     /// The GPU that products are computed on, if it is one.

@@ -20,7 +20,7 @@ use std::fs::{self, File};
 use std::io::{self, Read, Seek, SeekFrom, Write as _};
 use std::path::{Path, PathBuf};
 
-use liquidgemm_format::brick::{self, CODE_BYTES, PAIR_BYTES};
+use liquidgemm_format::brick::{self, BRICK_BYTES, CODE_BYTES, PAIR_BYTES};
 use safetensors::tensor::{Dtype, TensorView};
 use safetensors::{SafeTensors, serialize_to_file};
 use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
@@ -38,8 +38,6 @@ const VERSION_1: &str = "1";
 const HEADER_LENGTH_BYTES: usize = 8;
 /// The longest header that is read: ours have some 500 bytes.
 const MOST_HEADER_BYTES: u64 = 64 * 1024;
-/// Bytes of such a brick.
-const BRICK_1_BYTES: usize = CODE_BYTES + PAIR_BYTES;
 
 impl PackedWeights {
     /// Writes a `.safetensors` file, the same bytes for the same weights. The file appears under its name whole or not at all: it is written
@@ -107,7 +105,7 @@ impl PackedWeights {
         };
         let (strips, k_blocks) = (brick::strips(n), brick::k_blocks(k));
         let (codes, pairs) = if version == VERSION_1 {
-            let bricks = tensor(&file, "bricks", Dtype::U8, &[strips, k_blocks, BRICK_1_BYTES])?;
+            let bricks = tensor(&file, "bricks", Dtype::U8, &[strips, k_blocks, BRICK_BYTES])?;
             check(&[bricks, scales])?;
             split_bricks(bricks, k_blocks, group, sizes)?
         } else {
@@ -117,10 +115,9 @@ impl PackedWeights {
             (copied(codes)?, copied(pairs)?)
         };
         let (scales, _) = scales.as_chunks::<4>();
-        let mut values = reserved(brick::strips(n) * brick::BRICK_CHANNELS)?;
-        values.extend(scales.iter().map(|&bytes| f32::from_le_bytes(bytes)));
-        let scales = values;
-        Self::from_parts(codes, pairs, scales, n, k, group).map_err(invalid)
+        let mut channel_scales = reserved(strips * brick::BRICK_CHANNELS)?;
+        channel_scales.extend(scales.iter().map(|&bytes| f32::from_le_bytes(bytes)));
+        Self::from_parts(codes, pairs, channel_scales, n, k, group).map_err(invalid)
     }
 
     fn read(path: &Path) -> Result<Self, FileError> {
@@ -248,7 +245,7 @@ fn split_bricks(
     sizes: PackedSizes,
 ) -> Result<(Vec<u8>, Vec<u8>), FileError> {
     let (mut codes, mut pairs) = (reserved(sizes.codes)?, reserved(sizes.pairs)?);
-    for (index, brick) in bricks.chunks_exact(BRICK_1_BYTES).enumerate() {
+    for (index, brick) in bricks.chunks_exact(BRICK_BYTES).enumerate() {
         let (strip, k_block) = (index / k_blocks, index % k_blocks);
         let (brick_codes, brick_pairs) = brick.split_at(CODE_BYTES);
         codes.extend_from_slice(brick_codes);

@@ -112,8 +112,11 @@ pub(super) fn random_weights(n: usize, k: usize, group: Group) -> Result<PackedW
         row.fill_with(|| rng.sample(StandardNormal));
     });
     let drawn = PackedWeights::quantize(&weights, drawn, k, group)?;
-    let repeated =
-        |strips: &[u8], bytes: usize| -> Vec<u8> { strips.iter().copied().cycle().take(bytes).collect() };
+    let repeated = |strips: &[u8], bytes: usize| {
+        let mut all = strips.repeat(bytes.div_ceil(strips.len()));
+        all.truncate(bytes);
+        all
+    };
     let (codes, pairs) = (repeated(drawn.codes(), sizes.codes), repeated(drawn.pairs(), sizes.pairs));
     PackedWeights::from_parts(codes, pairs, random_scales(n), n, k, group)
 }

@@ -154,7 +154,7 @@ fn multiply<const T: usize>(
             let (codes, s) = piece_of(brick, piece);
             for (sum, x) in sums.iter_mut().zip(x) {
                 let x = &x.x[index];
-                // Each int16 lane is at most 4 · 2 · 15 · 127.
+                // Each int16 lane is at most 4 · 2 · 15 · 128.
                 let low = _mm256_add_epi16(
                     _mm256_maddubs_epi16(codes[0], load(&x[0])),
                     _mm256_maddubs_epi16(codes[1], load(&x[1])),

@@ -311,14 +311,9 @@ impl Gpu {
         bias: Option<&[f32]>,
     ) -> Result<Vec<T>, Error> {
         let activations = activations.into();
-        let problem = [weights.n(), weights.k()];
-        check_call::<T>(
-            problem,
-            &activations,
-            bias,
-            checked_elements("output", activations.m(), weights.n())?,
-        )?;
-        self.multiply_with::<T>(&self.upload(weights)?, activations, bias)
+        let elements = checked_elements("output", activations.m(), weights.n())?;
+        check_call::<T>([weights.n(), weights.k()], &activations, bias, elements)?;
+        self.multiply_checked(&self.upload(weights)?, activations, bias, elements)
     }
 
     /// As [`Gpu::multiply`], with weights that are on the GPU already.
@@ -335,6 +330,17 @@ impl Gpu {
         let elements = checked_elements("output", activations.m(), weights.n())?;
         check_call::<T>([weights.n(), weights.k()], &activations, bias, elements)?;
         self.check_context("weights", weights.context())?;
+        self.multiply_checked(weights, activations, bias, elements)
+    }
+
+    /// The product, of so many elements; the operands fit and the weights are this GPU's.
+    fn multiply_checked<T: Output>(
+        &self,
+        weights: &DeviceWeights,
+        activations: ActivationsView<'_>,
+        bias: Option<&[f32]>,
+        elements: usize,
+    ) -> Result<Vec<T>, Error> {
         if activations.m() == 0 {
             return Ok(Vec::new());
         }

@@ -27,14 +27,14 @@ pub const CODE_BYTES: usize = BRICK_CHANNELS * BRICK_K / 2;
 pub const PAIR_BYTES: usize = BRICK_CHANNELS * 2;
 /// Bytes of a brick's codes and their pairs.
 pub const BRICK_BYTES: usize = CODE_BYTES + PAIR_BYTES;
-/// The largest K: up to here `|acc| ≤ K · 128 · 127` stays below 2³¹.
+/// The largest K: up to here sums of products of int8 weights and activations fit int32, but for the one in which all are 128 · 128.
 pub const MAX_K: usize = 131_072;
 
 const _: () = assert!(
     CODE_BYTES.is_multiple_of(16) && PAIR_BYTES.is_multiple_of(16),
     "bulk copies move multiples of 16 bytes"
 );
-const _: () = assert!((MAX_K as u64) * 128 * 127 < 1 << 31, "int32 accumulators must not wrap");
+const _: () = assert!((MAX_K as u64) * 128 * 128 <= 1 << 31, "int32 accumulators must not wrap");
 
 /// Strips of 64 channels that hold `n` channels, the last one padded.
 pub const fn strips(n: usize) -> usize {

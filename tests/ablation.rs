@@ -1,17 +1,22 @@
-//! Every arm of the ablation against the CPU's GEMM, bit for bit.
+//! Compares every variant of the ablation's kernels with the CPU's GEMM, bit for bit.
+//!
+//! `harness/lib.rs` makes the problems and checks the outputs.
 
 use half::bf16;
 use libtest_mimic::Failed;
-use liquidgemm::gpu::ablation::Arm;
-use liquidgemm::gpu::{Gpu, GpuError};
-use liquidgemm::{Cut, Error, OutputType, Plan};
+use liquidgemm::gpu::Gpu;
+use liquidgemm::{OutputType, Plan, Problem, TileConfig};
+use liquidgemm_bench::ablation::{Variant, VariantWeights, Variants};
 use liquidgemm_format::ablation::{TOKENS, tile};
 use liquidgemm_format::tile::TileShape;
-use liquidgemm_gpu_tests::{Problem, Session, Test, rng, run};
+use liquidgemm_gpu_tests::{Fixture, Session, Test, rng, run};
 
 const TESTS: [Test; 3] = [
-    ("small_odd_problems_equal_the_cpu_in_every_arm", small_odd_problems_equal_the_cpu_in_every_arm),
-    ("rings_and_tiles_that_turn_often_equal_the_cpu", rings_and_tiles_that_turn_often_equal_the_cpu),
+    ("small_odd_problems_equal_the_cpu_in_every_variant", small_odd_problems_equal_the_cpu_in_every_variant),
+    (
+        "pipelines_that_wrap_often_and_many_tiles_equal_the_cpu",
+        pipelines_that_wrap_often_and_many_tiles_equal_the_cpu,
+    ),
     ("other_outputs_and_tiles_are_refused", other_outputs_and_tiles_are_refused),
 ];
 
@@ -19,28 +24,33 @@ fn main() {
     run(&TESTS).exit();
 }
 
-/// One problem in every arm with every tile, under each of the cuts.
-fn check_arms(
+/// Checks a problem in every variant, with every tile, for each `(cluster_size, clusters, stream_k_waves)`.
+fn check_variants(
     gpu: &Gpu,
     session: &Session,
-    problem: &Problem,
-    cuts: &[(u32, u32, u32)],
+    problem: &Fixture,
+    configs: &[(u32, u32, u32)],
 ) -> Result<(), Failed> {
     let [m, n, k] = problem.shape();
-    let weights = gpu.upload_for_ablation(&problem.weights)?;
+    let weights = VariantWeights::upload(gpu, &problem.weights)?;
+    let variants = Variants::new(gpu);
     for shape in TOKENS.into_iter().filter_map(tile) {
-        for &(cluster, workers, streamed_waves) in cuts {
-            let plan = Plan::with_cut(m, n, k, Cut { shape, cluster, workers, streamed_waves })?;
-            for arm in Arm::ALL {
+        for &(cluster_size, clusters, stream_k_waves) in configs {
+            let plan = Plan::with_config(
+                Problem { m, n, k },
+                TileConfig { shape, cluster_size, clusters, stream_k_waves },
+            )?;
+            for variant in Variant::ALL {
                 for padding in [0, 3] {
-                    let checked = problem.check_launch::<bf16>(session, &plan, false, padding, |operands| {
-                        let (workspace, stream) = (&session.workspace, &session.stream);
-                        // SAFETY: everything lives until `check_launch` has waited for the stream.
-                        unsafe { gpu.ablation(arm, &weights, operands, &plan, workspace, stream) }
-                    });
+                    let checked =
+                        problem.check_launch::<bf16, _>(session, &plan, false, padding, |operands| {
+                            let (workspace, stream) = (&session.workspace, &session.stream);
+                            // SAFETY: all operands stay alive until `check_launch` has synchronized.
+                            unsafe { variants.launch(variant, &weights, operands, &plan, workspace, stream) }
+                        });
                     checked.map_err(|error| {
                         let message = error.message().unwrap_or("failed").to_owned();
-                        Failed::from(format!("{arm}: {message}"))
+                        Failed::from(format!("{variant}: {message}"))
                     })?;
                 }
             }
@@ -49,23 +59,23 @@ fn check_arms(
     Ok(())
 }
 
-fn small_odd_problems_equal_the_cpu_in_every_arm(gpu: &'static Gpu) -> Result<(), Failed> {
+fn small_odd_problems_equal_the_cpu_in_every_variant(gpu: &'static Gpu) -> Result<(), Failed> {
     let mut rng = rng(31);
     let session = Session::new(gpu)?;
     for shape in [[1, 1, 1], [3, 5, 64], [8, 64, 128], [17, 129, 100], [40, 200, 1000]] {
-        let problem = Problem::random(gpu, &mut rng, shape)?;
-        check_arms(gpu, &session, &problem, &[(1, 4, 1), (2, 2, 1)])?;
+        let problem = Fixture::random(gpu, &mut rng, shape)?;
+        check_variants(gpu, &session, &problem, &[(1, 4, 1), (2, 2, 1)])?;
     }
     Ok(())
 }
 
-fn rings_and_tiles_that_turn_often_equal_the_cpu(gpu: &'static Gpu) -> Result<(), Failed> {
+fn pipelines_that_wrap_often_and_many_tiles_equal_the_cpu(gpu: &'static Gpu) -> Result<(), Failed> {
     let mut rng = rng(32);
     let session = Session::new(gpu)?;
     let most = gpu.multiprocessors();
     for shape in [[131, 520, 4096], [260, 1000, 2240]] {
-        let problem = Problem::random(gpu, &mut rng, shape)?;
-        check_arms(gpu, &session, &problem, &[(1, 1, 0), (1, 3, 2), (2, 5, 1), (1, most, 1)])?;
+        let problem = Fixture::random(gpu, &mut rng, shape)?;
+        check_variants(gpu, &session, &problem, &[(1, 1, 0), (1, 3, 2), (2, 5, 1), (1, most, 1)])?;
     }
     Ok(())
 }
@@ -73,14 +83,13 @@ fn rings_and_tiles_that_turn_often_equal_the_cpu(gpu: &'static Gpu) -> Result<()
 fn other_outputs_and_tiles_are_refused(gpu: &'static Gpu) -> Result<(), Failed> {
     let mut rng = rng(33);
     let session = Session::new(gpu)?;
-    let problem = Problem::random(gpu, &mut rng, [8, 64, 128])?;
-    let weights = gpu.upload_for_ablation(&problem.weights)?;
+    let problem = Fixture::random(gpu, &mut rng, [8, 64, 128])?;
+    let weights = VariantWeights::upload(gpu, &problem.weights)?;
+    let variants = Variants::new(gpu);
     let output = liquidgemm_gpu_tests::to_device(&vec![0u8; 8 * 64 * 4])?;
     let plan = |shape| {
         Plan::with_tile(
-            8,
-            64,
-            128,
+            Problem::new(8, 64, 128),
             shape,
             &liquidgemm::DeviceFigures {
                 multiprocessors: 1,
@@ -89,18 +98,22 @@ fn other_outputs_and_tiles_are_refused(gpu: &'static Gpu) -> Result<(), Failed> 
             },
         )
     };
-    let known = tile(16).ok_or("the ablation has tiles of 16 tokens")?;
-    let unknown = TileShape::find(2, 8, 1, 1).ok_or("the library has tiles of 8 tokens")?;
+    let known = tile(16).ok_or("the ablation has no tile of 16 tokens")?;
+    let unknown = TileShape::find(2, 8, 1, 1).ok_or("the library has no tile of 8 tokens")?;
     for (shape, output_type, bias) in
         [(known, OutputType::F16, false), (known, OutputType::Bf16, true), (unknown, OutputType::Bf16, false)]
     {
         let operands = problem.operands((&output).into(), 64, output_type, bias);
         let (workspace, stream) = (&session.workspace, &session.stream);
-        for arm in Arm::ALL {
-            // SAFETY: everything lives until the end, and nothing is launched.
-            let outcome = unsafe { gpu.ablation(arm, &weights, &operands, &plan(shape)?, workspace, stream) };
-            if !matches!(outcome, Err(Error::Gpu(GpuError::NotInAblation { .. }))) {
-                return Err(format!("{arm} takes {output_type} with bias {bias}: {outcome:?}").into());
+        for variant in Variant::ALL {
+            // SAFETY: all operands stay alive, and the refused call launches nothing.
+            let outcome =
+                unsafe { variants.launch(variant, &weights, &operands, &plan(shape)?, workspace, stream) };
+            if !outcome
+                .as_ref()
+                .is_err_and(|error| error.to_string().contains("the ablation has no kernel for"))
+            {
+                return Err(format!("{variant} takes {output_type} with bias {bias}: {outcome:?}").into());
             }
         }
     }

@@ -1,4 +1,7 @@
-//! The library's calls on a GPU: from host memory, on the caller's context and streams, from many threads.
+//! The library's public calls on a GPU:
+//! on host memory, on the caller's context and streams, and from many threads.
+//!
+//! The expected results come from the CPU backend.
 
 use std::thread;
 
@@ -6,9 +9,9 @@ use cust::stream::{Stream, StreamFlags};
 use half::{bf16, f16};
 use libtest_mimic::Failed;
 use liquidgemm::gpu::{DeviceSpan, Gpu, Operands, StreamHandle};
-use liquidgemm::{ActivationsView, Backend, Error, Group, Output, OutputType, PackedWeights, cpu};
+use liquidgemm::{ActivationsView, Backend, Error, Group, Output, OutputType, PackedWeights, Problem, cpu};
 use liquidgemm_gpu_tests::{
-    Problem, Session, Test, expect_values, random_activations, random_bias, random_weights, refill, rng, run,
+    Fixture, Session, Test, expect_values, random_activations, random_bias, random_weights, refill, rng, run,
     to_device,
 };
 
@@ -33,7 +36,7 @@ fn check(holds: bool, otherwise: impl FnOnce() -> String) -> Result<(), Failed> 
     if holds { Ok(()) } else { Err(otherwise().into()) }
 }
 
-/// `gpu.multiply` against the CPU for one random problem.
+/// Compares `gpu.multiply` with the CPU for one random problem.
 fn check_multiply<T: Output>(gpu: &Gpu, seed: u64, [m, n, k]: [usize; 3], bias: bool) -> Result<(), Failed> {
     let mut rng = rng(seed);
     let weights = random_weights(&mut rng, n, k);
@@ -63,7 +66,7 @@ fn multiply_takes_rows_at_any_stride(gpu: &'static Gpu) -> Result<(), Failed> {
     let weights = random_weights(&mut rng, n, k);
     let x = random_activations(&mut rng, m, k);
     for stride in [k, k + 1, 144, 300] {
-        // −128 between the rows, which is no valid code.
+        // Fill the gaps between the rows with −128, which must not be read.
         let mut data = vec![i8::MIN; (m - 1) * stride + k];
         for (token, row) in data.chunks_mut(stride).enumerate() {
             row[..k].copy_from_slice(x.row(token));
@@ -136,7 +139,7 @@ fn a_gpu_can_be_made_of_the_current_context(gpu: &'static Gpu) -> Result<(), Fai
     check(current.description() == gpu.description(), || current.description())?;
     check_multiply::<f32>(&current, 38, [4, 150, 500], true)?;
     drop(current);
-    // The context is not the dropped value's to end.
+    // Dropping the value must not end the context, which it does not own.
     check_multiply::<f32>(gpu, 39, [4, 150, 500], true)
 }
 
@@ -147,7 +150,7 @@ fn two_gpu_values_work_side_by_side(gpu: &'static Gpu) -> Result<(), Failed> {
     let x = random_activations(&mut rng(41), 6, 1024);
     let mut expected = vec![0f32; 6 * 300];
     cpu::gemm(&weights, &x, None, &mut expected)?;
-    // Both have the same primary context, so that either can use what the other uploaded.
+    // Both use the same primary context, so either can use the other's weights.
     for value in [&other, gpu, &other] {
         let y = value.multiply_with::<f32>(&uploaded, &x, None)?;
         check(y == expected, || "the values differ".into())?;
@@ -163,9 +166,9 @@ fn threads_with_a_stream_each(gpu: &'static Gpu) -> Result<(), Failed> {
         let mut rng = rng(seed);
         let session = Session::new(gpu)?;
         for shape in [[1, 700, 4096], [16, 2048, 2048], [100, 300, 1000]] {
-            let problem = Problem::random(gpu, &mut rng, shape)?;
+            let problem = Fixture::random(gpu, &mut rng, shape)?;
             let [m, n, k] = shape;
-            let plan = gpu.plan(m, n, k)?;
+            let plan = gpu.plan(Problem { m, n, k })?;
             for _ in 0..10 {
                 problem.check_type(gpu, &session, &plan, OutputType::Bf16, true, 0)?;
             }
@@ -181,7 +184,7 @@ fn one_gpu_value_serves_many_threads(gpu: &'static Gpu) -> Result<(), Failed> {
     })
 }
 
-/// Runs `work` in so many threads at once; the first failure, if any.
+/// Runs `work` in `count` threads at once and returns the first failure, if any.
 fn in_threads(count: u64, work: impl Fn(u64) -> Result<(), Failed> + Sync) -> Result<(), Failed> {
     let work = &work;
     thread::scope(|scope| {
@@ -195,10 +198,10 @@ fn in_threads(count: u64, work: impl Fn(u64) -> Result<(), Failed> + Sync) -> Re
 fn spans_and_streams_of_another_framework_work(gpu: &'static Gpu) -> Result<(), Failed> {
     let mut rng = rng(70);
     let (m, n, k) = (20, 300, 200);
-    let problem = Problem::random(gpu, &mut rng, [m, n, k])?;
+    let problem = Fixture::random(gpu, &mut rng, [m, n, k])?;
     let workspace = gpu.workspace()?;
     let expected = problem.expected::<f16>(true)?;
-    // Someone else's tensors: rows of 512 bytes, of which the GEMM takes those from row 3 and from byte 32 on.
+    // A foreign tensor with rows of 512 bytes. The activations begin in row 3 at byte 32.
     const STRIDE: usize = 512;
     const OFFSET: usize = 3 * STRIDE + 32;
     let mut tensor = vec![-128i8; OFFSET + m * STRIDE];
@@ -208,7 +211,7 @@ fn spans_and_streams_of_another_framework_work(gpu: &'static Gpu) -> Result<(), 
     let tensor = to_device(&tensor)?;
     let mut output = to_device(&vec![0u8; m * n * 2])?;
     let span = DeviceSpan::from(&tensor);
-    // SAFETY: the span is the buffer's rest.
+    // SAFETY: the span lies inside the buffer, from `OFFSET` on.
     let activations = unsafe { DeviceSpan::from_raw(span.address() + OFFSET as u64, (m - 1) * STRIDE + k) };
     let operands = Operands {
         activations,
@@ -216,11 +219,12 @@ fn spans_and_streams_of_another_framework_work(gpu: &'static Gpu) -> Result<(), 
         ..problem.operands(DeviceSpan::from(&output), n, OutputType::F16, true)
     };
     let stream = Stream::new(StreamFlags::DEFAULT, None)?;
-    for raw in [stream.as_inner(), std::ptr::null_mut()] {
+    for raw in [stream.as_inner().cast(), std::ptr::null_mut()] {
         refill(&mut output, &vec![0xA5; m * n * 2])?;
-        // SAFETY: the stream, one of this context's or its default one, is alive.
+        // SAFETY: the stream is alive: it is a stream of this context or the default one.
         let handle = unsafe { StreamHandle::from_raw(raw) };
-        // SAFETY: everything lives until the context has been waited for, and nothing else uses the workspace.
+        // SAFETY: all operands stay alive until the context has been synchronized,
+        // and nothing else uses the workspace.
         unsafe { gpu.gemm(&problem.device_weights, &operands, &workspace, handle) }?;
         cust::context::CurrentContext::synchronize()?;
         expect_values(&output, &expected, || format!("stream {raw:?}"))?;

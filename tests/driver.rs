@@ -1,5 +1,8 @@
-//! What the library says on machines whose driver or GPU it can't use, and about bad calls, all without a GPU: each check runs
-//! in a process of its own, whose `libcuda.so.1` is a fake that reports the machine in question.
+//! What the library reports on machines without a usable driver or GPU, and for bad calls. No GPU is needed.
+//!
+//! Each check runs in a child process of its own.
+//! For most checks, that process finds a fake `libcuda.so.1` (`fake/libcuda.rs`),
+//! which reports the driver and the GPUs that the check asks for.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
@@ -7,60 +10,62 @@ use std::sync::LazyLock;
 
 use libtest_mimic::{Arguments, Failed, Trial};
 use liquidgemm::gpu::{DEVICE_VARIABLE, DeviceSpan, Gpu, GpuError, Operands, StreamHandle};
-use liquidgemm::{Backend, Cut, Error, Group, OutputType, PackedWeights, Plan, QuantizedActivations, cpu};
+use liquidgemm::{
+    Backend, Error, Group, OutputType, PackedWeights, Plan, Problem, QuantizedActivations, TileConfig, cpu,
+};
 use liquidgemm_format::tile::TILE_SHAPES;
 use liquidgemm_gpu_tests::refused::{REFUSED_SHAPE, refused_calls};
 
-/// What the loader finds as `libcuda.so.1`.
+/// The library that the loader finds as `libcuda.so.1`.
 #[derive(Clone, Copy, PartialEq)]
 enum Library {
-    /// Only what the machine itself has.
+    /// The machine's own driver, if it has one.
     TheMachines,
-    /// A file that is no library.
+    /// A file that is not a shared library.
     Broken,
-    /// The fake, with the given environment.
+    /// The fake driver, with these environment variables.
     Fake(&'static [(&'static str, &'static str)]),
-    /// The fake as a driver before `cuLaunchKernelEx`.
+    /// The fake driver without `cuLaunchKernelEx`, which older drivers lack.
     FakeWithoutLaunch,
 }
 
-/// The property that it checks, the driver that it needs, and the check.
+/// A check: the property that it checks (its name), the driver that it needs, and its function.
 type Check = (&'static str, Library, fn() -> Result<(), Failed>);
 
 const CHECKS: [Check; 22] = [
     ("without_a_driver_the_error_says_what_to_install", Library::TheMachines, no_driver),
-    ("a_broken_driver_is_told_from_a_missing_one", Library::Broken, broken_driver),
+    ("a_broken_driver_is_not_reported_as_missing", Library::Broken, broken_driver),
     ("a_driver_before_cuda_12_is_too_old", Library::Fake(&[("FAKE_CUDA_VERSION", "11080")]), driver_too_old),
     (
         "a_driver_of_cuda_12_1_is_new_enough",
         Library::Fake(&[("FAKE_CUDA_VERSION", "12010")]),
         driver_just_new,
     ),
-    ("a_driver_that_finds_no_gpu_is_named_so", Library::Fake(&[("FAKE_CUDA_DEVICES", "0")]), no_device),
-    ("a_driver_that_starts_without_gpu_is_named_so", Library::Fake(&[("FAKE_CUDA_INIT", "100")]), no_device),
+    ("a_driver_that_finds_no_gpu_is_an_error", Library::Fake(&[("FAKE_CUDA_DEVICES", "0")]), no_device),
+    (
+        "a_driver_that_starts_without_a_gpu_is_an_error",
+        Library::Fake(&[("FAKE_CUDA_INIT", "100")]),
+        no_device,
+    ),
     ("a_driver_that_does_not_start_is_an_error", Library::Fake(&[("FAKE_CUDA_INIT", "999")]), driver_fails),
+    ("an_ampere_gpu_is_refused", Library::Fake(&[("FAKE_CUDA_CAPABILITY", "80")]), wrong_device::<8, 0>),
+    ("a_blackwell_gpu_is_refused", Library::Fake(&[("FAKE_CUDA_CAPABILITY", "100")]), wrong_device::<10, 0>),
     (
-        "an_ampere_gpu_is_the_wrong_one",
-        Library::Fake(&[("FAKE_CUDA_CAPABILITY", "80")]),
-        wrong_device::<8, 0>,
+        "a_driver_without_cluster_launches_names_the_missing_function",
+        Library::FakeWithoutLaunch,
+        missing_function,
     ),
-    (
-        "a_blackwell_gpu_is_the_wrong_one",
-        Library::Fake(&[("FAKE_CUDA_CAPABILITY", "100")]),
-        wrong_device::<10, 0>,
-    ),
-    ("a_driver_without_cluster_launches_is_named_so", Library::FakeWithoutLaunch, missing_function),
     ("a_gpu_beyond_the_last_does_not_exist", Library::Fake(&[("FAKE_CUDA_DEVICES", "2")]), no_such_device),
     ("without_a_current_context_there_is_no_current_gpu", Library::Fake(&[]), no_context),
-    ("what_has_been_prepared_compiles_nothing_later", Library::Fake(&[]), prepared),
+    ("prepared_shapes_load_no_kernel_later", Library::Fake(&[]), prepared),
     ("bad_calls_are_refused_before_the_launch", Library::Fake(&[]), bad_calls),
-    ("what_lives_on_a_gpu_outlives_it_and_is_freed_on_any_thread", WORKING, freed_anywhere),
+    ("weights_and_workspaces_outlive_their_gpu_and_are_freed_on_any_thread", WORKING, freed_anywhere),
     ("the_callers_context_stays_current", TWO_GPUS, current_context),
     ("another_gpus_weights_and_workspace_are_refused", TWO_GPUS, other_gpu),
-    ("no_tokens_are_a_call_that_does_nothing", WORKING, no_tokens),
+    ("a_call_without_tokens_launches_nothing", WORKING, no_tokens),
     ("any_driver_call_may_fail", WORKING, any_failure),
     (
-        "the_first_gpu_that_can_be_used_is_taken",
+        "the_first_usable_gpu_is_taken",
         Library::Fake(&[("FAKE_CUDA_DEVICES", "3"), ("FAKE_CUDA_CAPABILITY", "80,90,90")]),
         first_usable,
     ),
@@ -76,12 +81,12 @@ const CHECKS: [Check; 22] = [
     ("a_variable_that_is_no_number_is_an_error", Library::Fake(&[(DEVICE_VARIABLE, "gpu1")]), bad_device),
 ];
 
-/// A driver that launches.
+/// A fake driver whose launches succeed.
 const WORKING: Library = Library::Fake(&[("FAKE_CUDA_LAUNCH", "0")]);
-/// The same with two GPUs.
+/// A fake driver with two GPUs whose launches succeed.
 const TWO_GPUS: Library = Library::Fake(&[("FAKE_CUDA_LAUNCH", "0"), ("FAKE_CUDA_DEVICES", "2")]);
 
-/// Names the check that a child process runs.
+/// The environment variable that names the check for a child process to run.
 const CHILD: &str = "LIQUIDGEMM_TEST_DRIVER_CHECK";
 
 fn main() -> ExitCode {
@@ -89,7 +94,8 @@ fn main() -> ExitCode {
         return run_check(&name);
     }
     let arguments = Arguments::from_args();
-    // Where tests were copied to a machine without Rust, there is nothing to compile the fake with.
+    // The fake driver is compiled with rustc,
+    // which may be missing where only the test binaries were copied to.
     let ignored = !cfg!(target_os = "linux") || Command::new(rustc()).arg("--version").output().is_err();
     let trials = CHECKS.map(|(name, library, _)| {
         Trial::test(name, move || run_child(name, library)).with_ignored_flag(ignored)
@@ -97,7 +103,7 @@ fn main() -> ExitCode {
     libtest_mimic::run(&arguments, trials.into()).exit_code()
 }
 
-/// The child's side.
+/// Runs one check, in the child process.
 fn run_check(name: &str) -> ExitCode {
     let Some((_, _, check)) = CHECKS.iter().find(|check| check.0 == name) else {
         eprintln!("no check is called {name}");
@@ -112,7 +118,7 @@ fn run_check(name: &str) -> ExitCode {
     }
 }
 
-/// The parent's side.
+/// Runs a check in a child process that finds `library` as its driver.
 fn run_child(name: &str, library: Library) -> Result<(), Failed> {
     let mut command = Command::new(std::env::current_exe()?);
     command.env(CHILD, name);
@@ -131,10 +137,10 @@ fn run_child(name: &str, library: Library) -> Result<(), Failed> {
     Err(format!("{}: {}", output.status, String::from_utf8_lossy(&output.stderr)).into())
 }
 
-/// A folder with a `libcuda.so.1` of this kind.
+/// Returns a folder whose `libcuda.so.1` is this library, or `None` for the machine's own.
 fn folder_of(library: Library) -> Option<PathBuf> {
     static FOLDER: LazyLock<PathBuf> = LazyLock::new(|| {
-        // Cargo's own folder for the files of tests: what is left there is in nobody's way.
+        // Cargo reserves this folder for files of integration tests.
         let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("drivers");
         let of = |name: &str| {
             let folder = folder.join(name);
@@ -171,8 +177,10 @@ fn compile_fake(library: &Path, arguments: &[&str]) {
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
-/// The error of `Gpu::new`, after checking that both ways to a backend fit it: `Backend::gpu` gives the same, and
-/// `Backend::auto` takes the CPU, says why on one line, and multiplies.
+/// Returns the error of `Gpu::new` and checks that both backend constructors agree with it.
+///
+/// `Backend::gpu` must return the same error.
+/// `Backend::auto` must take the CPU, give the reason on one line, and multiply correctly.
 fn unusable() -> Result<GpuError, Failed> {
     let Err(Error::Gpu(error)) = Gpu::new() else {
         return Err("Gpu::new gave no GPU error".into());
@@ -205,7 +213,7 @@ fn check(holds: bool, otherwise: impl Into<String>) -> Result<(), Failed> {
 
 fn no_driver() -> Result<(), Failed> {
     if cuda_driver::load().is_ok() {
-        // The machine has one; that its absence is an error can be seen elsewhere.
+        // This machine has a driver, so its absence cannot be tested here.
         return Ok(());
     }
     let error = unusable()?;
@@ -231,7 +239,7 @@ fn driver_too_old() -> Result<(), Failed> {
 
 fn driver_just_new() -> Result<(), Failed> {
     let gpu = Gpu::new()?;
-    check(gpu.description() == "Fake GPU, 132 multiprocessors, driver for CUDA 12.1", gpu.description())
+    check(gpu.description() == "Fake GPU, 132 SMs, driver for CUDA 12.1", gpu.description())
 }
 
 fn no_device() -> Result<(), Failed> {
@@ -288,7 +296,7 @@ fn no_context() -> Result<(), Failed> {
 fn prepared() -> Result<(), Failed> {
     let gpu = Gpu::new()?;
     let loads = Fake::load()?.module_loads;
-    // Narrow enough to be quick, and with skinny plans and tiled ones.
+    // The small K keeps this quick. These token counts get skinny plans and tiled ones.
     let (n, k) = (22_016, 64);
     let tokens = || (1..=70).chain(1000..=1003);
     gpu.prepare(&[[n, k]], 1..=70)?;
@@ -298,7 +306,7 @@ fn prepared() -> Result<(), Failed> {
     let weights = gpu.upload(&PackedWeights::quantize(&vec![1f32; n * k], n, k, Group::default())?)?;
     let workspace = gpu.workspace()?;
     for m in tokens() {
-        // SAFETY: the fake driver launches nothing and follows no address.
+        // SAFETY: the fake driver launches nothing and dereferences no address.
         let outcome = unsafe { gpu.gemm(&weights, &fake_operands([m, n, k]), &workspace, default_stream()) };
         let text = outcome.as_ref().err().map(ToString::to_string).unwrap_or_default();
         check(text.starts_with("launching the GEMM failed"), format!("{m}: {outcome:?}"))?;
@@ -314,10 +322,10 @@ fn bad_calls() -> Result<(), Failed> {
     let weights = PackedWeights::quantize(&vec![1f32; n * k], n, k, Group::default())?;
     let weights = gpu.upload(&weights)?;
     let workspace = gpu.workspace()?;
-    // SAFETY: the fake driver follows no address.
+    // SAFETY: the fake driver dereferences no address.
     let bias = unsafe { DeviceSpan::from_raw(FAKE_ADDRESS, n * 4) };
     let good = Operands { bias: Some(bias), ..fake_operands([m, n, k]) };
-    // SAFETY: the fake driver launches nothing and follows no address.
+    // SAFETY: the fake driver launches nothing and dereferences no address.
     let launch = |operands: &Operands, plan: &Plan| unsafe {
         gpu.gemm_with_plan(&weights, operands, plan, &workspace, default_stream())
     };
@@ -328,8 +336,8 @@ fn bad_calls() -> Result<(), Failed> {
             .is_err_and(|error| (call.is_expected)(error) && error.to_string().contains(call.says));
         check(as_expected, format!("{}: {outcome:?}", call.wrong))?;
     }
-    // The good call gets as far as the launch, where the fake driver has an error that `cust` doesn't know.
-    let outcome = launch(&good, &gpu.plan(m, n, k)?);
+    // The good call reaches the launch, where the fake driver returns a status that `cust` does not know.
+    let outcome = launch(&good, &gpu.plan(Problem { m, n, k })?);
     let text = outcome.as_ref().err().map(ToString::to_string);
     check(
         text.as_deref() == Some("launching the GEMM failed: invalid cluster size (CUDA status 912)"),
@@ -337,7 +345,7 @@ fn bad_calls() -> Result<(), Failed> {
     )
 }
 
-/// The fake driver's own functions.
+/// The fake driver's control functions, which no real driver has.
 struct Fake {
     fail_after: extern "C" fn(i64),
     failure_pending: extern "C" fn() -> i32,
@@ -352,7 +360,7 @@ struct Fake {
 impl Fake {
     fn load() -> Result<Self, Failed> {
         let driver = cuda_driver::load()?;
-        // SAFETY: the types are those of the fake's functions, which only set and read counters.
+        // SAFETY: these are the types of the fake's functions, which only set and read counters.
         unsafe {
             Ok(Self {
                 fail_after: driver.symbol("fakeFailAfter").ok_or("fakeFailAfter")?,
@@ -369,7 +377,8 @@ impl Fake {
         }
     }
 
-    /// Makes the call after so many fail, and none after that.
+    /// Lets `calls` driver calls pass and makes the next one fail.
+    /// Cancels the failure if `calls` is negative.
     fn fail_after(&self, calls: i64) {
         (self.fail_after)(calls)
     }
@@ -399,13 +408,13 @@ impl Fake {
     }
 }
 
-/// Where the fake driver's operands lie.
+/// The address of all operands for the fake driver.
 const FAKE_ADDRESS: u64 = 1 << 20;
 
-/// Operands of bf16 output without bias for the fake driver, which follows no address.
+/// Operands with bf16 output and without bias for the fake driver, which dereferences no address.
 fn fake_operands([m, n, k]: [usize; 3]) -> Operands {
     let stride = k.next_multiple_of(16);
-    // SAFETY: nobody reads or writes there.
+    // SAFETY: the fake driver neither reads nor writes there.
     let span = |bytes| unsafe { DeviceSpan::from_raw(FAKE_ADDRESS, bytes) };
     Operands {
         m,
@@ -421,7 +430,7 @@ fn fake_operands([m, n, k]: [usize; 3]) -> Operands {
 
 /// The default stream.
 fn default_stream() -> StreamHandle {
-    // SAFETY: null is always a stream.
+    // SAFETY: null is always a valid stream.
     unsafe { StreamHandle::from_raw(std::ptr::null_mut()) }
 }
 
@@ -433,10 +442,10 @@ fn some_activations(m: usize) -> Result<QuantizedActivations, Error> {
     QuantizedActivations::quantize(&vec![1f32; m * 300], m, 300)
 }
 
-/// The context that is current on this thread, as a number.
+/// Returns the address of the context that is current on this thread, or 0 if none is.
 fn current() -> Result<usize, Failed> {
     let mut context = std::ptr::null_mut();
-    // SAFETY: the argument is valid for a write.
+    // SAFETY: the pointer is valid for a write.
     let status = unsafe { cust::sys::cuCtxGetCurrent(&mut context) };
     check(status as u32 == 0, format!("{status:?}"))?;
     Ok(context as usize)
@@ -449,17 +458,17 @@ fn freed_anywhere() -> Result<(), Failed> {
     let allocations = fake.allocations();
     check(allocations >= 4, format!("{allocations} allocations"))?;
     drop(gpu);
-    check(fake.retained(0) > 0, "the context went before what lives in it")?;
-    // A new one's context is the same.
+    check(fake.retained(0) > 0, "the context was released before its allocations")?;
+    // A new Gpu gets the same primary context.
     let again = Gpu::new()?;
     let downloaded = std::thread::spawn(move || {
-        // On a thread without a context.
+        // This thread has no current context.
         let downloaded = weights.download();
         drop((weights, workspace));
         downloaded.map(|_| ())
     });
     match downloaded.join() {
-        // The fake driver gives zeros back, which are no pairs.
+        // The fake driver copies zeros back, which are not valid pairs.
         Ok(Err(Error::InvariantBroken { .. })) => {}
         other => return Err(format!("{other:?}").into()),
     }
@@ -510,7 +519,7 @@ fn no_tokens() -> Result<(), Failed> {
     let product = gpu.multiply_with::<f32>(&weights, &none, None)?;
     check(product.is_empty(), format!("{} elements", product.len()))?;
     check(gpu.multiply::<f32>(&some_weights()?, &none, None)?.is_empty(), "elements")?;
-    // SAFETY: the fake driver launches nothing and follows no address.
+    // SAFETY: the fake driver launches nothing and dereferences no address.
     let outcome = unsafe {
         let nothing = DeviceSpan::from_raw(0, 0);
         let operands = Operands {
@@ -540,19 +549,21 @@ fn bad_device() -> Result<(), Failed> {
     }
 }
 
-/// A GEMM by a plan of two launches, of which the second can fail alone; waited for as its caller must.
+/// Runs a GEMM with a two-launch plan, whose second launch can fail alone, and waits for the stream.
+///
+/// Leaks the weights and the workspace if the wait fails, because a launch may still use them.
 fn two_launches() -> Result<(), Error> {
     let gpu = Gpu::new()?;
     let (m, n, k) = (5, 200, 300);
     let (weights, workspace) = (gpu.upload(&some_weights()?)?, gpu.workspace()?);
-    let cuts = [Cut { shape: TILE_SHAPES[0], cluster: 1, workers: 4, streamed_waves: 0 }; 2];
-    let plan = Plan::divided(m, n, k, 128, cuts)?;
+    let configs = [TileConfig { shape: TILE_SHAPES[0], cluster_size: 1, clusters: 4, stream_k_waves: 0 }; 2];
+    let plan = Plan::two_launches(Problem { m, n, k }, 128, configs)?;
     let (operands, stream) = (fake_operands([m, n, k]), default_stream());
-    // SAFETY: the fake driver follows no address.
+    // SAFETY: the fake driver dereferences no address.
     let (launched, finished) = unsafe {
         let launched = gpu.gemm_with_plan(&weights, &operands, &plan, &workspace, stream);
         let entered = gpu.make_current();
-        (launched, entered.is_ok() && cust::sys::cuStreamSynchronize(stream.as_raw()) as u32 == 0)
+        (launched, entered.is_ok() && cust::sys::cuStreamSynchronize(stream.as_raw().cast()) as u32 == 0)
     };
     if !finished {
         std::mem::forget((weights, workspace));
@@ -560,18 +571,45 @@ fn two_launches() -> Result<(), Error> {
     launched
 }
 
-/// For each public operation: whichever call of the driver fails, the operation says so or succeeds, nothing is freed while it may be in
-/// use, nothing stays behind, and the operation works afterwards.
+/// Uploads weights and downloads them.
+///
+/// The fake driver keeps no contents, so what comes back is no valid packed weights: only the driver's errors count.
+fn download() -> Result<(), Error> {
+    match Gpu::new()?.upload(&some_weights()?)?.download() {
+        Err(error @ Error::Gpu(_)) => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// Loads a kernel of another crate, launches it and waits, as the probes and the ablation do.
+fn custom_kernel() -> Result<(), Error> {
+    let gpu = Gpu::new()?;
+    let kernel = gpu.load_kernel("// no text", "kernel", 32, 0)?;
+    let stream = default_stream();
+    // SAFETY: the fake driver runs nothing.
+    let launched = unsafe { gpu.launch_kernel(&kernel, 1, &mut [], stream) };
+    gpu.make_current()?;
+    // SAFETY: the stream is the context's default one.
+    unsafe { cust::sys::cuStreamSynchronize(stream.as_raw().cast()) };
+    launched
+}
+
+/// Fails each driver call of each public operation in turn.
+///
+/// The operation must return an error or succeed, free nothing that may still be in use, leak nothing,
+/// and work afterwards.
 fn any_failure() -> Result<(), Failed> {
     let (packed, x) = (some_weights()?, some_activations(3)?);
     type Operation<'a> = &'a dyn Fn() -> Result<(), Error>;
-    let operations: [(&str, Operation<'_>); 6] = [
+    let operations: [(&str, Operation<'_>); 8] = [
         ("Gpu::new", &|| Gpu::new().map(drop)),
         ("Gpu::upload", &|| Gpu::new()?.upload(&packed).map(drop)),
         ("Gpu::workspace", &|| Gpu::new()?.workspace().map(drop)),
         ("Gpu::prepare", &|| Gpu::new()?.prepare(&[[200, 300]], 1..=40)),
         ("Gpu::multiply", &|| Gpu::new()?.multiply::<f32>(&packed, &x, None).map(drop)),
         ("Gpu::gemm_with_plan in two launches", &two_launches),
+        ("DeviceWeights::download", &download),
+        ("Gpu::launch_kernel", &custom_kernel),
     ];
     Gpu::new()?;
     let fake = Fake::load()?;
@@ -585,14 +623,15 @@ fn any_failure() -> Result<(), Failed> {
             fake.fail_after(-1);
             let busy = fake.take_busy();
             let what = || format!("{name}, call {call} fails: {outcome:?}");
-            check(fake.violations() == 0, format!("{}: freed while or where it must not", what()))?;
-            // What a launch may still use has to stay, and what lies in a context that can't be entered.
+            check(fake.violations() == 0, format!("{}: an invalid free", what()))?;
+            // Two kinds of allocations must stay: those that a launch may still use,
+            // and those in a context that could not be made current.
             let stays = busy || fake.take_could_not_enter();
             check(
                 stays || fake.allocations() <= before,
                 format!("{}: {} allocations stay", what(), fake.allocations()),
             )?;
-            check(operation().is_ok(), format!("{}: and then nothing works", what()))?;
+            check(operation().is_ok(), format!("{}: the next operation fails, too", what()))?;
             if is_over {
                 check(outcome.is_ok() && call > 3, what())?;
                 break;

@@ -1,12 +1,14 @@
-//! Bad calls on a GPU: each gives its typed error, nothing is launched, and the stream works on.
+//! Bad calls on a GPU: each returns its typed error, launches nothing, and leaves the stream usable.
+//!
+//! The calls come from `harness/refused.rs`; `driver.rs` makes the same calls on a fake driver.
 
 use cust::memory::CopyDestination;
 use libtest_mimic::Failed;
 use liquidgemm::gpu::{DeviceSpan, Gpu, GpuError, Operands};
-use liquidgemm::{Error, Group, OutputType, PackedWeights, Plan};
+use liquidgemm::{Error, Group, OutputType, PackedWeights, Plan, Problem};
 use liquidgemm_format::tile::TileShape;
 use liquidgemm_gpu_tests::refused::{REFUSED_SHAPE, refused_calls};
-use liquidgemm_gpu_tests::{Problem, Session, Test, rng, run, to_device};
+use liquidgemm_gpu_tests::{Fixture, Session, Test, rng, run, to_device};
 
 const TESTS: [Test; 4] = [
     (
@@ -29,11 +31,11 @@ fn bad_calls_are_refused_and_leave_output_and_stream_alone(gpu: &'static Gpu) ->
     const POISON: u8 = 0x5A;
     let [m, n, k] = REFUSED_SHAPE;
     let session = Session::new(gpu)?;
-    let problem = Problem::random(gpu, &mut rng(11), REFUSED_SHAPE)?;
+    let problem = Fixture::random(gpu, &mut rng(11), REFUSED_SHAPE)?;
     let output = to_device(&vec![POISON; m * n * OutputType::Bf16.size()])?;
     let good = problem.operands(DeviceSpan::from(&output), n, OutputType::Bf16, true);
     for call in refused_calls(good)? {
-        // SAFETY: everything lives until the stream has been waited for.
+        // SAFETY: all operands stay alive until the stream has been synchronized.
         let outcome = unsafe {
             gpu.gemm_with_plan(
                 &problem.device_weights,
@@ -55,7 +57,7 @@ fn bad_calls_are_refused_and_leave_output_and_stream_alone(gpu: &'static Gpu) ->
     if bytes.iter().any(|&byte| byte != POISON) {
         return Err("a refused call wrote to the output".into());
     }
-    problem.check_type(gpu, &session, &gpu.plan(m, n, k)?, OutputType::Bf16, true, 0)
+    problem.check_type(gpu, &session, &gpu.plan(Problem { m, n, k })?, OutputType::Bf16, true, 0)
 }
 
 fn a_plan_for_a_larger_gpu_does_not_fit_the_workspace(gpu: &'static Gpu) -> Result<(), Failed> {
@@ -77,15 +79,13 @@ fn a_plan_for_a_larger_gpu_does_not_fit_the_workspace(gpu: &'static Gpu) -> Resu
         output_stride: n,
         output_type: OutputType::F32,
     };
-    let tile = TileShape::with_tokens(256).ok_or("there is a tile of 256 tokens")?;
+    let tile = TileShape::with_tokens(256).ok_or("no tile of 256 tokens")?;
     let plan = Plan::with_tile(
-        m,
-        n,
-        k,
+        Problem { m, n, k },
         tile,
         &liquidgemm::DeviceFigures { multiprocessors: 100_000, clusters: [100_000; 4], ..*gpu.figures() },
     )?;
-    // SAFETY: everything lives until the stream has been waited for.
+    // SAFETY: all operands stay alive until the stream has been synchronized.
     let outcome =
         unsafe { gpu.gemm_with_plan(&weights, &operands, &plan, &session.workspace, &session.stream) };
     let is_expected = matches!(outcome, Err(Error::Gpu(GpuError::BufferTooSmall { what: "workspace", .. })));

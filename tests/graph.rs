@@ -1,18 +1,21 @@
-//! GEMMs in a row on one stream, as a server launches them: captured in CUDA graphs, after copies, after one another. Each
-//! launch may begin before the one ahead of it has ended, and must see what that one wrote all the same.
+//! Consecutive GEMMs on one stream, as a server launches them:
+//! after copies, after one another, and in CUDA graphs.
+//!
+//! Programmatic dependent launch lets each launch begin before the previous one ends.
+//! It must still see everything that the previous one wrote.
 
 use cust::memory::DeviceBuffer;
 use cust::sys;
 use libtest_mimic::Failed;
 use liquidgemm::gpu::{DeviceSpan, DeviceWeights, Gpu, Operands};
-use liquidgemm::{Cut, Group, OutputType, PackedWeights, Plan, QuantizedActivations, cpu};
+use liquidgemm::{Group, OutputType, PackedWeights, Plan, Problem, QuantizedActivations, TileConfig, cpu};
 use liquidgemm_format::skinny::SKINNY_SHAPES;
 use liquidgemm_format::tile::TILE_SHAPES;
 use liquidgemm_gpu_tests::graph::{Graph, driver};
 use liquidgemm_gpu_tests::{
-    Problem, Session, Test, expect_values, random_activations, random_weights, refill, rng, run, to_device,
+    Fixture, Session, Test, expect_values, random_activations, random_weights, refill, rng, run, to_device,
 };
-use rand::Rng;
+use rand::RngExt;
 use rand::rngs::StdRng;
 
 const TESTS: [Test; 8] = [
@@ -20,7 +23,10 @@ const TESTS: [Test; 8] = [
     ("a_gemm_sees_the_copy_before_it", a_gemm_sees_the_copy_before_it),
     ("a_gemm_sees_what_the_gemm_before_it_wrote", a_gemm_sees_what_the_gemm_before_it_wrote),
     ("a_skinny_gemm_sees_what_the_one_before_it_wrote", a_skinny_gemm_sees_what_the_one_before_it_wrote),
-    ("a_divided_gemm_sees_what_the_one_before_it_wrote", a_divided_gemm_sees_what_the_one_before_it_wrote),
+    (
+        "a_two_launch_gemm_sees_what_the_one_before_it_wrote",
+        a_two_launch_gemm_sees_what_the_one_before_it_wrote,
+    ),
     ("skinny_gemms_and_tiled_ones_in_a_row", skinny_gemms_and_tiled_ones_in_a_row),
     ("different_gemms_in_a_row_share_a_workspace", different_gemms_in_a_row_share_a_workspace),
     (
@@ -33,21 +39,22 @@ fn main() {
     run(&TESTS).exit();
 }
 
-/// An output of `elements` elements that holds something else.
+/// Returns an output of `elements` elements, filled with a poison value.
 fn poisoned<T>(elements: usize) -> Result<DeviceBuffer<u8>, Failed> {
     to_device(&vec![0xA5; elements * size_of::<T>()])
 }
 
-/// Enqueues a problem's GEMM with f32 output and bias.
+/// Enqueues a problem's GEMM with bias and f32 output.
 fn enqueue(
     gpu: &Gpu,
     session: &Session,
-    problem: &Problem,
+    problem: &Fixture,
     plan: &Plan,
     output: &DeviceBuffer<u8>,
 ) -> Result<(), Failed> {
     let operands = problem.operands(DeviceSpan::from(output), problem.shape()[1], OutputType::F32, true);
-    // SAFETY: the callers keep everything alive until they have waited for the stream, and the workspace is the session's.
+    // SAFETY: the callers keep all operands alive until they have synchronized the stream,
+    // and only this session's stream uses the workspace.
     unsafe {
         gpu.gemm_with_plan(&problem.device_weights, &operands, plan, &session.workspace, &session.stream)
     }?;
@@ -58,10 +65,10 @@ fn a_captured_gemm_replays_with_inputs_that_changed(gpu: &'static Gpu) -> Result
     let mut rng = rng(21);
     let session = Session::new(gpu)?;
     for [m, n, k] in [[1, 1000, 4096], [33, 520, 1000], [300, 700, 2048]] {
-        let mut problem = Problem::random(gpu, &mut rng, [m, n, k])?;
-        let plan = gpu.plan(m, n, k)?;
+        let mut problem = Fixture::random(gpu, &mut rng, [m, n, k])?;
+        let plan = gpu.plan(Problem { m, n, k })?;
         let output = poisoned::<f32>(m * n)?;
-        // The first call compiles the kernel, which a capture would refuse.
+        // The first call loads the kernel, which is not allowed during a capture.
         enqueue(gpu, &session, &problem, &plan, &output)?;
         session.stream.synchronize()?;
         let graph = Graph::capture(&session.stream, || enqueue(gpu, &session, &problem, &plan, &output))?;
@@ -69,7 +76,7 @@ fn a_captured_gemm_replays_with_inputs_that_changed(gpu: &'static Gpu) -> Result
             problem.activations = random_activations(&mut rng, m, k);
             refill(&mut problem.codes, problem.activations.data())?;
             refill(&mut problem.scales, problem.activations.scales())?;
-            // SAFETY: all that was captured is alive.
+            // SAFETY: all memory that the graph uses is alive.
             unsafe { graph.replay(&session.stream) }?;
             expect_values(&output, &problem.expected::<f32>(true)?, || {
                 format!("replay {replay}, [{m}, {n}, {k}], {plan}")
@@ -84,17 +91,17 @@ fn a_gemm_sees_the_copy_before_it(gpu: &'static Gpu) -> Result<(), Failed> {
     let mut rng = rng(22);
     let session = Session::new(gpu)?;
     let (m, n, k) = (24, 640, 4096);
-    let problem = Problem::random(gpu, &mut rng, [m, n, k])?;
-    let plan = gpu.plan(m, n, k)?;
+    let problem = Fixture::random(gpu, &mut rng, [m, n, k])?;
+    let plan = gpu.plan(Problem { m, n, k })?;
     let batches: Vec<QuantizedActivations> = (0..STEPS).map(|_| random_activations(&mut rng, m, k)).collect();
     let sources = batches.iter().map(|batch| to_device(batch.data())).collect::<Result<Vec<_>, _>>()?;
     let outputs = (0..STEPS).map(|_| poisoned::<f32>(m * n)).collect::<Result<Vec<_>, _>>()?;
-    // All steps go through the same activations: each copy must also wait for the GEMM before it.
+    // All steps use the same activation buffer, so each copy must also wait for the GEMM before it.
     let all = || {
         for (source, output) in sources.iter().zip(&outputs) {
             let (to, from) = (problem.codes.as_device_ptr().as_raw(), source.as_device_ptr().as_raw());
             let stream = session.stream.as_inner();
-            // SAFETY: the buffers are alive and long enough, and used on this stream only.
+            // SAFETY: the buffers are alive, long enough, and used on this stream only.
             unsafe {
                 let poison =
                     sys::cuMemsetD8Async(output.as_device_ptr().as_raw(), 0xC3, output.len(), stream);
@@ -107,7 +114,7 @@ fn a_gemm_sees_the_copy_before_it(gpu: &'static Gpu) -> Result<(), Failed> {
     };
     let check = |what: &str| -> Result<(), Failed> {
         for (step, (batch, output)) in batches.iter().zip(&outputs).enumerate() {
-            // The scales stay those of the problem.
+            // Only the codes were copied: the token scales stay the problem's.
             let codes: Vec<i8> = (0..m).flat_map(|token| batch.row(token).iter().copied()).collect();
             let batch = QuantizedActivations::from_parts(&codes, problem.activations.scales().into(), m, k)?;
             let mut expected = vec![0f32; m * n];
@@ -121,16 +128,17 @@ fn a_gemm_sees_the_copy_before_it(gpu: &'static Gpu) -> Result<(), Failed> {
     check("on a stream")?;
     let graph = Graph::capture(&session.stream, all)?;
     for _ in 0..3 {
-        // SAFETY: all that was captured is alive.
+        // SAFETY: all memory that the graph uses is alive.
         unsafe { graph.replay(&session.stream) }?;
         check("in a graph")?;
     }
     Ok(())
 }
 
-/// Two GEMMs, the second of which takes the bytes of the first one's int32 output for its int8 activations.
+/// Two GEMMs. The second reads the bytes of the first one's int32 output as its int8 activations.
 struct Chain {
     /// Tokens of both, channels of the first, K of the first, channels of the second.
+    /// The second one's K is four times the channels of the first.
     shape: [usize; 4],
     first: PackedWeights,
     second: PackedWeights,
@@ -139,11 +147,11 @@ struct Chain {
     plans: [Plan; 2],
     scales: Vec<f32>,
     device_scales: DeviceBuffer<f32>,
-    /// Where the first one's output lies, for all steps.
+    /// The first one's output, shared by all steps.
     between: DeviceBuffer<u8>,
 }
 
-/// What one step through the chain reads and writes.
+/// The input and the output of one pass through the chain.
 struct ChainStep {
     x: QuantizedActivations,
     codes: DeviceBuffer<i8>,
@@ -153,13 +161,14 @@ struct ChainStep {
 impl Chain {
     fn new(gpu: &Gpu, rng: &mut StdRng, shape: [usize; 4]) -> Result<Self, Failed> {
         let [m, middle, k, n] = shape;
-        let plans = [gpu.plan(m, middle, k)?, gpu.plan(m, n, 4 * middle)?];
+        let plans = [gpu.plan(Problem::new(m, middle, k))?, gpu.plan(Problem::new(m, n, 4 * middle))?];
         Self::with_plans(gpu, rng, shape, plans)
     }
 
     fn with_plans(gpu: &Gpu, rng: &mut StdRng, shape: [usize; 4], plans: [Plan; 2]) -> Result<Self, Failed> {
         let [m, middle, k, n] = shape;
-        // Weights 0 to 15, which meet at most eight activations of 1: sums from 0 to 120 are bytes that are valid codes.
+        // Int8 weights from 0 to 15 and at most eight activations of 1 give sums from 0 to 120.
+        // Every byte of such a sum is a valid activation code.
         let codes: Vec<u8> = (0..middle * k).map(|_| rng.random_range(0..16)).collect();
         let pairs = vec![(1, 128); middle];
         let first = PackedWeights::pack(&codes, &pairs, vec![1.0; middle], middle, k, Group::Channel)?;
@@ -218,8 +227,8 @@ impl Chain {
             ..first
         };
         let (workspace, stream) = (&session.workspace, &session.stream);
-        // SAFETY: the callers keep everything alive until they have waited for the stream, and all of it is used on this
-        // stream only.
+        // SAFETY: the callers keep all operands alive until they have synchronized the stream,
+        // and use them on this stream only.
         unsafe {
             gpu.gemm_with_plan(&self.device_first, &first, &self.plans[0], workspace, stream)?;
             gpu.gemm_with_plan(&self.device_second, &second, &self.plans[1], workspace, stream)?;
@@ -249,7 +258,7 @@ fn a_gemm_sees_what_the_gemm_before_it_wrote(gpu: &'static Gpu) -> Result<(), Fa
     Ok(())
 }
 
-/// Goes through a chain six times in a row, on a stream and in a graph.
+/// Runs a chain six times in a row, on a stream and in a graph, and checks the outputs.
 fn check_chain(gpu: &Gpu, session: &Session, rng: &mut StdRng, chain: &Chain) -> Result<(), Failed> {
     let shape = chain.shape;
     let mut steps = (0..6).map(|_| chain.step(rng)).collect::<Result<Vec<_>, _>>()?;
@@ -269,28 +278,28 @@ fn check_chain(gpu: &Gpu, session: &Session, rng: &mut StdRng, chain: &Chain) ->
             step.x = chain.random_x(rng)?;
             refill(&mut step.codes, step.x.data())?;
         }
-        // SAFETY: all that was captured is alive.
+        // SAFETY: all memory that the graph uses is alive.
         unsafe { graph.replay(&session.stream) }?;
         check(&steps, "in a graph")?;
     }
     Ok(())
 }
 
-fn a_divided_gemm_sees_what_the_one_before_it_wrote(gpu: &'static Gpu) -> Result<(), Failed> {
+fn a_two_launch_gemm_sees_what_the_one_before_it_wrote(gpu: &'static Gpu) -> Result<(), Failed> {
     let mut rng = rng(27);
     let session = Session::new(gpu)?;
     let most = gpu.multiprocessors();
     for (index, &shape) in TILE_SHAPES.iter().enumerate() {
-        // Both launches share tiles along K, and so the workspace.
-        let cuts = [shape, TILE_SHAPES[(7 * index + 3) % TILE_SHAPES.len()]].map(|shape| Cut {
+        // Both launches use stream-K, and so both use the workspace.
+        let configs = [shape, TILE_SHAPES[(7 * index + 3) % TILE_SHAPES.len()]].map(|shape| TileConfig {
             shape,
-            cluster: 1,
-            workers: most,
-            streamed_waves: 1,
+            cluster_size: 1,
+            clusters: most,
+            stream_k_waves: 1,
         });
         let m = shape.tokens as usize + 1;
         for [middle, k, n] in [[512, 2048, 1000], [256, 4096, 600]] {
-            let plan = |n: usize, k, boundary| Plan::divided(m, n, k, boundary, cuts);
+            let plan = |n: usize, k, boundary| Plan::two_launches(Problem { m, n, k }, boundary, configs);
             let plans = [plan(middle, k, middle / 2)?, plan(n, 4 * middle, 448)?];
             let chain = Chain::with_plans(gpu, &mut rng, [m, middle, k, n], plans)?;
             check_chain(gpu, &session, &mut rng, &chain)?;
@@ -305,7 +314,7 @@ fn a_skinny_gemm_sees_what_the_one_before_it_wrote(gpu: &'static Gpu) -> Result<
     for kernel in SKINNY_SHAPES {
         let m = kernel.tokens as usize;
         for [middle, k, n] in [[1024, 2048, 4096], [512, 4096, 600]] {
-            let plan = |n, k| Plan::skinny(m, n, k, kernel, gpu.multiprocessors());
+            let plan = |n, k| Plan::skinny(Problem { m, n, k }, kernel, gpu.multiprocessors());
             let plans = [plan(middle, k)?, plan(n, 4 * middle)?];
             let chain = Chain::with_plans(gpu, &mut rng, [m, middle, k, n], plans)?;
             check_chain(gpu, &session, &mut rng, &chain)?;
@@ -314,7 +323,7 @@ fn a_skinny_gemm_sees_what_the_one_before_it_wrote(gpu: &'static Gpu) -> Result<
     Ok(())
 }
 
-/// Many launches in a graph, of every skinny kernel with a tiled one behind it.
+/// Captures many launches in one graph: every skinny kernel, each followed by a tiled one.
 fn skinny_gemms_and_tiled_ones_in_a_row(gpu: &'static Gpu) -> Result<(), Failed> {
     let mut rng = rng(27);
     let session = Session::new(gpu)?;
@@ -322,9 +331,9 @@ fn skinny_gemms_and_tiled_ones_in_a_row(gpu: &'static Gpu) -> Result<(), Failed>
     for kernel in SKINNY_SHAPES {
         for [n, k] in [[4096, 4096], [700, 3000]] {
             let m = kernel.tokens as usize;
-            let problem = Problem::random(gpu, &mut rng, [m, n, k])?;
-            let skinny = Plan::skinny(m, n, k, kernel, gpu.multiprocessors())?;
-            let tiled = Plan::with_tile(m, n, k, TILE_SHAPES[1], gpu.figures())?;
+            let problem = Fixture::random(gpu, &mut rng, [m, n, k])?;
+            let skinny = Plan::skinny(Problem { m, n, k }, kernel, gpu.multiprocessors())?;
+            let tiled = Plan::with_tile(Problem { m, n, k }, TILE_SHAPES[1], gpu.figures())?;
             let outputs = [poisoned::<f32>(m * n)?, poisoned::<f32>(m * n)?];
             launches.push((problem, [skinny, tiled], outputs));
         }
@@ -341,7 +350,7 @@ fn skinny_gemms_and_tiled_ones_in_a_row(gpu: &'static Gpu) -> Result<(), Failed>
     session.stream.synchronize()?;
     let graph = Graph::capture(&session.stream, all)?;
     for _ in 0..5 {
-        // SAFETY: all that was captured is alive.
+        // SAFETY: all memory that the graph uses is alive.
         unsafe { graph.replay(&session.stream) }?;
     }
     for (problem, plans, outputs) in &launches {
@@ -358,16 +367,16 @@ fn different_gemms_in_a_row_share_a_workspace(gpu: &'static Gpu) -> Result<(), F
     let session = Session::new(gpu)?;
     let mut launches = Vec::new();
     for shape in TILE_SHAPES {
-        // One tile and a long K: many thread blocks share it, so the partial sums of each launch lie where those of the
-        // last one did.
+        // Few tiles and a long K: many thread blocks share a tile, so each launch stores its partial sums
+        // where the previous launch stored its own.
         for [m, n, k] in [[shape.tokens as usize, 128, 16_384], [shape.tokens as usize + 1, 300, 2048]] {
-            let problem = Problem::random(gpu, &mut rng, [m, n, k])?;
-            let plan = Plan::with_tile(m, n, k, shape, gpu.figures())?;
+            let problem = Fixture::random(gpu, &mut rng, [m, n, k])?;
+            let plan = Plan::with_tile(Problem { m, n, k }, shape, gpu.figures())?;
             let output = poisoned::<f32>(m * n)?;
             launches.push((problem, plan, output));
         }
     }
-    // First the small tiles after the large ones, then the other way round.
+    // Launch from large tiles to small ones, then from small ones to large ones.
     let there_and_back = || {
         let mut all = launches.iter().rev().chain(&launches);
         all.try_for_each(|(problem, plan, output)| enqueue(gpu, &session, problem, plan, output))
@@ -385,7 +394,7 @@ fn different_gemms_in_a_row_share_a_workspace(gpu: &'static Gpu) -> Result<(), F
     check("on a stream")?;
     let graph = Graph::capture(&session.stream, there_and_back)?;
     for _ in 0..5 {
-        // SAFETY: all that was captured is alive.
+        // SAFETY: all memory that the graph uses is alive.
         unsafe { graph.replay(&session.stream) }?;
     }
     check("in a graph")
@@ -396,14 +405,14 @@ fn the_same_gemm_in_a_row_gives_the_same_bits_each_time(gpu: &'static Gpu) -> Re
     let mut rng = rng(25);
     let session = Session::new(gpu)?;
     for [m, n, k] in [[1, 4096, 4096], [16, 1024, 8192], [130, 1000, 3000]] {
-        let problem = Problem::random(gpu, &mut rng, [m, n, k])?;
-        let plan = gpu.plan(m, n, k)?;
+        let problem = Fixture::random(gpu, &mut rng, [m, n, k])?;
+        let plan = gpu.plan(Problem { m, n, k })?;
         let outputs = (0..LAUNCHES).map(|_| poisoned::<f32>(m * n)).collect::<Result<Vec<_>, _>>()?;
         let all = || outputs.iter().try_for_each(|output| enqueue(gpu, &session, &problem, &plan, output));
         all()?;
         session.stream.synchronize()?;
         let graph = Graph::capture(&session.stream, all)?;
-        // SAFETY: all that was captured is alive.
+        // SAFETY: all memory that the graph uses is alive.
         unsafe { graph.replay(&session.stream) }?;
         let expected = problem.expected::<f32>(true)?;
         for (launch, output) in outputs.iter().enumerate() {

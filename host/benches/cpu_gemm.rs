@@ -1,15 +1,16 @@
-//! The CPU backend against plain triple loops, on a decoding and on a prefill shape.
+//! Benchmarks the CPU backend against plain triple loops, on a decoding shape and on a prefill shape.
 //!
-//! * `gemm` is `liquidgemm::cpu::gemm`, all cores, from packed weights to f32 output.
-//! * `packed triple loop` is what the format's definition says, written down: for each token, channel and k
-//!   look the code and the pair up in the packed weights through the scalar map, dequantize the one weight,
-//!   multiply and add. One thread, one multiply-add at a time, the same epilogue.
-//! * `unpacked triple loop` starts from weights that were unpacked to int8 beforehand (one byte a
-//!   weight); the compiler may vectorize its inner loop for the target's baseline.
+//! * `gemm` is `liquidgemm::cpu::gemm` on all cores, from packed weights to f32 output.
+//! * `packed triple loop` implements the format's definition directly, on one thread.
+//!   For each token, channel and k it looks up the code and the pair in the packed weights.
+//!   It dequantizes this one weight, multiplies and adds. Its epilogue is that of `gemm`.
+//! * `unpacked triple loop` reads weights that were unpacked to int8 beforehand (one byte a weight),
+//!   on one thread.
+//!   The compiler may vectorize its inner loop for the target's baseline.
 //!
-//! Times are a whole product; the throughput line counts multiply-adds.
+//! Times are for a whole product. The throughput counts multiply-adds.
 
-// Criterion's macros write functions without documentation.
+// Criterion's macros generate functions without documentation.
 #![allow(missing_docs)]
 
 use std::hint::black_box;
@@ -17,7 +18,7 @@ use std::hint::black_box;
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use liquidgemm::{Group, Output, PackedWeights, QuantizedActivations, cpu};
 use rand::rngs::StdRng;
-use rand::{Rng, SeedableRng};
+use rand::{RngExt, SeedableRng};
 
 /// `(m, n, k)`.
 const SHAPES: [(usize, usize, usize); 2] = [(1, 4096, 4096), (256, 1024, 1024)];
@@ -29,7 +30,7 @@ fn packed_triple_loop(weights: &PackedWeights, x: &QuantizedActivations, out: &m
         for channel in 0..n {
             let mut acc = 0i32;
             for (k, &x) in row.iter().enumerate() {
-                acc += i32::from(x) * i32::from(weights.level1(channel, k));
+                acc += i32::from(x) * i32::from(weights.int8_weight(channel, k));
             }
             let channel_scale = weights.channel_scales()[channel];
             out[token * n + channel] = f32::from_accumulator(acc, channel_scale, x.scales()[token], None);
@@ -62,7 +63,7 @@ fn cpu_gemm(criterion: &mut Criterion) {
         let x = QuantizedActivations::quantize(&x, m, k).unwrap();
         let unpacked: Vec<i8> = (0..n)
             .flat_map(|channel| (0..k).map(move |i| (channel, i)))
-            .map(|(c, i)| weights.level1(c, i))
+            .map(|(c, i)| weights.int8_weight(c, i))
             .collect();
 
         let mut expected = vec![0.0; m * n];

@@ -1,15 +1,17 @@
-//! How long the planner takes for a batch size that it has not met: problems between the round numbers, and two of the slowest
-//! of some 6,600 that were tried.
+//! Benchmarks `Plan::new`, which a GEMM pays once for each new batch size.
+//!
+//! Most batch sizes lie between round numbers.
+//! The last two problems are among the slowest of about 6,600 tested ones.
 //!
 //! `cargo bench -p liquidgemm --bench plan`
 
-// Criterion's macros write functions without documentation.
+// Criterion's macros generate functions without documentation.
 #![allow(missing_docs)]
 
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
-use liquidgemm::{DeviceFigures, Plan};
+use liquidgemm::{DeviceFigures, Plan, Problem};
 
-/// `[m, n, k]`; the last two are the slow ones.
+/// `[m, n, k]`. The last two are the slow ones.
 const PROBLEMS: [[usize; 3]; 8] = [
     [1, 4096, 4096],
     [17, 12_288, 4096],
@@ -26,7 +28,7 @@ fn plan(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("plan");
     for [m, n, k] in PROBLEMS {
         let id = BenchmarkId::from_parameter(format!("{m}x{n}x{k}"));
-        group.bench_function(id, |bencher| bencher.iter(|| Plan::new(m, n, k, &figures)));
+        group.bench_function(id, |bencher| bencher.iter(|| Plan::new(Problem { m, n, k }, &figures)));
     }
     group.finish();
 }

@@ -1,13 +1,14 @@
-//! int8 activations: per-token symmetric quantization, and a borrowed view for codes that exist already.
+//! int8 activations: symmetric quantization per token, and a borrowed view of existing codes.
 //!
-//! Shapes are `[m, k]`, one row a token. Rows of [`QuantizedActivations`] are padded with zeros to a stride
-//! that is a multiple of 16 bytes, as TMA asks for, so the same buffer can be copied to a GPU as it is.
+//! Shapes are `[m, k]`, one row per token.
+//! [`QuantizedActivations`] pads rows with zeros to a stride that is a multiple of 16 bytes.
+//! TMA requires that alignment, so the buffer can be copied to a GPU as it is.
 
 use std::fmt;
 
 use rayon::prelude::*;
 
-use crate::error::{check_finite, check_k, check_length, checked_elements};
+use crate::check::{check_finite, check_k, check_length, checked_elements};
 use crate::float::{Float, round_clamped, scale_of};
 use crate::packed::PackedSizes;
 use crate::{Error, Group};
@@ -15,10 +16,12 @@ use crate::{Error, Group};
 /// The largest magnitude of an activation code.
 const CODE_LIMIT: f32 = 127.0;
 
-/// Bytes that a row stride is padded to.
+/// Row strides are padded to a multiple of this many bytes.
 const STRIDE_ALIGNMENT: usize = 16;
 
-/// int8 activations `[m, k]` with one f32 scale a token.
+/// int8 activations `[m, k]` with one f32 scale per token.
+///
+/// The activation of (`token`, `k`) is `code · scales[token]`.
 #[derive(Clone, PartialEq)]
 pub struct QuantizedActivations {
     data: Vec<i8>,
@@ -29,25 +32,37 @@ pub struct QuantizedActivations {
 }
 
 impl QuantizedActivations {
-    /// Quantizes row-major `[m, k]` activations: per token `scale = max|x| / 127` in f32 (the next larger number where a
-    /// subnormal scale was rounded down so far that the largest value would be clipped) and codes `clamp(rne(x / scale), −127, 127)`. An all-zero
-    /// token has scale 0 and codes 0.
+    /// Quantizes row-major `[m, k]` activations.
+    ///
+    /// For each token:
+    /// - `scale = max|x| / 127` in f32.
+    ///   A subnormal quotient may be rounded down so far that the largest value would be clipped;
+    ///   the scale is then the next larger f32.
+    /// - `code = clamp(rne(x / scale), −127, 127)`, where `rne` rounds to nearest, ties to even.
+    /// - A token of zeros has scale 0 and codes 0.
+    ///
+    /// `m` may be 0.
     ///
     /// # Errors
-    /// Zero `k`, K above 131,072, a slice that is not `m · k` long, and NaN or infinite activations,
-    /// named by their position.
+    /// - [`Error::EmptyDimension`] if `k` is 0, [`Error::KTooLarge`] if it exceeds 131,072.
+    /// - [`Error::ShapeMismatch`] if the slice does not have `m · k` elements.
+    /// - [`Error::TooLarge`] if the activations exceed the address space.
+    /// - [`Error::NonFiniteActivation`] with the position of the first activation that is NaN or infinite.
     pub fn quantize<T: Float>(activations: &[T], m: usize, k: usize) -> Result<Self, Error> {
         check_input(activations.len(), m, k)?;
         quantize_rows(activations, m, k, |x, _| x)
     }
 
-    /// Like [`quantize`](Self::quantize), after dividing column `j` by `smoothing[j]` (length `k`).
+    /// Like [`quantize`](Self::quantize), but first divides column `j` by `smoothing[j]`.
     ///
-    /// The product stays the same if column `j` of the weights was multiplied by the same factor before their
-    /// own quantization: [`smooth_weights`].
+    /// `smoothing` is `[k]`.
+    /// The product is unchanged if [`smooth_weights`] multiplied column `j` of the weights by the same factor
+    /// before they were quantized. This is the transformation of SmoothQuant (arXiv 2211.10438).
     ///
     /// # Errors
-    /// As [`quantize`](Self::quantize); also a smoothing factor that is not finite and positive.
+    /// As [`quantize`](Self::quantize), also for an activation that overflows in the division.
+    /// - [`Error::ShapeMismatch`] if `smoothing` does not have `k` elements.
+    /// - [`Error::InvalidSmoothing`] if a factor is not finite and positive.
     pub fn with_smoothing<T: Float>(
         activations: &[T],
         m: usize,
@@ -59,10 +74,15 @@ impl QuantizedActivations {
         quantize_rows(activations, m, k, |x, j| x / smoothing[j])
     }
 
-    /// Takes codes that another quantizer made: row-major `[m, k]` without padding, and one scale a token.
+    /// Takes the codes and scales of another quantizer.
+    ///
+    /// `codes` is row-major `[m, k]` without padding, and `scales` is `[m]`.
     ///
     /// # Errors
-    /// Shapes that do not fit, a scale that is not finite.
+    /// - [`Error::EmptyDimension`] if `k` is 0, [`Error::KTooLarge`] if it exceeds 131,072.
+    /// - [`Error::ShapeMismatch`] if a slice has the wrong length.
+    /// - [`Error::TooLarge`] if the activations exceed the address space.
+    /// - [`Error::NonFiniteParameter`] if a scale is not finite.
     pub fn from_parts(codes: &[i8], scales: Vec<f32>, m: usize, k: usize) -> Result<Self, Error> {
         check_input(codes.len(), m, k)?;
         ActivationsView::new(codes, k, &scales, m, k)?;
@@ -73,32 +93,32 @@ impl QuantizedActivations {
         Ok(Self { data, stride, scales, m, k })
     }
 
-    /// The codes, `m` rows of [`stride`](Self::stride) bytes, each row's first `k` in use and the rest 0.
+    /// Returns the codes: `m` rows of [`stride`](Self::stride) bytes, each with `k` codes and then zeros.
     pub fn data(&self) -> &[i8] {
         &self.data
     }
 
-    /// Bytes from one row to the next: `k` rounded up to a multiple of 16.
+    /// Returns the bytes from one row to the next: `k` rounded up to a multiple of 16.
     pub fn stride(&self) -> usize {
         self.stride
     }
 
-    /// One scale a token, `[m]`.
+    /// Returns the scales, one per token: `[m]`.
     pub fn scales(&self) -> &[f32] {
         &self.scales
     }
 
-    /// Tokens (rows).
+    /// Returns the number of tokens (rows).
     pub fn m(&self) -> usize {
         self.m
     }
 
-    /// Elements a token.
+    /// Returns the number of elements per token (columns).
     pub fn k(&self) -> usize {
         self.k
     }
 
-    /// The `k` codes of one token.
+    /// Returns the `k` codes of one token.
     ///
     /// # Panics
     /// If `token` is not below `m`.
@@ -106,13 +126,13 @@ impl QuantizedActivations {
         &self.data[token * self.stride..][..self.k]
     }
 
-    /// The same activations, borrowed.
+    /// Borrows the activations.
     pub fn view(&self) -> ActivationsView<'_> {
-        // Holds by construction; checking again would read all of the data.
+        // The constructor has checked everything. Another check would read all scales.
         ActivationsView { data: &self.data, stride: self.stride, scales: &self.scales, m: self.m, k: self.k }
     }
 
-    /// What the codes stand for, `code · scale`, row-major `[m, k]`.
+    /// Returns the represented values, `code · scale`, row-major `[m, k]`.
     pub fn dequantize(&self) -> Vec<f32> {
         let mut values = Vec::with_capacity(self.m * self.k);
         for (token, &scale) in self.scales.iter().enumerate() {
@@ -133,6 +153,8 @@ impl fmt::Debug for QuantizedActivations {
 }
 
 /// Borrowed int8 activations `[m, k]` with any row stride of at least `k`.
+///
+/// The GEMM functions take this view or anything that converts to it.
 #[derive(Clone, Copy, Debug)]
 pub struct ActivationsView<'a> {
     data: &'a [i8],
@@ -143,17 +165,24 @@ pub struct ActivationsView<'a> {
 }
 
 impl<'a> ActivationsView<'a> {
-    /// Checks and wraps codes that lie in someone else's memory: row `i` is `data[i · stride ..][.. k]`, its
-    /// scale `scales[i]`. What lies between rows is never read.
+    /// Checks and wraps existing codes.
+    ///
+    /// Row `i` is `data[i · stride ..][.. k]` with the scale `scales[i]`.
+    /// `stride` is in elements, which are bytes. Elements between rows are never read.
+    /// The last row needs no padding, so `data` has at least `(m − 1) · stride + k` elements.
     ///
     /// # Errors
-    /// Zero `k`, K above 131,072, `stride < k`, too short `data`, scales that are not `[m]` or not finite.
+    /// - [`Error::EmptyDimension`] if `k` is 0, [`Error::KTooLarge`] if it exceeds 131,072.
+    /// - [`Error::StrideTooShort`] if `stride < k`.
+    /// - [`Error::ShapeMismatch`] if `data` is too short or `scales` is not `[m]`.
+    /// - [`Error::TooLarge`] if the rows exceed the address space.
+    /// - [`Error::NonFiniteParameter`] if a scale is not finite.
     pub fn new(data: &'a [i8], stride: usize, scales: &'a [f32], m: usize, k: usize) -> Result<Self, Error> {
         check_k(k)?;
         if stride < k {
             return Err(Error::StrideTooShort { stride, k });
         }
-        // The last row needs no padding behind it.
+        // The last row needs no padding after it.
         let needed = match m.checked_sub(1) {
             None => 0,
             Some(others) => checked_elements("activation matrix", others, stride)?
@@ -174,32 +203,32 @@ impl<'a> ActivationsView<'a> {
         Ok(Self { data, stride, scales, m, k })
     }
 
-    /// The codes; row `i` begins at `i · stride`.
+    /// Returns the codes. Row `i` begins at `i · stride`.
     pub fn data(&self) -> &'a [i8] {
         self.data
     }
 
-    /// Bytes from one row to the next.
+    /// Returns the bytes from one row to the next.
     pub fn stride(&self) -> usize {
         self.stride
     }
 
-    /// One scale a token, `[m]`.
+    /// Returns the scales, one per token: `[m]`.
     pub fn scales(&self) -> &'a [f32] {
         self.scales
     }
 
-    /// Tokens (rows).
+    /// Returns the number of tokens (rows).
     pub fn m(&self) -> usize {
         self.m
     }
 
-    /// Elements a token.
+    /// Returns the number of elements per token (columns).
     pub fn k(&self) -> usize {
         self.k
     }
 
-    /// The `k` codes of one token.
+    /// Returns the `k` codes of one token.
     ///
     /// # Panics
     /// If `token` is not below `m`.
@@ -214,12 +243,17 @@ impl<'a> From<&'a QuantizedActivations> for ActivationsView<'a> {
     }
 }
 
-/// The offline half of smoothing: row-major `[n, k]` weights with column `j` multiplied by `smoothing[j]`, as
-/// f32, ready for [`PackedWeights::quantize`](crate::PackedWeights::quantize).
+/// Multiplies column `j` of row-major `[n, k]` weights by `smoothing[j]`, and returns them as f32 `[n, k]`.
+///
+/// This is the offline half of smoothing; [`QuantizedActivations::with_smoothing`] is the other half.
+/// Pass the result to [`PackedWeights::quantize`](crate::PackedWeights::quantize).
+/// A product that overflows f32 is reported there, with its position.
 ///
 /// # Errors
-/// Zero `n` or `k`, K above 131,072, lengths that do not fit, a factor that is not finite and positive.
-/// A product that overflows f32 is reported later, by the quantizer, with its position.
+/// - [`Error::EmptyDimension`] if `n` or `k` is 0, [`Error::KTooLarge`] if `k` exceeds 131,072.
+/// - [`Error::ShapeMismatch`] if `weights` is not `[n, k]` or `smoothing` is not `[k]`.
+/// - [`Error::TooLarge`] if the weights exceed the address space.
+/// - [`Error::InvalidSmoothing`] if a factor is not finite and positive.
 pub fn smooth_weights<T: Float>(
     weights: &[T],
     n: usize,
@@ -248,13 +282,13 @@ fn check_smoothing(smoothing: &[f32], k: usize) -> Result<(), Error> {
     }
 }
 
-/// Zeroed rows for `[m, k]` codes, and their stride.
+/// Returns zeroed rows for `[m, k]` codes, and their stride in bytes.
 fn padded(m: usize, k: usize) -> Result<(Vec<i8>, usize), Error> {
     let stride = k.next_multiple_of(STRIDE_ALIGNMENT);
     Ok((vec![0; checked_elements("activation matrix", m, stride)?], stride))
 }
 
-/// Quantizes row by row; `smooth(x, column)` is applied to every element first. Shapes are checked already.
+/// Quantizes row by row, after `smooth(x, column)` on every element. The caller has checked the shapes.
 fn quantize_rows<T: Float>(
     activations: &[T],
     m: usize,
@@ -275,7 +309,7 @@ fn quantize_rows<T: Float>(
             Ok(quantize_row(values, &mut codes[..k]))
         })
         .collect();
-    // The first failing token is reported, whichever thread met its own first.
+    // Reports the first failing token, whichever thread failed first.
     let scales = rows.into_iter().collect::<Result<_, _>>()?;
     Ok(QuantizedActivations { data, stride, scales, m, k })
 }

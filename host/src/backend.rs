@@ -1,15 +1,16 @@
-//! Where a product is computed: on the GPU or on the CPU, with the same result bit for bit.
+//! Selects where a product is computed: on the GPU or on the CPU, with the same bits.
 //!
-//! [`Backend`] is for callers who have host slices and want a product. Those who keep their data on the device,
-//! or have a stream of their own, use [`Gpu`] directly.
+//! [`Backend`] is for callers with host slices.
+//! Callers with data on the device, or with a stream of their own, use [`Gpu`] directly.
 
 use std::fmt;
 
-use crate::error::checked_elements;
+use crate::check::checked_elements;
+#[cfg(feature = "gpu")]
 use crate::gpu::Gpu;
 use crate::{Error, Output, PackedWeights, QuantizedActivations, cpu};
 
-/// A place to compute, and why it was chosen.
+/// A device for products, the GPU or the CPU, and the reason why it was chosen.
 ///
 /// ```
 /// use liquidgemm::{Backend, Group, PackedWeights, QuantizedActivations};
@@ -33,12 +34,18 @@ pub struct Backend {
 #[derive(Debug)]
 enum Device {
     Cpu,
+    #[cfg(feature = "gpu")]
     Gpu(Box<Gpu>),
 }
 
 impl Backend {
-    /// The GPU that [`Gpu::new`] takes, if one can be used, otherwise the CPU; [`reason`](Self::reason) then says what was missing.
+    /// Takes the GPU that `Gpu::new` finds, or the CPU if no GPU is usable.
+    ///
+    /// [`reason`](Self::reason) then says why there is no GPU.
     pub fn auto() -> Self {
+        #[cfg(not(feature = "gpu"))]
+        return Self { device: Device::Cpu, reason: "built without the feature \"gpu\"".into() };
+        #[cfg(feature = "gpu")]
         match Gpu::new() {
             Ok(gpu) => Self { device: Device::Gpu(Box::new(gpu)), reason: "it can be used".into() },
             Err(error) => Self {
@@ -48,23 +55,25 @@ impl Backend {
         }
     }
 
-    /// The GPU that [`Gpu::new`] takes, because the caller says so.
+    /// Takes the GPU that [`Gpu::new`] finds.
     ///
     /// # Errors
-    /// What [`Gpu::new`] says where none can be used.
+    /// As [`Gpu::new`].
+    #[cfg(feature = "gpu")]
     pub fn gpu() -> Result<Self, Error> {
         Ok(Self::asked_for(Device::Gpu(Box::new(Gpu::new()?))))
     }
 
-    /// The GPU of this number, because the caller says so.
+    /// Takes the GPU with this number, counted from 0.
     ///
     /// # Errors
-    /// What [`Gpu::with_device`] says where it can't be used.
+    /// As [`Gpu::with_device`].
+    #[cfg(feature = "gpu")]
     pub fn with_device(ordinal: u32) -> Result<Self, Error> {
         Ok(Self::asked_for(Device::Gpu(Box::new(Gpu::with_device(ordinal)?))))
     }
 
-    /// The CPU, because the caller says so.
+    /// Takes the CPU.
     pub fn cpu() -> Self {
         Self::asked_for(Device::Cpu)
     }
@@ -73,24 +82,32 @@ impl Backend {
         Self { device, reason: "asked for".into() }
     }
 
-    /// The GPU that products are computed on, if it is one.
+    /// Returns the GPU, or `None` for the CPU.
+    #[cfg(feature = "gpu")]
     pub fn as_gpu(&self) -> Option<&Gpu> {
         match &self.device {
             Device::Cpu => None,
+            #[cfg(feature = "gpu")]
             Device::Gpu(gpu) => Some(gpu),
         }
     }
 
-    /// Why this backend was chosen, on one line.
+    /// Returns the reason for the choice of this backend, on one line.
     pub fn reason(&self) -> &str {
         &self.reason
     }
 
-    /// The product `[m, n]` of activations `[m, k]` and weights `[n, k]`, row-major, plus `bias[n]`.
+    /// Computes `Y[m, n] = X[m, k] · W[n, k]ᵀ`, plus `bias[n]` in each row, and returns it row-major.
+    ///
+    /// The call waits for the result. The GPU backend copies all operands to the device each time.
     ///
     /// # Errors
-    /// K of weights and activations that differ, a bias of another length than `n` or not finite, a bias with
-    /// `i32` output, a product that no memory could hold; on the GPU also whatever its driver says.
+    /// - [`Error::KMismatch`] if weights and activations differ in K.
+    /// - [`Error::ShapeMismatch`] for a bias that is not `[n]`,
+    ///   [`Error::NonFiniteParameter`] for one that is not finite.
+    /// - [`Error::BiasWithRawOutput`] for a bias with `i32` output.
+    /// - [`Error::TooLarge`] if the product exceeds the address space.
+    /// - On the GPU also `Error::Gpu`, if the driver fails or device memory runs out.
     pub fn multiply<T: Output>(
         &self,
         weights: &PackedWeights,
@@ -104,12 +121,13 @@ impl Backend {
                 cpu::gemm(weights, activations, bias, &mut product)?;
                 Ok(product)
             }
+            #[cfg(feature = "gpu")]
             Device::Gpu(gpu) => gpu.multiply(weights, activations, bias),
         }
     }
 }
 
-/// What it is: `CPU, 16 threads, AVX2 kernel`, or the GPU's name, size and driver.
+/// Writes `CPU, 16 threads, AVX2 kernel`, or the GPU's name, size and driver.
 impl fmt::Display for Backend {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.device {
@@ -118,6 +136,7 @@ impl fmt::Display for Backend {
                 let s = if threads == 1 { "" } else { "s" };
                 write!(f, "CPU, {threads} thread{s}, {} kernel", cpu::Kernel::best())
             }
+            #[cfg(feature = "gpu")]
             Device::Gpu(gpu) => f.write_str(&gpu.description()),
         }
     }

@@ -1,30 +1,38 @@
-//! The figures of a GPU on which the choice of a plan depends.
+//! The figures of a GPU that the planner depends on: SMs, clusters, memory speed and clock.
+//! They come from the driver's attributes, or for planning without a GPU from constants.
 
-/// How many SMs a GPU has, and how fast its memory and its SMs are.
+/// The number of SMs of a GPU, and the speed of its memory and its SMs.
 ///
-/// [`Gpu::figures`](crate::gpu::Gpu::figures) are those of the GPU that runs; the constants are those of Hopper GPUs by name, for
-/// planning without one. Their memory speeds and clocks are the ones that NVIDIA states for the product (data sheets of the H100, H200 and
-/// GH200, product brief PB-11133 of the H100 PCIe; of the H20 and H800, which have no public data sheet, what vendors of servers state), as
-/// far as nothing else is said.
+/// [`Gpu::figures`](crate::gpu::Gpu::figures) returns those of an actual GPU.
+/// The constants describe Hopper GPUs by name, for planning without one.
+/// Unless stated otherwise, memory speeds and clocks are those that NVIDIA publishes:
+/// in the data sheets of H100, H200 and GH200, and for the H100 PCIe in product brief PB-11133.
+/// H20 and H800 have no public data sheet; their figures are those of server vendors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DeviceFigures {
-    /// SMs (multiprocessors); 0 is taken for 1.
+    /// SMs. 0 counts as 1.
     pub multiprocessors: u32,
-    /// How many clusters of 1, 2, 4 and 8 thread blocks run at a time, with one block an SM. A cluster lies within one of the GPU's
-    /// processing clusters (GPC), whose number of SMs it may not divide: 132, 66, 30 and 15 on an H100 SXM.
+    /// Clusters of 1, 2, 4 and 8 thread blocks that run at a time, with one thread block per SM.
+    ///
+    /// A cluster lies within one GPC, whose number of SMs need not be a multiple of the cluster's size.
+    /// An H100 SXM has 132, 66, 30 and 15.
     pub clusters: [u32; 4],
-    /// Peak speed of the GPU's memory, in bytes a second; 0 is taken for 1.
+    /// Peak memory bandwidth in bytes per second. 0 counts as 1.
     pub memory_bytes_per_second: u64,
-    /// The highest clock of the SMs, in Hz; 0 is taken for 1. Under load it is lower, by about the same share on every GPU.
+    /// The highest SM clock in Hz. 0 counts as 1.
+    /// Under load the clock is lower, by about the same ratio on every GPU.
     pub clock_hz: u64,
 }
 
-/// Bytes of weights a cycle that kernels ask for in the first turn of their rings on an H100 SXM: 16 for each SM. It is a little more than
-/// memory delivers at the clock that the SMs have under load, 1.7 to 1.8 GHz.
+/// Bytes of weights per cycle that the kernels request in the first turn of their rings on an H100 SXM.
+/// They are 16 per SM.
+/// This is slightly more than memory delivers at the SM clock under load, 1.7 to 1.8 GHz.
+#[cfg(any(test, feature = "gpu"))]
 const H100_FIRST_TURN_BYTES: u128 = 2112;
 
 impl DeviceFigures {
-    /// H100 SXM, 80 GB. The memory's speed is what the driver's attributes give: 2,619 MHz, two transfers a cycle, 5,120 bits.
+    /// H100 SXM, 80 GB. The memory speed follows from the driver's attributes:
+    /// 2,619 MHz, two transfers per cycle, 5,120 bits.
     pub const H100_SXM: Self = Self::of(132, 3_352_320_000_000, 1_980_000_000);
     /// H100 PCIe, 80 GB.
     pub const H100_PCIE: Self = Self::of(114, 2_000_000_000_000, 1_755_000_000);
@@ -36,7 +44,7 @@ impl DeviceFigures {
     pub const GH200_HBM3E: Self = Self::of(132, 4_900_000_000_000, 1_980_000_000);
     /// H20, 96 GB.
     pub const H20: Self = Self::of(78, 4_000_000_000_000, 1_980_000_000);
-    /// H800 SXM, 80 GB: to a single GPU's computations an H100 SXM.
+    /// H800 SXM, 80 GB. For work on a single GPU it equals an H100 SXM.
     pub const H800: Self = Self::H100_SXM;
 
     const fn of(multiprocessors: u32, memory_bytes_per_second: u64, clock_hz: u64) -> Self {
@@ -44,15 +52,18 @@ impl DeviceFigures {
         Self { multiprocessors, clusters, memory_bytes_per_second, clock_hz }
     }
 
-    /// [`clusters`](Self::clusters) where the driver hasn't been asked: one block an SM, one cluster of two for every two SMs, as SMs come
-    /// in pairs (TPCs), and of clusters of four and eight the same share of the SMs as on an H100 SXM, which leaves 12 of its 132 idle.
+    /// Estimates [`clusters`](Self::clusters) without the driver.
+    ///
+    /// One block per SM, and one cluster of two per two SMs, because SMs come in pairs (TPCs).
+    /// Clusters of four and eight get the same fraction of the SMs as on an H100 SXM,
+    /// where they leave 12 of 132 SMs idle.
     #[must_use]
     pub const fn cautious_clusters(multiprocessors: u32) -> [u32; 4] {
         let sms = multiprocessors as u64;
         [multiprocessors, multiprocessors / 2, (sms * 30 / 132) as u32, (sms * 15 / 132) as u32]
     }
 
-    /// Clusters of so many blocks that run at a time; none of a size that isn't 1, 2, 4 or 8.
+    /// Returns the resident clusters of `cluster` blocks, or 0 if that is not 1, 2, 4 or 8.
     pub(crate) const fn resident_clusters(&self, cluster: u32) -> u32 {
         match cluster {
             1 => self.clusters[0],
@@ -63,11 +74,15 @@ impl DeviceFigures {
         }
     }
 
-    /// From what the driver's attributes say: multiprocessors, memory clock in kHz, width of the memory bus in bits, and SM clock in kHz.
-    /// Memory makes two transfers a cycle.
+    /// Computes the figures from the driver's attributes:
+    /// SM count, memory clock in kHz, memory bus width in bits, and SM clock in kHz.
+    /// Memory makes two transfers per cycle.
     ///
-    /// Some drivers and virtual GPUs report 0 for clock or bus. A memory or SM clock that isn't between 100 MHz and 20 GHz, and a bus that
-    /// isn't between 64 and 65,536 bits wide, are taken for an H100 SXM's, each on its own; fewer multiprocessors than one for one.
+    /// Some drivers and virtual GPUs report 0 for a clock or for the bus width.
+    /// Each implausible value is replaced by that of an H100 SXM:
+    /// a clock outside 100 MHz to 20 GHz, or a bus outside 64 to 65,536 bits.
+    /// An SM count below 1 becomes 1.
+    #[cfg(any(test, feature = "gpu"))]
     pub(crate) fn from_attributes(
         multiprocessors: i32,
         memory_clock_khz: i32,
@@ -87,18 +102,21 @@ impl DeviceFigures {
         Self::of(multiprocessors, 2 * memory_khz * 1000 * bus_bits / 8, clock_khz * 1000)
     }
 
-    /// Memory's speed as a multiple of an H100 SXM's.
+    /// Returns the memory speed as a multiple of an H100 SXM's.
     pub(crate) fn memory_speed(&self) -> f64 {
         self.memory_bytes_per_second.max(1) as f64 / Self::H100_SXM.memory_bytes_per_second as f64
     }
 
-    /// How much longer than on an H100 SXM a number of cycles takes.
+    /// Returns the duration of a cycle as a multiple of an H100 SXM's.
     pub(crate) fn cycle(&self) -> f64 {
         Self::H100_SXM.clock_hz as f64 / self.clock_hz.max(1) as f64
     }
 
-    /// Bytes of weights a cycle that all SMs together ask for in the first turn of their rings: as [`H100_FIRST_TURN_BYTES`] to what memory
-    /// delivers in a cycle.
+    /// Returns the bytes of weights per cycle that all SMs together request in the first turn of their rings.
+    ///
+    /// On an H100 SXM they are [`H100_FIRST_TURN_BYTES`].
+    /// On other GPUs they have the same ratio to the bytes that memory delivers per cycle.
+    #[cfg(any(test, feature = "gpu"))]
     pub(crate) fn first_turn_bytes(&self) -> u32 {
         let of = |factor: u64| u128::from(factor.max(1));
         let reference = Self::H100_SXM;
@@ -113,7 +131,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_h100s_attributes_are_its_constant_and_its_pace_is_the_measured_one() {
+    fn an_h100s_attributes_give_its_constant_and_the_measured_first_turn() {
         let figures = DeviceFigures::from_attributes(132, 2_619_000, 5120, 1_980_000);
         assert_eq!(figures, DeviceFigures::H100_SXM);
         assert_eq!((figures.memory_speed(), figures.cycle()), (1.0, 1.0));
@@ -121,7 +139,7 @@ mod tests {
     }
 
     #[test]
-    fn attributes_that_cannot_be_are_an_h100s_one_by_one() {
+    fn implausible_attributes_are_replaced_one_by_one_by_an_h100s() {
         let reference = DeviceFigures::H100_SXM;
         for absurd in [0, -1, 1, 63, 99_999, 20_000_001, i32::MAX, i32::MIN] {
             let figures = DeviceFigures::from_attributes(78, absurd, 5120, 1_755_000);
@@ -142,7 +160,7 @@ mod tests {
     }
 
     #[test]
-    fn the_first_turn_asks_for_more_where_memory_is_faster_and_always_for_something() {
+    fn faster_memory_gives_a_larger_first_turn_of_at_least_one_byte() {
         let bytes = |memory_bytes_per_second, clock_hz| {
             DeviceFigures { memory_bytes_per_second, clock_hz, ..DeviceFigures::H100_SXM }.first_turn_bytes()
         };

@@ -1,4 +1,4 @@
-//! Packed weights on disk: a `.safetensors` file with three tensors and six lines of metadata.
+//! Packed weights on disk: a `.safetensors` file with three tensors and six metadata entries.
 //!
 //! | tensor | type | shape |
 //! |---|---|---|
@@ -6,23 +6,25 @@
 //! | `pairs` | U8 | `[⌈n/64⌉, groups, 128]` |
 //! | `channel_scales` | F32 | `[n]` |
 //!
-//! The metadata are `format` (`liquidgemm`), `format_version` (`2`), `n`, `k`, `group` (a number or `channel`)
-//! and `checksum`: XXH3-64, in 16 lower-case hexadecimal digits, of the five other values, each with a line
-//! break behind it, then the tensors in the order above. A damaged code is still a valid code, so only the
-//! checksum can tell.
+//! The metadata are `format` (`liquidgemm`), `format_version` (`2`), `n`, `k`,
+//! `group` (a number or `channel`) and `checksum`.
+//! The checksum is XXH3-64 in 16 lower-case hexadecimal digits.
+//! It covers the other five values, each followed by a line break, and then the tensors in the order above.
+//! It is the only way to detect a damaged code, because every 4-bit value is a valid code.
 //!
-//! Version 1 had `bricks`, U8 `[⌈n/64⌉, ⌈k/64⌉, 2176]`, in the place of codes and pairs: each brick's 2,048 bytes of codes with its 128 bytes
-//! of pairs behind them, which repeat within a group. Its checksum covers the bricks, then the scales. Such files are still read.
+//! Version 1 had the tensor `bricks`, U8 `[⌈n/64⌉, ⌈k/64⌉, 2176]`, in place of `codes` and `pairs`.
+//! It held 2,048 bytes of codes and then 128 bytes of pairs per brick; pairs repeated within a group.
+//! Its checksum covers the bricks, then the scales. Version 1 can still be read.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt;
 use std::fs::{self, File};
-use std::io::{self, Read, Seek, SeekFrom, Write as _};
+use std::io::{self, Read, Write as _};
 use std::path::{Path, PathBuf};
 
 use liquidgemm_format::brick::{self, BRICK_BYTES, CODE_BYTES, PAIR_BYTES};
-use safetensors::tensor::{Dtype, TensorView};
-use safetensors::{SafeTensors, serialize_to_file};
+use safetensors::SafeTensors;
+use safetensors::tensor::{self, Dtype, TensorInfo};
 use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
 use serde_json::Value;
 use xxhash_rust::xxh3::Xxh3;
@@ -32,30 +34,39 @@ use crate::{Error, FileError, Group, PackedWeights};
 
 const FORMAT: &str = "liquidgemm";
 const VERSION: &str = "2";
-/// The version whose bricks hold their pairs.
+/// The version that stores pairs in the bricks.
 const VERSION_1: &str = "1";
-/// Bytes of the header's length, with which a safetensors file begins.
+/// Bytes of the header's length, the first field of a safetensors file.
 const HEADER_LENGTH_BYTES: usize = 8;
-/// The longest header that is read: ours have some 500 bytes.
+/// The longest header that is read. Headers of this format have about 500 bytes.
 const MOST_HEADER_BYTES: u64 = 64 * 1024;
 
 impl PackedWeights {
-    /// Writes a `.safetensors` file, the same bytes for the same weights. The file appears under its name whole or not at all: it is written
-    /// beside it under another name, flushed to the disk, then renamed. A file that was there is replaced, and the new one is as accessible;
-    /// where a symbolic link leads to it, the link stays.
+    /// Writes a `.safetensors` file. The same weights give the same bytes.
+    ///
+    /// The file appears under its name complete or not at all:
+    /// it is written under another name in the same folder, flushed to the disk, and renamed.
+    /// An existing file is replaced, and the new one takes over its permissions.
+    /// A symbolic link is followed and stays in place.
     ///
     /// # Errors
-    /// [`Error::File`] if there is something else than a file, or the system refuses any of this; nothing is left behind then.
+    /// [`Error::File`] with the reason:
+    /// - [`FileError::EmptyPath`], [`FileError::NotAFile`] or [`FileError::TooManyLinks`] for a bad path.
+    /// - [`FileError::Io`] if the operating system refuses an operation.
+    ///
+    /// No temporary file remains after an error.
     pub fn save(&self, path: impl AsRef<Path>) -> Result<(), Error> {
         let path = path.as_ref();
         self.write(path).map_err(|problem| Error::File { path: path.to_owned(), problem })
     }
 
-    /// Reads a file that [`save`](Self::save) wrote, and checks all of it: form, version, types and shapes, the checksum, finite scales,
-    /// and the invariant of every pair.
+    /// Reads a file that [`save`](Self::save) wrote.
+    ///
+    /// It checks everything: structure, version, types and shapes, the checksum,
+    /// that scales are finite, and the invariant of every pair.
     ///
     /// # Errors
-    /// [`Error::File`] with what was wrong.
+    /// [`Error::File`] with the first problem found. [`FileError`] lists the possible ones.
     pub fn load(path: impl AsRef<Path>) -> Result<Self, Error> {
         let path = path.as_ref();
         Self::read(path).map_err(|problem| Error::File { path: path.to_owned(), problem })
@@ -64,7 +75,7 @@ impl PackedWeights {
     /// Like [`load`](Self::load), from the bytes of such a file.
     ///
     /// # Errors
-    /// What was wrong with them.
+    /// The first problem found.
     pub fn from_file_bytes(bytes: &[u8]) -> Result<Self, FileError> {
         check_header(bytes)?;
         let (_, header) = SafeTensors::read_metadata(bytes).map_err(FileError::Safetensors)?;
@@ -121,11 +132,11 @@ impl PackedWeights {
     }
 
     fn read(path: &Path) -> Result<Self, FileError> {
-        // Asked before opening, which waits where nobody writes to a FIFO.
+        // Check the type before opening: opening a FIFO blocks until another process writes to it.
         let metadata =
             regular_file(path)?.ok_or_else(|| system("open the file")(io::ErrorKind::NotFound.into()))?;
         let mut file = File::open(path).map_err(system("open the file"))?;
-        // Another kind of file may be large, and need not be read to see that.
+        // Read the header's length first, because other safetensors files may be large.
         let mut bytes = Vec::new();
         (&mut file).take(HEADER_LENGTH_BYTES as u64).read_to_end(&mut bytes).map_err(system("read"))?;
         check_header_length(&bytes)?;
@@ -157,14 +168,22 @@ impl PackedWeights {
             ]
             .map(|(key, value)| (key.to_owned(), value)),
         );
-        let view = |dtype, shape: &[usize], data| {
-            TensorView::new(dtype, shape.to_vec(), data).map_err(FileError::Safetensors)
-        };
-        let tensors = [
-            ("codes", view(Dtype::U8, &[self.strips(), self.k_blocks(), CODE_BYTES], self.codes())?),
-            ("pairs", view(Dtype::U8, &[self.strips(), self.groups(), PAIR_BYTES], self.pairs())?),
-            ("channel_scales", view(Dtype::F32, &[self.n()], &scales)?),
+        // The order that the safetensors crate uses: by alignment of the type, then by name.
+        let tensors: [(&str, Dtype, Vec<usize>, &[u8]); 3] = [
+            ("channel_scales", Dtype::F32, vec![self.n()], &scales),
+            ("codes", Dtype::U8, vec![self.strips(), self.k_blocks(), CODE_BYTES], self.codes()),
+            ("pairs", Dtype::U8, vec![self.strips(), self.groups(), PAIR_BYTES], self.pairs()),
         ];
+        let mut end = 0;
+        let infos = tensors.iter().map(|(name, dtype, shape, data)| {
+            let begin = end;
+            end += data.len();
+            (
+                (*name).to_owned(),
+                TensorInfo { dtype: *dtype, shape: shape.clone(), data_offsets: (begin, end) },
+            )
+        });
+        let header = header(metadata, infos.collect())?;
 
         let path = &followed(path)?;
         let replaced = regular_file(path)?;
@@ -174,23 +193,22 @@ impl PackedWeights {
         };
         let mut builder = tempfile::Builder::new();
         builder.prefix(".liquidgemm-");
-        // Temporary files are their owner's alone by default; a model is as readable as any new file.
+        // By default only the owner can access a temporary file. Weights get the permissions of a new file.
         #[cfg(unix)]
         builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
         let mut temporary =
             builder.tempfile_in(directory).map_err(system("create a temporary file beside it"))?;
-        serialize_to_file(tensors, Some(metadata), temporary.path()).map_err(|error| match error {
-            safetensors::SafeTensorError::IoError(error) => system("write")(error),
-            other => FileError::Safetensors(other),
-        })?;
-        sort_header(temporary.as_file_mut())?;
+        let pieces = [&header].into_iter().map(Vec::as_slice).chain(tensors.iter().map(|tensor| tensor.3));
+        for piece in pieces {
+            temporary.as_file_mut().write_all(piece).map_err(system("write"))?;
+        }
         if let Some(replaced) = replaced {
             let action = "give the new file the permissions of the old one";
             temporary.as_file().set_permissions(replaced.permissions()).map_err(system(action))?;
         }
         temporary.as_file().sync_all().map_err(system("flush to the disk"))?;
         temporary.persist(path).map_err(|error| system("rename into place")(error.error))?;
-        // The new name itself lies in the directory. Not every system lets a directory be opened.
+        // The rename is an entry of the directory, so flush that too. Not every system can open a directory.
         #[cfg(unix)]
         File::open(directory)
             .and_then(|directory| directory.sync_all())
@@ -199,7 +217,7 @@ impl PackedWeights {
     }
 }
 
-/// The metadata of a file, which may say anything.
+/// The metadata of a file, unchecked.
 struct Metadata<'a>(&'a HashMap<String, String>);
 
 impl<'a> Metadata<'a> {
@@ -207,7 +225,7 @@ impl<'a> Metadata<'a> {
         self.0.get(key).map(String::as_str)
     }
 
-    /// A value written as the program writes it: no sign or zero in front of a number.
+    /// Parses a value. Only the form that `save` writes is valid: no sign and no leading zero.
     fn parse<T: std::str::FromStr + fmt::Display>(
         &self,
         key: &'static str,
@@ -219,7 +237,7 @@ impl<'a> Metadata<'a> {
     }
 }
 
-/// The bytes of a tensor that must have this type and shape.
+/// Returns the bytes of a tensor, which must have this type and shape.
 fn tensor<'a>(
     file: &SafeTensors<'a>,
     name: &'static str,
@@ -237,7 +255,7 @@ fn tensor<'a>(
     Ok(found.data())
 }
 
-/// The codes and the pairs of version 1's bricks.
+/// Splits the bricks of version 1 into codes and pairs.
 fn split_bricks(
     bricks: &[u8],
     k_blocks: usize,
@@ -260,13 +278,13 @@ fn split_bricks(
         };
         if let Some(row) = (0..brick::BRICK_CHANNELS).find(differs) {
             let channel = strip * brick::BRICK_CHANNELS + row;
-            return Err(invalid(Error::PairsDiffer { channel, k_block, group }));
+            return Err(invalid(Error::PairsDiffer { channel, k_block, group: group.to_string() }));
         }
     }
     Ok((codes, pairs))
 }
 
-/// An empty vector with room, or the error that there is none.
+/// Returns an empty vector with capacity for `count` elements, or an error if memory runs out.
 fn reserved<T>(count: usize) -> Result<Vec<T>, FileError> {
     let mut vector = Vec::new();
     let bytes = count.saturating_mul(size_of::<T>());
@@ -280,7 +298,7 @@ fn copied(bytes: &[u8]) -> Result<Vec<u8>, FileError> {
     Ok(copy)
 }
 
-/// The length that a file begins with must be that of a header of ours.
+/// Refuses a file whose header is longer than any of this format.
 fn check_header_length(bytes: &[u8]) -> Result<(), FileError> {
     let length = bytes.first_chunk().map_or(0, |&length| u64::from_le_bytes(length));
     if length > MOST_HEADER_BYTES {
@@ -289,11 +307,11 @@ fn check_header_length(bytes: &[u8]) -> Result<(), FileError> {
     Ok(())
 }
 
-/// Refuses headers that are too long for a file of ours, and those that say something twice.
+/// Refuses headers that are too long or contain a key twice.
 fn check_header(bytes: &[u8]) -> Result<(), FileError> {
     check_header_length(bytes)?;
     let Some((&length, rest)) = bytes.split_first_chunk() else { return Ok(()) };
-    // What else may be wrong with it, the crate that reads it says.
+    // The safetensors crate reports all other errors in the header.
     let Some(header) = rest.get(..u64::from_le_bytes(length) as usize) else { return Ok(()) };
     match serde_json::from_slice::<UniqueKeys>(header) {
         Err(error) if error.is_data() => Err(FileError::BadHeader { reason: error.to_string() }),
@@ -301,7 +319,7 @@ fn check_header(bytes: &[u8]) -> Result<(), FileError> {
     }
 }
 
-/// JSON whose objects have no key twice. Of two the last would be taken.
+/// JSON in which no object has a key twice. Other parsers would silently take the last value.
 struct UniqueKeys;
 
 impl<'de> Deserialize<'de> for UniqueKeys {
@@ -358,23 +376,24 @@ impl<'de> Visitor<'de> for UniqueKeys {
     }
 }
 
-/// Sorts the header of a safetensors file, whose metadata the crate writes in any order: the same weights are to give the same bytes.
-fn sort_header(file: &mut File) -> Result<(), FileError> {
-    let mut length = [0; HEADER_LENGTH_BYTES];
-    file.seek(SeekFrom::Start(0)).map_err(system("read back"))?;
-    file.read_exact(&mut length).map_err(system("read back"))?;
-    let mut header = vec![0; u64::from_le_bytes(length) as usize];
-    file.read_exact(&mut header).map_err(system("read back"))?;
+/// Returns a safetensors header with its length in front. Keys are sorted, so equal weights give equal bytes.
+fn header(
+    metadata: HashMap<String, String>,
+    tensors: Vec<(String, TensorInfo)>,
+) -> Result<Vec<u8>, FileError> {
+    let metadata = tensor::Metadata::new(Some(metadata), tensors).map_err(FileError::Safetensors)?;
     let bad = |error: serde_json::Error| FileError::BadHeader { reason: error.to_string() };
-    let sorted: BTreeMap<String, BTreeMap<String, Value>> = serde_json::from_slice(&header).map_err(bad)?;
+    let unsorted = serde_json::to_value(&metadata).map_err(bad)?;
+    let sorted: BTreeMap<String, BTreeMap<String, Value>> = serde_json::from_value(unsorted).map_err(bad)?;
     let mut text = serde_json::to_vec(&sorted).map_err(bad)?;
-    // The same text in another order, and the spaces that were behind it.
-    text.resize(header.len(), b' ');
-    file.seek(SeekFrom::Start(HEADER_LENGTH_BYTES as u64)).map_err(system("write"))?;
-    file.write_all(&text).map_err(system("write"))
+    // Tensors begin at a multiple of 8 bytes.
+    text.resize(text.len().next_multiple_of(HEADER_LENGTH_BYTES), b' ');
+    let mut header = (text.len() as u64).to_le_bytes().to_vec();
+    header.extend(text);
+    Ok(header)
 }
 
-/// What is known of the file at a path, links followed; `None` if there is nothing.
+/// Returns the metadata of the file at `path`, following links, or `None` if nothing is there.
 fn regular_file(path: &Path) -> Result<Option<fs::Metadata>, FileError> {
     if path.as_os_str().is_empty() {
         return Err(FileError::EmptyPath);
@@ -389,9 +408,9 @@ fn regular_file(path: &Path) -> Result<Option<fs::Metadata>, FileError> {
     }
 }
 
-/// Where a path leads to over symbolic links, also if nothing is there yet.
+/// Follows symbolic links, also to a target that does not exist yet.
 fn followed(path: &Path) -> Result<PathBuf, FileError> {
-    /// As many as Linux follows.
+    /// The limit of Linux.
     const MOST_LINKS: usize = 40;
     let mut path = path.to_owned();
     for _ in 0..MOST_LINKS {
@@ -401,7 +420,7 @@ fn followed(path: &Path) -> Result<PathBuf, FileError> {
     Err(FileError::TooManyLinks { limit: MOST_LINKS })
 }
 
-/// See the top of this file.
+/// Computes the checksum that the top of this file defines.
 fn checksum(version: &str, n: usize, k: usize, group: Group, tensors: &[&[u8]]) -> String {
     let mut hash = Xxh3::new();
     hash.update(format!("{FORMAT}\n{version}\n{n}\n{k}\n{group}\n").as_bytes());

@@ -1,10 +1,12 @@
-//! The floating-point types that weights and activations may come in.
+//! The floating-point types of weights and activations, and the rounding that both quantizers share.
 
 use half::{bf16, f16};
 
-/// An input element: [`f32`], [`half::f16`] or [`bf16`]. All of them convert to f32 without rounding.
+/// An input element type: [`f32`], [`half::f16`] or [`bf16`]. The trait is sealed.
+///
+/// All three convert to f32 without rounding.
 pub trait Float: bytemuck::Pod + Send + Sync + sealed::Sealed {
-    /// The same value as f32.
+    /// Converts to f32, exactly.
     fn to_f32(self) -> f32;
 }
 
@@ -36,19 +38,22 @@ impl Float for bf16 {
     }
 }
 
-/// `rne(value)` after clamping to `±limit`, for a limit below 2²²: exactly `round_ties_even`, in two additions
-/// that vectorize on any CPU.
+/// Clamps to `±limit`, then rounds to the nearest integer, ties to even.
 ///
-/// Clamping first gives the same as clamping after, because the limits are integers.
+/// `limit` must be an integer below 2²².
+/// The result is that of `round_ties_even`, but two additions vectorize on any CPU.
+/// Because the limits are integers, clamping first gives the same result as clamping after rounding.
 #[inline(always)]
 pub(crate) fn round_clamped(value: f32, limit: f32) -> i32 {
-    /// 1.5 · 2²³: adding it leaves no bit for a fraction, so the sum is rounded to an integer, ties to even.
+    /// 1.5 · 2²³: adding it leaves no bits for a fraction, so the sum is rounded to an integer, ties to even.
     const SHIFT: f32 = 12_582_912.0;
     (value.clamp(-limit, limit) + SHIFT).to_bits() as i32 - SHIFT.to_bits() as i32
 }
 
-/// The scale with which the largest magnitude becomes the code `limit`: `max / limit`, or where that is subnormal and rounded down so far that
-/// the magnitude would be clipped, or to 0, the next number.
+/// Returns the scale with which the largest magnitude `max` gets the code `limit`: `max / limit` in f32.
+///
+/// A subnormal quotient may be rounded down so far that `max` would be clipped, or to 0.
+/// The result is then the next larger f32.
 pub(crate) fn scale_of(max: f32, limit: f32) -> f32 {
     let scale = max / limit;
     let clips = max > 0.0 && max / scale > limit + 0.5;

@@ -1,9 +1,21 @@
 //! W4A8 GEMM for NVIDIA Hopper: 4-bit weights, 8-bit activations, exact integer accumulation.
 //!
-//! `Y[m, n] = X[m, k] · W[n, k]ᵀ`, where [`PackedWeights`] holds W at 4.25 bits a weight and
-//! [`QuantizedActivations`] holds X as int8 with one scale a token. Every scale inside the sum over K is an
-//! integer, so the int32 accumulator is exact: the result has the same bits on the CPU and on the GPU, however
-//! the work is split.
+//! The library computes `Y[m, n] = X[m, k] · W[n, k]ᵀ`, with all matrices row-major.
+//! [`PackedWeights`] holds W at 4.25 bits per weight (with the default group of 64),
+//! and [`QuantizedActivations`] holds X as int8 with one f32 scale per token.
+//! Every scale inside the sum over K is an integer, so the int32 accumulator is exact.
+//! The result therefore has the same bits on the CPU and on the GPU, however the work is divided.
+//!
+//! | task | start at |
+//! |---|---|
+//! | quantize weights offline | [`PackedWeights::quantize`] |
+//! | pack the codes of another quantizer | [`PackedWeights::pack`] |
+//! | save and load weights | [`PackedWeights::save`], [`PackedWeights::load`] |
+//! | quantize activations at run time | [`QuantizedActivations::quantize`] |
+//! | multiply, on the GPU if there is one | [`Backend::auto`] |
+//! | multiply on the CPU | [`cpu::gemm`] |
+//! | launch on device memory and a stream of your own | `gpu::Gpu::gemm` (feature `gpu`) |
+//! | inspect or choose how the GPU computes a product | [`Plan`] |
 //!
 //! ```
 //! use liquidgemm::{Group, PackedWeights, QuantizedActivations, cpu};
@@ -30,33 +42,45 @@
 //! # }
 //! ```
 //!
-//! Functions check all of their input before they write any output, and answer bad input with an [`Error`].
+//! Functions check all of their input before they write any output, and return an [`Error`] for bad input.
 
 mod activations;
 mod backend;
-#[cfg(feature = "bench")]
-pub mod bench;
+mod check;
 pub mod cpu;
 mod error;
 mod figures;
+#[cfg(feature = "files")]
 mod file;
 mod float;
+#[cfg(feature = "gpu")]
 pub mod gpu;
 mod output;
 mod packed;
 mod plan;
+mod problem;
 mod quantize;
 
 pub use activations::{ActivationsView, QuantizedActivations, smooth_weights};
 pub use backend::Backend;
-pub use error::{Error, FileError};
+#[cfg(feature = "files")]
+pub use error::FileError;
+pub use error::{Error, PlanError};
 pub use figures::DeviceFigures;
 pub use float::Float;
 pub use output::{Output, OutputType};
 pub use packed::{Group, PackedWeights, UnpackedCodes};
-pub use plan::{Cut, Divided, Method, Plan, Skinny, Tiled};
+pub use plan::{Algorithm, Plan, Skinny, TileConfig, Tiled, TwoLaunches};
+pub use problem::Problem;
+
+/// The parts of a [`Plan`], and the shapes for which the library has kernels.
+pub use liquidgemm_format::{
+    schedule::Schedule,
+    skinny::{SKINNY_SHAPES, SkinnyShape, TileRuns},
+    tile::{TILE_SHAPES, TileShape},
+};
 
 /// Compiles and runs the examples in the README.
-#[cfg(doctest)]
+#[cfg(all(doctest, feature = "files", feature = "gpu"))]
 #[doc = include_str!("../../README.md")]
 struct Readme;

@@ -1,13 +1,12 @@
-//! Output types and the epilogue that turns an exact int32 accumulator into them.
-//!
-//! There is one epilogue formula, here for the CPU and mirrored by the kernels, and every step of it is one
-//! rounded f32 operation; that is what makes both backends agree bit for bit.
+//! Output types, and the epilogue that converts an exact int32 accumulator to them.
+//! The kernels repeat this formula operation by operation (`kernels-gpu/src/epilogue/mod.rs`).
+//! Each operation is one rounded f32 operation, so both backends agree bit for bit.
 
 use std::fmt;
 
 use half::{bf16, f16};
 
-/// The element types that a product can be written in.
+/// The element types of a product, as values. [`Output`] has them as types.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum OutputType {
     /// bfloat16, 2 bytes.
@@ -16,15 +15,15 @@ pub enum OutputType {
     F16,
     /// IEEE single precision, 4 bytes.
     F32,
-    /// The raw accumulator without scales, 4 bytes.
+    /// The int32 accumulator without scales, 4 bytes.
     I32,
 }
 
 impl OutputType {
-    /// Every output type.
+    /// All output types.
     pub const ALL: [OutputType; 4] = [OutputType::Bf16, OutputType::F16, OutputType::F32, OutputType::I32];
 
-    /// Bytes of one element.
+    /// Returns the bytes of one element.
     pub const fn size(self) -> usize {
         match self {
             OutputType::Bf16 | OutputType::F16 => 2,
@@ -44,18 +43,21 @@ impl fmt::Display for OutputType {
     }
 }
 
-/// An element type that a product can be written in: [`bf16`], [`half::f16`], [`f32`] or [`i32`].
+/// An element type of a product: [`bf16`], [`half::f16`], [`f32`] or [`i32`]. The trait is sealed.
 pub trait Output: bytemuck::Pod + Send + Sync + PartialEq + fmt::Debug + sealed::Sealed {
-    /// The same type as a value.
+    /// This type as a value.
     const TYPE: OutputType;
 
-    /// The epilogue: `y = rn(rn(f32(acc) · channel_scale) · token_scale)`, then `+ bias`, then one rounding to
-    /// `Self`. Each step is one f32 operation rounded to nearest even, never a fused multiply-add.
+    /// Converts an accumulator to an output element. This is the epilogue.
     ///
-    /// What is beyond the range of f32, or in the end of `Self`, becomes infinite with its sign, as IEEE 754 has it: in f16 from 65,520 on, in f32
-    /// and bf16 from about 3.4 · 10³⁸. A product that overflows to infinity before the token's scale takes it back stays infinite.
+    /// `y = rn(rn(f32(acc) · channel_scale) · token_scale)`, then `+ bias`, then one rounding to `Self`.
+    /// Each step is one f32 operation, rounded to nearest even, and never a fused multiply-add.
+    /// `i32` returns the accumulator itself and ignores scales and bias.
     ///
-    /// For `i32` it is the accumulator itself; scales and bias are ignored there.
+    /// As in IEEE 754, values beyond the range of f32 or of `Self` become infinities of the same sign:
+    /// from 65,520 on in f16, from about 3.4 · 10³⁸ on in f32 and bf16.
+    /// If the product with the channel's scale overflows, the result stays infinite,
+    /// even if the token's scale would bring it back into range.
     fn from_accumulator(acc: i32, channel_scale: f32, token_scale: f32, bias: Option<f32>) -> Self;
 }
 
@@ -67,7 +69,7 @@ mod sealed {
     impl Sealed for i32 {}
 }
 
-/// The epilogue before its last rounding. Rust never contracts these into an FMA.
+/// The epilogue before its last rounding. Rust never contracts these operations into an FMA.
 #[inline(always)]
 fn scaled(acc: i32, channel_scale: f32, token_scale: f32, bias: Option<f32>) -> f32 {
     let y = acc as f32 * channel_scale * token_scale;

@@ -1,8 +1,8 @@
-//! Packed weights: codes and pairs in the layout of `liquidgemm_format::brick` with their channel scales, and every way into and out
-//! of it that does not quantize.
+//! Packed weights: codes and pairs in the layout of `liquidgemm_format::brick`, with their channel scales.
+//! This file has every conversion to and from that layout, except quantization.
 //!
-//! A [`PackedWeights`] always holds the format's invariant, `15·s + a ≤ 255`, for every pair: nothing that
-//! breaks it can be constructed, so the backends need not check again.
+//! Every pair of a [`PackedWeights`] satisfies the format's invariant, `15·s + a ≤ 255`.
+//! All constructors check it, so the backends need no checks.
 
 use std::fmt;
 use std::str::FromStr;
@@ -12,23 +12,23 @@ use liquidgemm_format::dequant::{dequantize, is_valid_pair};
 use rayon::prelude::*;
 
 use crate::Error;
-use crate::error::{check_dimension, check_finite, check_k, check_length, checked_elements};
+use crate::check::{check_dimension, check_finite, check_k, check_length, checked_elements};
 
-/// The pair of padded channels: with code 0 it stands for the weight 0.
+/// The pair of padded channels. With code 0 it represents the weight 0.
 pub(crate) const PADDING_PAIR: (u8, u8) = (1, 128);
 
-/// How many consecutive weights of a channel share one `(s, a)` pair.
+/// The number of consecutive weights of a channel that share one `(s, a)` pair.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Group {
-    /// This many along K: a positive multiple of 64. The last group of a channel may be shorter.
+    /// This many weights along K: a positive multiple of 64. The last group of a channel may be shorter.
     K(usize),
-    /// The whole channel.
+    /// All weights of the channel.
     Channel,
 }
 
 impl Group {
-    /// Blocks of 64 along K that a group covers in weights with `k` elements a channel, or the error that this
-    /// is no possible group.
+    /// Returns the number of blocks of 64 along K that a group covers, in channels of `k` elements.
+    /// Fails if the group size is invalid.
     pub(crate) fn blocks(self, k: usize) -> Result<usize, Error> {
         match self {
             Group::K(group) if group == 0 || !group.is_multiple_of(BRICK_K) => {
@@ -39,10 +39,11 @@ impl Group {
         }
     }
 
-    /// Groups of a channel with `k` elements.
+    /// Returns the number of groups in a channel of `k` elements.
     ///
     /// # Errors
-    /// A group that is not a positive multiple of 64; `k = 0`.
+    /// - [`Error::EmptyDimension`] if `k` is 0.
+    /// - [`Error::InvalidGroup`] if the group is not a positive multiple of 64.
     pub fn count(self, k: usize) -> Result<usize, Error> {
         check_dimension("k", k)?;
         Ok(brick::k_blocks(k).div_ceil(self.blocks(k)?))
@@ -50,7 +51,7 @@ impl Group {
 }
 
 impl Default for Group {
-    /// 64, the finest that the format has.
+    /// Returns groups of 64, the smallest of the format.
     fn default() -> Self {
         Group::K(BRICK_K)
     }
@@ -68,7 +69,10 @@ impl fmt::Display for Group {
 impl FromStr for Group {
     type Err = Error;
 
-    /// Reads what [`Display`](fmt::Display) writes: a positive multiple of 64, or `channel`.
+    /// Parses the text that [`Display`](fmt::Display) writes: a positive multiple of 64, or `channel`.
+    ///
+    /// # Errors
+    /// [`Error::UnknownGroup`] for other text, [`Error::InvalidGroup`] for another number.
     fn from_str(text: &str) -> Result<Self, Error> {
         if text == "channel" {
             return Ok(Group::Channel);
@@ -78,37 +82,39 @@ impl FromStr for Group {
     }
 }
 
-/// What [`PackedWeights::unpack`] gives back and [`PackedWeights::pack`] takes.
+/// Codes and pairs in row-major order.
+///
+/// [`PackedWeights::unpack`] returns them, and [`PackedWeights::pack`] takes them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct UnpackedCodes {
-    /// Codes 0 … 15, row-major `[n, k]`.
+    /// 4-bit codes, one per byte: 0 to 15, row-major `[n, k]`.
     pub codes: Vec<u8>,
-    /// `(s, a)`, row-major `[n, groups]`, where `groups` is [`Group::count`] of `k`.
+    /// `(s, a)`, row-major `[n, groups]`, with `groups` = [`Group::count`] of `k`.
     pub pairs: Vec<(u8, u8)>,
 }
 
-/// One brick's codes, 64 channels × 64 K, and the pairs of its group.
+/// The codes of one brick, 64 channels × 64 along K, and the pairs of its group.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Brick<'a> {
     pub(crate) codes: &'a [u8; CODE_BYTES],
     pub(crate) pairs: &'a [u8; PAIR_BYTES],
 }
 
-/// How much there is of packed weights, for dimensions and a group that have been checked.
+/// The sizes of packed weights. The constructor has checked the dimensions and the group.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct PackedSizes {
-    /// Blocks of 64 along K of a group.
+    /// Blocks of 64 along K in a group.
     pub(crate) group_blocks: usize,
-    /// Groups of a channel.
+    /// Groups in a channel.
     pub(crate) groups: usize,
-    /// Bytes of the codes.
+    /// Bytes of all codes.
     pub(crate) codes: usize,
-    /// Bytes of the pairs.
+    /// Bytes of all pairs.
     pub(crate) pairs: usize,
 }
 
 impl PackedSizes {
-    /// The sizes of `[n, k]` weights, if such weights can exist.
+    /// Computes the sizes of `[n, k]` weights. Fails if such weights cannot exist.
     pub(crate) fn new(n: usize, k: usize, group: Group) -> Result<Self, Error> {
         check_dimension("n", n)?;
         check_k(k)?;
@@ -124,8 +130,9 @@ impl PackedSizes {
 
 /// 4-bit weights `[n, k]` in the packed layout of `liquidgemm_format::brick`.
 ///
-/// The weight of (channel, k) is `channel_scales[channel] · level1(channel, k)`, where `level1` is the i8 that
-/// the kernels multiply with: `(q · s + a) XOR 0x80`.
+/// The weight of (`channel`, `k`) is `channel_scales[channel] · int8_weight(channel, k)`.
+/// The kernels multiply with the int8 weight `(q · s + a) XOR 0x80`,
+/// where `q` is the 4-bit code and `(s, a)` the pair of its group.
 #[derive(Clone, PartialEq)]
 pub struct PackedWeights {
     n: usize,
@@ -135,19 +142,24 @@ pub struct PackedWeights {
     codes: Vec<u8>,
     /// `[strips, groups, 128]`.
     pairs: Vec<u8>,
-    /// One a channel, padded with zeros to whole strips.
+    /// f32 `[64 · strips]`: one per channel, with zeros for the padding.
     channel_scales: Vec<f32>,
 }
 
 impl PackedWeights {
-    /// Takes packed codes and pairs and their channel scales as they were stored.
+    /// Assembles weights from parts that are already in the packed layout.
     ///
-    /// `codes` holds `⌈n/64⌉ · ⌈k/64⌉` bricks of 2,048 bytes, k-fastest; `pairs` holds `⌈n/64⌉ · groups` times 128 bytes with
-    /// `groups` = [`group.count(k)`](Group::count), groups fastest; `channel_scales` is `[n]`.
+    /// - `codes`: `[⌈n/64⌉, ⌈k/64⌉, 2048]` bytes, the bricks of each strip one after another along K.
+    /// - `pairs`: `[⌈n/64⌉, groups, 128]` bytes, with `groups` = [`group.count(k)`](Group::count).
+    /// - `channel_scales`: `[n]`.
     ///
     /// # Errors
-    /// Zero `n` or `k`, K above 131,072, an impossible group, lengths that do not fit, a scale that is not
-    /// finite, a pair that breaks `s ≥ 1` or `15·s + a ≤ 255`.
+    /// - [`Error::EmptyDimension`] if `n` or `k` is 0, [`Error::KTooLarge`] if `k` exceeds 131,072.
+    /// - [`Error::InvalidGroup`] if the group is not a positive multiple of 64.
+    /// - [`Error::ShapeMismatch`] if a vector has the wrong length.
+    /// - [`Error::TooLarge`] if the weights exceed the address space.
+    /// - [`Error::NonFiniteParameter`] if a channel scale is not finite.
+    /// - [`Error::InvariantBroken`] if a pair, also of padded channels, violates `s ≥ 1` or `15·s + a ≤ 255`.
     pub fn from_parts(
         codes: Vec<u8>,
         pairs: Vec<u8>,
@@ -165,14 +177,16 @@ impl PackedWeights {
         Ok(Self::assemble(codes, pairs, channel_scales, n, k, group))
     }
 
-    /// Packs codes and pairs that any quantizer made (GPTQ, an error-minimising search, …).
+    /// Packs the codes and pairs of another quantizer, such as GPTQ or a search for the smallest error.
     ///
-    /// `codes` is row-major `[n, k]` with values 0 … 15, `pairs` row-major `[n, groups]` of `(s, a)` with
-    /// `groups` = [`group.count(k)`](Group::count), `channel_scales` `[n]`. The weight of a code is
-    /// `channel_scale · (q · s + a − 128)`.
+    /// - `codes`: row-major `[n, k]`, values 0 to 15.
+    /// - `pairs`: row-major `[n, groups]` of `(s, a)`, with `groups` = [`group.count(k)`](Group::count).
+    /// - `channel_scales`: `[n]`.
+    ///
+    /// A code `q` represents the weight `channel_scale · (q · s + a − 128)`.
     ///
     /// # Errors
-    /// As [`from_parts`](Self::from_parts); also a code above 15.
+    /// As [`from_parts`](Self::from_parts), and [`Error::CodeOutOfRange`] for a code above 15.
     pub fn pack(
         codes: &[u8],
         pairs: &[(u8, u8)],
@@ -204,7 +218,7 @@ impl PackedWeights {
         Ok(packer.finish(channel_scales))
     }
 
-    /// Puts together parts that are known to be valid.
+    /// Assembles parts that are known to be valid.
     fn assemble(
         codes: Vec<u8>,
         pairs: Vec<u8>,
@@ -217,52 +231,52 @@ impl PackedWeights {
         Self { n, k, group, codes, pairs, channel_scales }
     }
 
-    /// Output channels.
+    /// Returns the number of output channels.
     pub fn n(&self) -> usize {
         self.n
     }
 
-    /// Elements a channel.
+    /// Returns the number of elements per channel.
     pub fn k(&self) -> usize {
         self.k
     }
 
-    /// How many weights share a pair.
+    /// Returns the group: how many weights share a pair.
     pub fn group(&self) -> Group {
         self.group
     }
 
-    /// Strips of 64 channels.
+    /// Returns the number of strips of 64 channels, `⌈n/64⌉`.
     pub fn strips(&self) -> usize {
         brick::strips(self.n)
     }
 
-    /// Bricks in a strip.
+    /// Returns the number of bricks in a strip, `⌈k/64⌉`.
     pub fn k_blocks(&self) -> usize {
         brick::k_blocks(self.k)
     }
 
-    /// Groups of a channel.
+    /// Returns the number of groups in a channel.
     pub fn groups(&self) -> usize {
         self.k_blocks().div_ceil(self.group_blocks())
     }
 
-    /// Blocks of 64 along K of a group.
+    /// Returns the blocks of 64 along K in a group.
     pub(crate) fn group_blocks(&self) -> usize {
         self.group.blocks(self.k).expect("checked at construction")
     }
 
-    /// The packed codes, `[`[`strips`](Self::strips)`, `[`k_blocks`](Self::k_blocks)`, 2048]`.
+    /// Returns the packed codes, `[`[`strips`](Self::strips)`, `[`k_blocks`](Self::k_blocks)`, 2048]`.
     pub fn codes(&self) -> &[u8] {
         &self.codes
     }
 
-    /// The packed pairs, `[`[`strips`](Self::strips)`, `[`groups`](Self::groups)`, 128]`.
+    /// Returns the packed pairs, `[`[`strips`](Self::strips)`, `[`groups`](Self::groups)`, 128]`.
     pub fn pairs(&self) -> &[u8] {
         &self.pairs
     }
 
-    /// One brick.
+    /// Returns one brick.
     ///
     /// # Panics
     /// If `strip` or `k_block` is out of range.
@@ -275,22 +289,22 @@ impl PackedWeights {
         }
     }
 
-    /// One scale a channel, `[n]`.
+    /// Returns the scales, one per channel: `[n]`.
     pub fn channel_scales(&self) -> &[f32] {
         &self.channel_scales[..self.n]
     }
 
-    /// The scales with zeros behind them for the padded channels, `[64 · strips]`.
+    /// Returns the scales padded with zeros to whole strips: `[64 · strips]`.
     pub fn padded_channel_scales(&self) -> &[f32] {
         &self.channel_scales
     }
 
-    /// Bytes that these weights take: codes, pairs and `n` channel scales.
+    /// Returns the bytes of codes, pairs and the `n` channel scales.
     pub fn bytes(&self) -> usize {
         self.codes.len() + self.pairs.len() + self.n * size_of::<f32>()
     }
 
-    /// The 4-bit code of (`channel`, `k`).
+    /// Returns the 4-bit code of (`channel`, `k`).
     ///
     /// # Panics
     /// If the position is out of range.
@@ -300,7 +314,7 @@ impl PackedWeights {
         brick.code(channel % BRICK_CHANNELS, k % BRICK_K)
     }
 
-    /// The pair `(s, a)` of `channel` in block `k_block` of 64 along K.
+    /// Returns the pair `(s, a)` of `channel` for block `k_block` of 64 along K.
     ///
     /// # Panics
     /// If the position is out of range.
@@ -309,28 +323,28 @@ impl PackedWeights {
         pair_at(self.brick(channel / BRICK_CHANNELS, k_block).pairs, channel % BRICK_CHANNELS)
     }
 
-    /// The int8 weight of (`channel`, `k`) that the product is computed with.
+    /// Returns the int8 weight of (`channel`, `k`), which the kernels multiply with.
     ///
     /// # Panics
     /// If the position is out of range.
-    pub fn level1(&self, channel: usize, k: usize) -> i8 {
+    pub fn int8_weight(&self, channel: usize, k: usize) -> i8 {
         let (s, a) = self.pair(channel, k / BRICK_K);
         dequantize(self.code(channel, k), s, a)
     }
 
-    /// What the weights stand for, `channel_scale · level1`, as f32, row-major `[n, k]`.
+    /// Returns the represented weights, `channel_scale · int8_weight`, as f32, row-major `[n, k]`.
     pub fn dequantize(&self) -> Vec<f32> {
         let mut values = vec![0.0; self.n * self.k];
         values.par_chunks_exact_mut(self.k).enumerate().for_each(|(channel, row)| {
             let scale = self.channel_scales[channel];
             for (k, value) in row.iter_mut().enumerate() {
-                *value = self.level1(channel, k) as f32 * scale;
+                *value = self.int8_weight(channel, k) as f32 * scale;
             }
         });
         values
     }
 
-    /// Codes and pairs in plain row-major order; [`pack`](Self::pack) backwards.
+    /// Returns codes and pairs in row-major order. This is the inverse of [`pack`](Self::pack).
     pub fn unpack(&self) -> UnpackedCodes {
         let mut codes = vec![0; self.n * self.k];
         codes.par_chunks_exact_mut(self.k).enumerate().for_each(|(channel, row)| {
@@ -359,20 +373,20 @@ impl fmt::Debug for PackedWeights {
 }
 
 impl Brick<'_> {
-    /// The code of a channel and k.
+    /// Returns the code of channel `row` at `k`, both within the brick.
     fn code(&self, row: usize, k: usize) -> u8 {
         let (byte, high) = brick::code_position(row, k);
         if high { self.codes[byte] >> 4 } else { self.codes[byte] & 15 }
     }
 }
 
-/// The pair of a channel among a group's.
+/// Returns the pair of channel `row` of a strip.
 fn pair_at(pairs: &[u8; PAIR_BYTES], row: usize) -> (u8, u8) {
     let offset = brick::pair_offset(row);
     (pairs[offset], pairs[offset + 1])
 }
 
-/// Every stored pair, also of padding, must be valid.
+/// Checks every stored pair, also of padded channels.
 fn check_pairs(pairs: &[u8], sizes: PackedSizes) -> Result<(), Error> {
     let failure = pairs.as_chunks().0.par_iter().enumerate().find_map_first(|(index, pairs)| {
         let (strip, group) = (index / sizes.groups, index % sizes.groups);
@@ -389,7 +403,7 @@ fn check_pairs(pairs: &[u8], sizes: PackedSizes) -> Result<(), Error> {
     failure.map_or(Ok(()), Err)
 }
 
-/// The code whose weight is nearest to 0 under a valid pair: what the padding behind K holds.
+/// Returns the code whose weight is nearest to 0 under a valid pair. It pads channels beyond K.
 fn padding_code((s, a): (u8, u8)) -> u8 {
     let above_zero = 128u32.saturating_sub(a as u32);
     ((above_zero + s as u32 / 2) / s as u32).min(15) as u8
@@ -405,7 +419,7 @@ pub(crate) struct Packer {
     pairs: Vec<u8>,
 }
 
-/// One strip of them.
+/// One strip of a [`Packer`].
 pub(crate) struct PackerStrip<'a> {
     group_blocks: usize,
     /// `[k_blocks, 2048]`, zeros where nothing is written yet.
@@ -415,13 +429,15 @@ pub(crate) struct PackerStrip<'a> {
 }
 
 impl Packer {
-    /// Makes room for `[n, k]` weights.
+    /// Allocates `[n, k]` weights.
     pub(crate) fn new(n: usize, k: usize, group: Group) -> Result<Self, Error> {
         let sizes = PackedSizes::new(n, k, group)?;
         Ok(Self { n, k, group, sizes, codes: vec![0; sizes.codes], pairs: vec![0; sizes.pairs] })
     }
 
-    /// Calls `fill(real channels, strip)` for every strip, in parallel, after giving the padded channels of the last strip their pair.
+    /// Calls `fill(channels, strip)` for every strip, in parallel.
+    ///
+    /// `channels` are the real ones. The padded channels of the last strip have their pair already.
     pub(crate) fn for_each_strip(&mut self, fill: impl Fn(std::ops::Range<usize>, PackerStrip<'_>) + Sync) {
         let (n, k_blocks, sizes) = (self.n, brick::k_blocks(self.k), self.sizes);
         let codes = self.codes.as_chunks_mut().0.par_chunks_mut(k_blocks);
@@ -438,14 +454,14 @@ impl Packer {
         });
     }
 
-    /// The weights, once all real channels are written.
+    /// Returns the weights. All real channels must have been written.
     pub(crate) fn finish(self, channel_scales: Vec<f32>) -> PackedWeights {
         PackedWeights::assemble(self.codes, self.pairs, channel_scales, self.n, self.k, self.group)
     }
 }
 
 impl PackerStrip<'_> {
-    /// Writes channel `row` of the strip: its `k` codes, the padding behind them, and the pair of every group.
+    /// Writes channel `row` of the strip: its `k` codes, their padding, and the pair of every group.
     pub(crate) fn write_channel(&mut self, row: usize, codes: &[u8], pairs: &[(u8, u8)]) {
         for (to, &pair) in self.pairs.iter_mut().zip(pairs) {
             write_pair(to, row, pair);

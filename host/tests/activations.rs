@@ -1,4 +1,6 @@
-//! Activation quantization: codes, scales, padding, smoothing, and everything that is refused.
+//! Tests of activation quantization: codes, scales, padding, smoothing, and the inputs that are refused.
+//!
+//! They test `src/activations.rs`, and compare products with the CPU backend's.
 
 use half::{bf16, f16};
 use liquidgemm::{ActivationsView, Error, Group, PackedWeights, QuantizedActivations, cpu, smooth_weights};
@@ -6,7 +8,7 @@ use proptest::prelude::*;
 
 proptest! {
     #[test]
-    fn codes_and_scales_are_the_ones_that_the_recipe_gives(
+    fn codes_and_scales_follow_the_definition(
         m in 1usize..20,
         k in 1usize..100,
         exponent in -30i32..30,
@@ -72,7 +74,7 @@ fn a_token_of_zeros_has_scale_zero_and_product_zero() {
 }
 
 #[test]
-fn smoothing_both_operands_leaves_the_product_nearly_as_it_was() {
+fn smoothing_both_operands_reduces_the_error_of_the_product() {
     let (m, n, k) = (4, 8, 256);
     let w: Vec<f32> = (0..n * k).map(|i| ((i * 7) as f32).sin()).collect();
     // One column of the activations is a hundred times larger than the others.
@@ -104,7 +106,7 @@ fn activations_that_are_not_finite_are_named_by_their_first_position() {
         let error = QuantizedActivations::quantize(&x, 50, 20).unwrap_err();
         assert!(matches!(error, Error::NonFiniteActivation { token: 7, k: 19, .. }), "{error}");
     }
-    // Finite until it is divided.
+    // The value is finite, but dividing it by the smoothing factor overflows.
     let error = QuantizedActivations::with_smoothing(&[f32::MAX], 1, 1, &[0.1]).unwrap_err();
     assert!(matches!(error, Error::NonFiniteActivation { token: 0, k: 0, .. }), "{error}");
 }
@@ -148,7 +150,7 @@ fn borrowed_codes_are_checked() {
 }
 
 #[test]
-fn every_int8_code_is_an_activation_and_none_are_too() {
+fn every_int8_code_is_valid_and_so_is_a_batch_without_tokens() {
     let codes: Vec<i8> = (i8::MIN..=i8::MAX).collect();
     let x = QuantizedActivations::from_parts(&codes, vec![1.0; 2], 2, 128).unwrap();
     assert_eq!((x.row(0)[0], x.row(1)[127]), (-128, 127));

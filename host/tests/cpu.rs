@@ -1,5 +1,7 @@
-//! The CPU backend from outside: results near the floating-point product, strides, and refusals that leave the
-//! output untouched. (Its kernels are tested against plain 64-bit loops beside their source.)
+//! Tests of the CPU backend's public calls: results near the floating-point product, strides,
+//! and refused calls that leave the output untouched.
+//!
+//! `src/cpu/tests.rs` tests the kernels against plain 64-bit loops.
 
 use half::{bf16, f16};
 use liquidgemm::{ActivationsView, Error, Group, Output, PackedWeights, QuantizedActivations, cpu};
@@ -14,13 +16,13 @@ fn operands(m: usize, n: usize, k: usize) -> (PackedWeights, QuantizedActivation
 }
 
 #[test]
-fn rows_at_any_stride_give_the_same_product_whatever_lies_between_them() {
+fn rows_at_any_stride_give_the_same_product_and_gaps_are_ignored() {
     let (m, n, k) = (5, 70, 67);
     let (weights, x) = operands(m, n, k);
     let mut expected = vec![0f32; m * n];
     cpu::gemm(&weights, &x, None, &mut expected).unwrap();
     for stride in [67, 68, 80, 99] {
-        // Without the padding behind the last row, and with the one code that rows may not hold elsewhere.
+        // Fill the gaps between the rows with −128. The last row has no padding behind it.
         let mut data = vec![-128i8; (m - 1) * stride + k];
         for token in 0..m {
             data[token * stride..][..k].copy_from_slice(x.row(token));
@@ -60,7 +62,7 @@ fn a_token_gives_the_same_bits_alone_and_in_any_batch() {
     }
 }
 
-/// Runs a call that must fail and checks that it wrote nothing.
+/// Runs a call that must fail, checks that it wrote nothing, and returns its error.
 fn refused<T: Output>(
     weights: &PackedWeights,
     x: &QuantizedActivations,
@@ -115,10 +117,10 @@ fn the_product_is_near_the_floating_point_one() {
 }
 
 #[test]
-fn what_is_beyond_an_outputs_range_is_infinite() {
+fn values_beyond_the_output_types_range_become_infinite() {
     let weights = PackedWeights::quantize(&[1.0f32, -1.0], 2, 1, Group::default()).unwrap();
     let products = |scale: f32| {
-        // The accumulators are ±119 · 1, times 1 / 119 and the scale.
+        // The sums are ±119. Times the channel scale 1 / 119 and the token scale, they are ±`scale`.
         let x = QuantizedActivations::from_parts(&[1], vec![scale], 1, 1).unwrap();
         let mut f16_out = [f16::ZERO; 2];
         let mut bf16_out = [bf16::ZERO; 2];
@@ -133,5 +135,5 @@ fn what_is_beyond_an_outputs_range_is_infinite() {
     let x = QuantizedActivations::from_parts(&[1], vec![1e-30], 1, 1).unwrap();
     let mut out = [0f32];
     cpu::gemm(&large, &x, None, &mut out).unwrap();
-    assert_eq!(out, [f32::INFINITY], "the channel's scale comes first");
+    assert_eq!(out, [f32::INFINITY], "the channel scale must be applied first");
 }

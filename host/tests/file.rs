@@ -1,4 +1,7 @@
-//! Packed weights on disk: whatever was saved comes back, and nothing else is ever accepted.
+//! Tests of packed weights in files: saved weights load unchanged, and any other file is refused.
+//!
+//! They test `src/file.rs`, with files that are made or damaged through the `safetensors` crate.
+#![cfg(feature = "files")]
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -19,7 +22,7 @@ fn saved_bytes(weights: &PackedWeights) -> Vec<u8> {
     std::fs::read(path).unwrap()
 }
 
-/// What a file says, to be changed and written again.
+/// A file's contents, which a test can change and serialize again.
 struct Contents {
     metadata: HashMap<String, String>,
     tensors: Vec<(String, Dtype, Vec<usize>, Vec<u8>)>,
@@ -53,7 +56,7 @@ impl Contents {
         self.tensors.iter_mut().find(|tensor| tensor.0 == name).unwrap()
     }
 
-    /// A checksum that matches the contents, computed from the description of the format.
+    /// Sets a checksum that matches the contents. Computes it independently, from the format's description.
     fn resealed(mut self) -> Self {
         let mut text = String::new();
         for key in ["format", "format_version", "n", "k", "group"] {
@@ -71,7 +74,7 @@ impl Contents {
         self.with("checksum", &checksum)
     }
 
-    /// The same weights in version 1, which has the pairs of each block of 64 behind its codes.
+    /// Converts the file to format version 1, which stores each brick's pairs behind its codes.
     fn in_version_1(mut self) -> Self {
         let (_, _, shape, codes) = self.tensor("codes").clone();
         let (_, _, pairs_shape, pairs) = self.tensor("pairs").clone();
@@ -157,7 +160,7 @@ fn a_flip_of_any_single_bit_is_found() {
 }
 
 #[test]
-fn a_file_cut_off_anywhere_is_found() {
+fn a_file_truncated_anywhere_is_found() {
     let bytes = saved_bytes(&weights(2, 3, Group::default()));
     for length in 0..bytes.len() {
         assert!(matches!(PackedWeights::from_file_bytes(&bytes[..length]), Err(FileError::Safetensors(_))));
@@ -181,7 +184,8 @@ fn a_damaged_code_is_a_checksum_error() {
 #[test]
 fn a_sealed_file_that_breaks_the_invariant_is_rejected_with_its_place_and_values() {
     let mut contents = Contents::of(&saved_bytes(&weights(70, 130, Group::default())));
-    // Channel 65 is row 1 of the second strip; its pair in k block 2 is the second scale word there.
+    // Channel 65 is row 1 of the second strip.
+    // In k block 2, its pair begins at byte 4 of the group's 128 bytes.
     let group = 3 + 2;
     contents.tensor("pairs").3[group * 128 + 4..][..2].copy_from_slice(&[9, 121]);
     match contents.resealed().load() {
@@ -216,7 +220,7 @@ fn a_channel_scale_that_is_not_finite_is_rejected() {
 }
 
 #[test]
-fn metadata_that_contradict_the_tensors_are_rejected() {
+fn metadata_that_contradicts_the_tensors_is_rejected() {
     let bytes = saved_bytes(&weights(70, 130, Group::default()));
     let load = |key: &str, value: &str| Contents::of(&bytes).with(key, value).resealed().load();
     assert!(matches!(load("n", "69"), Err(FileError::WrongTensor { name: "channel_scales", .. })));
@@ -224,11 +228,12 @@ fn metadata_that_contradict_the_tensors_are_rejected() {
     assert!(matches!(load("k", "128"), Err(FileError::WrongTensor { name: "codes", .. })));
     assert!(matches!(load("group", "128"), Err(FileError::WrongTensor { name: "pairs", .. })));
     assert!(matches!(load("group", "channel"), Err(FileError::WrongTensor { name: "pairs", .. })));
-    // Version 1 repeats its pairs: those of a group of 64 differ along a channel.
+    // Version 1 repeats the pairs for each block of 64,
+    // so pairs of groups of 64 contradict one group per channel.
     let file = Contents::of(&bytes).in_version_1().with("group", "channel").resealed();
     match file.load() {
         Err(FileError::Invalid(error)) => match *error {
-            Error::PairsDiffer { channel: 0, k_block: 1, group: Group::Channel } => {}
+            Error::PairsDiffer { channel: 0, k_block: 1, ref group } if group == "channel" => {}
             other => panic!("{other}"),
         },
         other => panic!("{other:?}"),
@@ -236,7 +241,7 @@ fn metadata_that_contradict_the_tensors_are_rejected() {
 }
 
 #[test]
-fn metadata_that_say_nothing_sensible_are_rejected() {
+fn invalid_metadata_is_rejected() {
     let bytes = saved_bytes(&weights(70, 130, Group::default()));
     let load = |key: &str, value: &str| Contents::of(&bytes).with(key, value).resealed().load();
     assert!(matches!(load("format", "other"), Err(FileError::WrongFormat { .. })));
@@ -285,7 +290,7 @@ fn tensors_of_another_type_or_shape_are_rejected() {
 }
 
 #[test]
-fn any_other_safetensors_file_is_called_what_it_is() {
+fn any_other_safetensors_file_is_a_wrong_format_error() {
     let data = [0u8; 4];
     let view = TensorView::new(Dtype::F32, vec![1], &data).unwrap();
     let bytes = safetensors::serialize([("x", view)], None).unwrap();
@@ -296,7 +301,7 @@ fn any_other_safetensors_file_is_called_what_it_is() {
 }
 
 #[test]
-fn saving_replaces_a_file_whole_and_leaves_nothing_beside_it() {
+fn saving_replaces_the_whole_file_and_leaves_no_other_file() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("w.safetensors");
     let (first, second) = (weights(100, 200, Group::default()), weights(2, 3, Group::Channel));
@@ -309,7 +314,7 @@ fn saving_replaces_a_file_whole_and_leaves_nothing_beside_it() {
 #[test]
 fn a_failed_save_leaves_nothing_behind() {
     let directory = tempfile::tempdir().unwrap();
-    // A directory stands where the file should go.
+    // A directory has the file's name.
     let path = directory.path().join("taken");
     std::fs::create_dir(&path).unwrap();
     let error = weights(2, 3, Group::default()).save(&path).unwrap_err();
@@ -321,7 +326,7 @@ fn a_failed_save_leaves_nothing_behind() {
 }
 
 #[test]
-fn file_errors_name_the_file_and_what_was_tried() {
+fn file_errors_name_the_file_and_the_action() {
     for path in ["no/such/directory/w.safetensors", "no-such-file.safetensors"] {
         let error = PackedWeights::load(path).unwrap_err();
         assert!(error.to_string().starts_with(&format!("{path}: cannot open")), "{error}");
@@ -350,7 +355,7 @@ fn the_same_weights_give_the_same_bytes() {
 }
 
 #[test]
-fn tensors_and_keys_that_do_not_belong_are_errors() {
+fn unknown_tensors_and_repeated_keys_are_errors() {
     let bytes = saved_bytes(&weights(2, 3, Group::default()));
     let mut contents = Contents::of(&bytes);
     contents.tensors.push(("more".to_owned(), Dtype::U8, vec![1], vec![0]));
@@ -378,7 +383,7 @@ fn tensors_and_keys_that_do_not_belong_are_errors() {
 fn a_header_beyond_the_limit_is_refused_before_it_is_read() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("w.safetensors");
-    // A file with a hole, as long as it says.
+    // A sparse file that is as long as its header claims.
     let file = std::fs::File::create(&path).unwrap();
     file.set_len(90_000_008).unwrap();
     std::io::Write::write_all(&mut &file, &90_000_000u64.to_le_bytes()).unwrap();
@@ -392,9 +397,11 @@ fn a_header_beyond_the_limit_is_refused_before_it_is_read() {
     ));
 }
 
-/// A fuzz target: whatever becomes of a file's bytes, it is an error or loads as weights that are saved and loaded again.
+/// A fuzz target: a file with changed bytes is an error,
+/// or loads as weights that can be saved and loaded again.
 ///
-/// It takes some seconds' worth of random changes; `BOLERO_RANDOM_TEST_TIME_MS=600000 BOLERO_RANDOM_ITERATIONS=1000000000` makes it ten minutes.
+/// By default it runs for some seconds.
+/// `BOLERO_RANDOM_TEST_TIME_MS=600000 BOLERO_RANDOM_ITERATIONS=1000000000` makes it run for ten minutes.
 #[test]
 fn fuzz_damaged_files() {
     let shapes = [
@@ -410,7 +417,8 @@ fn fuzz_damaged_files() {
         |(which, is_in_the_header, changes)| {
             let mut bytes = files[which as usize % files.len()].clone();
             for (position, change, byte) in changes {
-                // Most of a file is codes, of which any are right but for the checksum.
+                // Most of a file is codes, whose changes only break the checksum.
+                // So change the header's bytes often.
                 let limit = if is_in_the_header { bytes.len().min(600) } else { bytes.len() };
                 let at = position as usize % limit.max(1);
                 match change % 6 {
@@ -419,7 +427,7 @@ fn fuzz_damaged_files() {
                     2 => bytes.insert(at, byte),
                     3 if at < bytes.len() => drop(bytes.remove(at)),
                     4 => bytes.truncate(at),
-                    // A digit, quote or bracket, which the header is made of.
+                    // A digit, a quote or a bracket, as in the header.
                     _ if at < bytes.len() => bytes[at] = b"0123456789\"{}[],:"[byte as usize % 17],
                     _ => {}
                 }
@@ -441,7 +449,7 @@ mod unix {
     use super::*;
 
     #[test]
-    fn what_is_no_file_is_refused_and_stays() {
+    fn paths_that_are_no_regular_file_are_refused_and_kept() {
         let directory = tempfile::tempdir().unwrap();
         let fifo = directory.path().join("fifo");
         assert!(Command::new("mkfifo").arg(&fifo).status().unwrap().success());
@@ -462,14 +470,14 @@ mod unix {
     }
 
     #[test]
-    fn links_are_followed_and_permissions_kept() {
+    fn links_are_followed_and_permissions_are_kept() {
         let directory = tempfile::tempdir().unwrap();
         let path = |name: &str| directory.path().join(name);
         fs::create_dir(path("there")).unwrap();
         symlink("there/target", path("link")).unwrap();
         symlink("link", path("link to a link")).unwrap();
         let (old, new) = (weights(1, 1, Group::default()), weights(2, 2, Group::default()));
-        // At first the link leads nowhere.
+        // The link's target does not exist yet.
         old.save(path("link to a link")).unwrap();
         assert_eq!(PackedWeights::load(path("there/target")).unwrap(), old);
         fs::set_permissions(path("there/target"), Permissions::from_mode(0o600)).unwrap();
@@ -482,7 +490,7 @@ mod unix {
         assert!(new.save(path("circle")).is_err());
     }
 
-    /// Where the process that is killed saves.
+    /// The environment variable with the path that the killed process saves to.
     const VICTIM: &str = "LIQUIDGEMM_TEST_SAVES_TO";
 
     fn old_and_new() -> [PackedWeights; 2] {
@@ -512,7 +520,8 @@ mod unix {
                 .stdout(Stdio::null())
                 .spawn()
                 .unwrap();
-            // Random enough: some 20 ms pass until it saves, and a save takes about one.
+            // Vary the time of the kill. The first save begins after about 20 ms,
+            // and a save takes about 1 ms.
             std::thread::sleep(Duration::from_micros(15_000 + round * 4_321 % 60_000));
             victim.kill().unwrap();
             assert!(!victim.wait().unwrap().success(), "it ended by itself");

@@ -1,9 +1,12 @@
-//! Packing: codes and pairs survive every shape, and nothing invalid can be packed.
+//! Tests of `PackedWeights`: codes and pairs round-trip for every shape,
+//! and invalid weights cannot be packed.
+//!
+//! They test `src/packed.rs`; the brick layout is in `crates/format/src/brick.rs`.
 
 use liquidgemm::{Error, Group, PackedWeights};
 use proptest::prelude::*;
 
-/// `(codes, pairs)` for `[n, k]`, any that the invariant allows.
+/// Returns random `(codes, pairs)` for `[n, k]` that satisfy the invariant.
 fn codes_and_pairs(n: usize, groups: usize, k: usize, seed: u64) -> (Vec<u8>, Vec<(u8, u8)>) {
     let mut state = seed | 1;
     let mut below = move |bound: u64| {
@@ -35,7 +38,7 @@ fn check_round_trip(n: usize, k: usize, group: Group, seed: u64) {
     assert_eq!(packed.padded_channel_scales().len(), n.div_ceil(64) * 64);
     assert!(packed.padded_channel_scales()[n..].iter().all(|&scale| scale == 0.0));
 
-    // The same weights from their own stored parts.
+    // The stored parts give the same weights.
     let (stored_codes, stored_pairs) = (packed.codes().to_vec(), packed.pairs().to_vec());
     let again = PackedWeights::from_parts(stored_codes, stored_pairs, scales.clone(), n, k, group).unwrap();
     assert_eq!(again, packed);
@@ -45,9 +48,9 @@ fn check_round_trip(n: usize, k: usize, group: Group, seed: u64) {
     for channel in 0..n {
         for i in 0..k {
             let (s, a) = pairs[channel * groups + i / group_k];
-            let level1 = codes[channel * k + i] as i32 * s as i32 + a as i32 - 128;
-            assert_eq!(i32::from(packed.level1(channel, i)), level1);
-            assert_eq!(values[channel * k + i], level1 as f32 * scales[channel]);
+            let int8_weight = codes[channel * k + i] as i32 * s as i32 + a as i32 - 128;
+            assert_eq!(i32::from(packed.int8_weight(channel, i)), int8_weight);
+            assert_eq!(values[channel * k + i], int8_weight as f32 * scales[channel]);
         }
     }
 }

@@ -1,29 +1,33 @@
-//! The quantizer against its recipe, written down a second time the slow way.
+//! Tests of the weight quantizer against a second, slow implementation of its definition.
+//!
+//! They test `src/quantize.rs`.
 
 use half::{bf16, f16};
 use liquidgemm::{Error, Float, Group, PackedWeights};
 use proptest::prelude::*;
 
-/// Level 1 and 2 for one channel, straight from the definition: the scale, the int8 weights, and for every
-/// element its code and pair.
+/// Quantizes one channel straight from the definition.
+///
+/// Returns the channel scale, the int8 weights, and the `(q, s, a)` of every element:
+/// its code and its group's pair.
 fn reference(row: &[f32], group: usize) -> (f32, Vec<i32>, Vec<(i32, i32, i32)>) {
     let scale = row.iter().fold(0f32, |max, w| max.max(w.abs())) / 119.0;
-    let level1: Vec<i32> = row
+    let int8_weight: Vec<i32> = row
         .iter()
         .map(|w| if scale == 0.0 { 0 } else { (w / scale).round_ties_even().clamp(-119.0, 119.0) as i32 })
         .collect();
     let mut stored = Vec::new();
-    for group in level1.chunks(group) {
+    for group in int8_weight.chunks(group) {
         let (min, max) = (*group.iter().min().unwrap(), *group.iter().max().unwrap());
         let s = (((max - min) as f64 / 15.0).round() as i32).max(1);
-        // Where the recipe's own offset breaks the invariant, the largest that does not.
+        // If the offset 128 + min breaks the invariant, take the largest offset that keeps it.
         let a = (128 + min).min(255 - 15 * s);
         stored.extend(group.iter().map(|w| {
             let q = ((w + 128 - a) as f64 / s as f64).round().clamp(0.0, 15.0) as i32;
             (q, s, a)
         }));
     }
-    (scale, level1, stored)
+    (scale, int8_weight, stored)
 }
 
 fn check_against_reference<T: Float>(weights: &[T], n: usize, k: usize, group: Group) {
@@ -31,13 +35,13 @@ fn check_against_reference<T: Float>(weights: &[T], n: usize, k: usize, group: G
     let group_k = if let Group::K(group) = group { group } else { k };
     for channel in 0..n {
         let row: Vec<f32> = weights[channel * k..][..k].iter().map(|w| w.to_f32()).collect();
-        let (scale, level1, stored) = reference(&row, group_k);
+        let (scale, int8_weight, stored) = reference(&row, group_k);
         assert_eq!(packed.channel_scales()[channel], scale);
         for i in 0..k {
             let (s, a) = packed.pair(channel, i / 64);
             let got = (packed.code(channel, i) as i32, s as i32, a as i32);
             assert_eq!(got, stored[i], "channel {channel}, k {i}");
-            let error = (i32::from(packed.level1(channel, i)) - level1[i]).abs();
+            let error = (i32::from(packed.int8_weight(channel, i)) - int8_weight[i]).abs();
             assert!(error <= 8, "channel {channel}, k {i}: {error} off");
         }
     }
@@ -47,7 +51,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(100))]
 
     #[test]
-    fn every_code_and_pair_is_the_one_that_the_recipe_gives(
+    fn every_code_and_pair_follows_the_definition(
         n in 1usize..80,
         k in 1usize..300,
         group in prop_oneof![Just(Group::K(64)), Just(Group::K(128)), Just(Group::Channel)],
@@ -84,7 +88,8 @@ proptest! {
 
 #[test]
 fn subnormal_weights_are_not_clipped() {
-    // 178 · 2⁻¹⁴⁹ over 119 rounds to 2⁻¹⁴⁹, with which 119 · 2⁻¹⁴⁹ would be the largest weight.
+    // 178 · 2⁻¹⁴⁹ / 119 rounds to 2⁻¹⁴⁹.
+    // A scale of 2⁻¹⁴⁹ would clip all weights above 119 · 2⁻¹⁴⁹.
     for ulps in [1u32, 50, 59, 60, 119, 120, 178, 179, 300, 1000] {
         let value = f32::from_bits(ulps);
         let back = PackedWeights::quantize(&[value; 8], 1, 8, Group::default()).unwrap().dequantize();
@@ -106,7 +111,7 @@ fn constant_weights_are_kept_exactly_although_their_group_lies_at_the_top_of_the
     for value in [1.0f32, -1.0, 3.5e-20, 1e30] {
         let packed = PackedWeights::quantize(&[value; 200], 2, 100, Group::default()).unwrap();
         for k in 0..100 {
-            assert_eq!(packed.level1(1, k), if value > 0.0 { 119 } else { -119 });
+            assert_eq!(packed.int8_weight(1, k), if value > 0.0 { 119 } else { -119 });
         }
         assert!(packed.dequantize().iter().all(|w| (w / value - 1.0).abs() < 1e-6));
     }
@@ -117,7 +122,7 @@ fn channels_of_zeros_stand_for_zero() {
     for value in [0.0, -0.0] {
         let packed = PackedWeights::quantize(&[value; 70], 1, 70, Group::default()).unwrap();
         assert_eq!(packed.channel_scales(), [0.0]);
-        assert!((0..70).all(|k| packed.level1(0, k) == 0));
+        assert!((0..70).all(|k| packed.int8_weight(0, k) == 0));
         assert!(packed.dequantize().iter().all(|&w| w == 0.0));
     }
 }
@@ -126,9 +131,10 @@ fn channels_of_zeros_stand_for_zero() {
 fn weights_as_large_as_f32_allows_keep_a_finite_scale_and_their_sign() {
     let packed = PackedWeights::quantize(&[f32::MAX, -f32::MAX, 0.0], 1, 3, Group::default()).unwrap();
     assert!(packed.channel_scales()[0].is_finite());
-    // Level 2 may round up by a step, so in f32 the weight itself can lie just beyond the largest number.
-    assert_eq!([0, 1].map(|k| packed.level1(0, k).signum()), [1, -1]);
-    assert!(packed.level1(0, 2).abs() <= 8);
+    // Rounding to 4 bits may increase a weight's magnitude.
+    // Dequantized, it can then exceed the largest f32, so compare the int8 weights' signs.
+    assert_eq!([0, 1].map(|k| packed.int8_weight(0, k).signum()), [1, -1]);
+    assert!(packed.int8_weight(0, 2).abs() <= 8);
 }
 
 #[test]
@@ -145,8 +151,8 @@ fn weights_that_are_not_finite_are_named_by_their_first_position() {
 }
 
 #[test]
-fn a_relative_error_of_four_bits_is_reached_on_normal_weights() {
-    // Sums of twelve uniform numbers: near enough to a normal distribution.
+fn normally_distributed_weights_have_the_relative_error_of_four_bits() {
+    // Sums of twelve uniform numbers approximate a normal distribution.
     let mut state = 1u64;
     let mut uniform = || {
         state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);

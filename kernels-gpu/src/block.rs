@@ -1,101 +1,133 @@
-//! Shared memory as the kernel carves it up, and the full and empty barriers of its ring.
+//! A thread block's place in its cluster, its consumers, its shared memory,
+//! and the full and empty barriers of its pipeline.
 //!
-//! The layout is `liquidgemm_format::tile`'s, from which the host takes the size.
+//! The layout of shared memory is that of `liquidgemm_format::tile::TileShape`,
+//! from which the host takes the launch's shared-memory size.
 
-use cuda_std::cluster;
+use core::marker::PhantomData;
+
+use cuda_std::{cluster, shared};
 use liquidgemm_format::brick::BRICK_CHANNELS;
 use liquidgemm_format::stream::WeightStream;
-use liquidgemm_format::tile::{SPLIT_BARRIERS_BYTES, TileShape, WARPGROUP};
+use liquidgemm_format::tile::{MAX_SPLIT_ROUNDS, SPLIT_BARRIERS_BYTES, TileShape, WARPGROUP};
 
-use crate::dequant::SharePlace;
+use crate::dequant::FragmentAddress;
 use crate::ptx::{mbarrier, wgmma};
+use crate::shape::Shape;
 
-/// Where a block stands in its cluster.
+/// A thread block that computes tiles of shape `S`.
+#[derive(Clone, Copy)]
+pub struct Block<S> {
+    /// The thread block's shared memory.
+    pub shared: Shared,
+    /// The thread block's place in its cluster.
+    pub cluster: Cluster,
+    shape: PhantomData<S>,
+}
+
+impl<S: Shape> Block<S> {
+    /// Returns the calling thread block, for weights laid out as `stream` says.
+    #[inline(always)]
+    pub fn current(stream: WeightStream) -> Self {
+        Self {
+            shared: Shared::new(shared::dynamic_shared_mem(), S::SHAPE, stream),
+            cluster: Cluster::of_block(S::SHAPE),
+            shape: PhantomData,
+        }
+    }
+}
+
+/// A thread block's place in its cluster.
 #[derive(Clone, Copy)]
 pub struct Cluster {
-    /// The cluster's blocks that share activations; 1 where they share K.
+    /// Thread blocks of the cluster that share activation tiles; 1 with cluster split-K.
     pub blocks: u32,
-    /// This block's rank among them.
+    /// The thread block's rank among those; 0 with cluster split-K.
     pub rank: u32,
-    /// Which part of its tiles' K the block multiplies, where blocks share that; else 0.
+    /// With cluster split-K, the part of the tile's K that the thread block multiplies; otherwise 0.
     pub part: u32,
 }
 
 impl Cluster {
-    /// Of this block, whose tile has a shape.
+    /// Returns the place of the calling thread block, which computes tiles of shape `shape`.
     #[inline(always)]
     pub fn of_block(shape: TileShape) -> Self {
-        if shape.split > 1 {
+        if shape.cluster_split > 1 {
             Self { blocks: 1, rank: 0, part: cluster::block_rank() }
         } else {
             Self { blocks: cluster::blocks(), rank: cluster::block_rank(), part: 0 }
         }
     }
 
-    /// Tokens of a tile that each block loads for all of them, an equal part. There is a power of two of blocks.
+    /// Returns the tokens of a tile that each thread block loads and multicasts to all: an equal part.
+    ///
+    /// The number of thread blocks is a power of two, so a shift replaces the division.
     #[inline(always)]
     pub fn part_tokens(self, shape: TileShape) -> u32 {
         shape.tokens >> self.blocks.trailing_zeros()
     }
 
-    /// Blocks that finish tokens of the tile, besides this one.
+    /// Returns the number of other thread blocks that finish tokens of the tile.
+    /// This thread block sends sums to all of them.
     #[inline(always)]
     pub fn receivers(self, shape: TileShape) -> u32 {
         shape.finishers() - (self.part < shape.finishers()) as u32
     }
 
-    /// Tokens of an activation box: [`TileShape::box_tokens`] without a division.
+    /// Returns the tokens of an activation box: [`TileShape::box_tokens`] without a division.
     #[inline(always)]
     pub fn box_tokens(self, shape: TileShape) -> u32 {
-        if shape.split > 1 { shape.finished_tokens() } else { self.part_tokens(shape) }
+        if shape.cluster_split > 1 { shape.finished_tokens() } else { self.part_tokens(shape) }
     }
 }
 
-/// The barriers of a consumer's exchange with the other blocks that share its tile's K.
+/// The barriers through which a consumer exchanges sums with the other thread blocks in cluster split-K.
 #[derive(Clone, Copy)]
 pub struct SplitBarriers(u32);
 
 impl SplitBarriers {
-    /// The sums of this round of the epilogue, the first or the second, are here.
+    /// Returns the barrier that completes when the other thread blocks' sums of a round have arrived.
+    ///
+    /// `round` is below [`MAX_SPLIT_ROUNDS`]. A round is a part of the epilogue.
     #[inline(always)]
     pub fn arrived(self, round: u32) -> u32 {
         self.0 + round * 8
     }
 
-    /// The blocks that get sums from here have taken theirs.
+    /// Returns the barrier that completes when the receivers of this consumer's sums have added them.
     #[inline(always)]
     pub fn taken(self) -> u32 {
-        self.0 + 16
+        self.0 + MAX_SPLIT_ROUNDS * 8
     }
 }
 
-/// Which of a block's consumers a warpgroup is, and which of its threads a thread.
+/// The consumer that a warpgroup is, and a thread's index in it.
 #[derive(Clone, Copy)]
 pub struct Consumer {
-    /// Among the block's consumers.
+    /// Index among the thread block's consumers.
     pub index: u32,
-    /// The strip of the block's tile that it works on.
+    /// The strip of the thread block's tile that the consumer computes.
     pub strip: u32,
-    /// Which bricks of each span are its own, where two consumers share a strip: the first or the second.
-    pub half: u32,
-    /// The thread in the warpgroup.
+    /// With warpgroup split-K, the brick of each K-tile that the consumer multiplies, 0 or 1; otherwise 0.
+    pub k_index: u32,
+    /// The thread's index in the warpgroup.
     pub thread: u32,
 }
 
 impl Consumer {
-    /// The consumer that a block's thread belongs to.
+    /// Returns the consumer of `warpgroup`, for the thread `thread` of the thread block.
     #[inline(always)]
     pub fn of_warpgroup(warpgroup: u32, thread: u32, shape: TileShape) -> Self {
-        let (strip, half) = match shape.strips {
-            _ if shape.halves == 1 => (warpgroup, 0),
+        let (strip, k_index) = match shape.strips {
+            _ if shape.warpgroup_split == 1 => (warpgroup, 0),
             1 => (0, warpgroup),
             _ => (warpgroup % 2, warpgroup / 2),
         };
-        Self { index: warpgroup, strip, half, thread: thread % WARPGROUP }
+        Self { index: warpgroup, strip, k_index, thread: thread % WARPGROUP }
     }
 }
 
-/// The block's shared memory for one tile shape.
+/// A thread block's shared memory, laid out for one tile shape.
 #[derive(Clone, Copy)]
 pub struct Shared {
     base: u32,
@@ -104,189 +136,202 @@ pub struct Shared {
 }
 
 impl Shared {
-    /// The memory at `base`, 1,024-byte aligned and at least `shape.shared_bytes()` long, for weights of this layout.
+    /// Returns the shared memory at `base`, for weights laid out as `stream` says.
+    ///
+    /// `base` is aligned to 1,024 bytes and `shape.shared_bytes()` bytes are valid there.
     #[inline(always)]
-    pub fn new(base: u32, shape: TileShape, stream: WeightStream) -> Self {
+    fn new(base: u32, shape: TileShape, stream: WeightStream) -> Self {
         Self { base, shape, stream }
     }
 
-    /// How the weights are laid out, in device memory and here.
+    /// Returns the layout of the weights, which is the same in device and shared memory.
     #[inline(always)]
     pub fn stream(self) -> WeightStream {
         self.stream
     }
 
-    /// The address of a stage.
+    /// Returns the address of a stage.
     #[inline(always)]
     fn stage(self, stage: u32) -> u32 {
         self.base + stage * self.shape.stage_bytes()
     }
 
-    /// The activation tiles of a stage, one behind the other: a row of 128 bytes a token, swizzled.
+    /// Returns the address of a stage's activation tiles.
+    ///
+    /// The tiles of the stage's K-tiles follow one another.
+    /// A tile has a row of 128 bytes for each token, with the 128-byte swizzle.
     #[inline(always)]
     pub fn activations(self, stage: u32) -> u32 {
         self.stage(stage)
     }
 
-    /// The descriptor of a stage's first activation tile.
+    /// Returns the lower half of the wgmma descriptor of a stage's first activation tile.
     #[inline(always)]
     pub fn activation_descriptor(self, stage: u32) -> u32 {
         wgmma::descriptor(self.base) + stage * wgmma::descriptor_step(self.shape.stage_bytes())
     }
 
-    /// The bricks of a strip in a stage, span by span: the codes, then the pairs.
+    /// Returns the address of a strip's bricks in a stage: for each K-tile the codes, then the pairs.
     #[inline(always)]
     pub fn bricks(self, stage: u32, strip: u32) -> u32 {
         self.stage(stage) + self.shape.bricks_offset() + strip * self.shape.strip_stage_bytes()
     }
 
-    /// Where a consumer's thread finds its share of the first brick that is the consumer's own, in stage 0.
+    /// Returns the address of a thread's A fragment in stage 0, in the consumer's first brick.
     #[inline(always)]
-    pub fn share_place(self, consumer: Consumer) -> SharePlace {
-        SharePlace::of_thread(consumer.thread)
+    pub fn fragment_address(self, consumer: Consumer) -> FragmentAddress {
+        FragmentAddress::of_thread(consumer.thread)
             .moved(self.bricks(0, consumer.strip))
-            .in_brick(consumer.half, self.stream)
+            .in_brick(consumer.k_index, self.stream)
     }
 
-    /// The buffer in which a consumer transposes its result.
+    /// Returns the address of a consumer's transposition buffers.
     #[inline(always)]
     pub fn epilogue(self, consumer: Consumer) -> u32 {
         self.base + self.shape.epilogue_offset() + consumer.index * self.shape.epilogue_bytes()
     }
 
-    /// The buffer through which a strip's two consumers exchange sums.
+    /// Returns the address of the buffer through which the two consumers of a strip exchange sums.
     #[inline(always)]
     pub fn exchange(self, strip: u32) -> u32 {
         self.base + self.shape.exchange_offset() + strip * self.shape.exchange_bytes()
     }
 
-    /// The buffer in which a consumer gets the other blocks' sums, where blocks share a tile's K.
+    /// Returns the address of the buffer that receives other thread blocks' sums in cluster split-K.
     #[inline(always)]
     pub fn other_sums(self, consumer: Consumer) -> u32 {
         self.base + self.shape.split_offset() + consumer.index * self.shape.split_bytes()
     }
 
-    /// The barriers of that exchange, of a consumer by its index.
+    /// Returns the barriers of that exchange, for the consumer with index `consumer`.
     #[inline(always)]
     pub fn split_barriers(self, consumer: u32) -> SplitBarriers {
         SplitBarriers(self.base + self.shape.split_barriers_offset() + consumer * SPLIT_BARRIERS_BYTES)
     }
 
-    /// A consumer's copy of the tile's token scales.
+    /// Returns the address of a consumer's copy of the tile's token scales, one f32 each.
     #[inline(always)]
     pub fn token_scales(self, consumer: Consumer) -> u32 {
         self.base + self.shape.token_scales_offset() + consumer.index * self.shape.tokens * 4
     }
 
-    /// A consumer's copy of its channels' scales and biases.
+    /// Returns the address of a consumer's copy of its channels' scales and biases, two f32 per channel.
     #[inline(always)]
     pub fn channels(self, consumer: Consumer) -> u32 {
         self.base + self.shape.channels_offset() + consumer.index * BRICK_CHANNELS as u32 * 8
     }
 
-    /// The full barrier of a span of a stage.
+    /// Returns the full barrier of a K-tile of a stage.
     #[inline(always)]
-    pub fn full(self, stage: u32, span: u32) -> u32 {
-        self.stage(stage) + self.shape.barriers_offset() + span * 8
+    pub fn full(self, stage: u32, k_tile: u32) -> u32 {
+        self.stage(stage) + self.shape.barriers_offset() + k_tile * 8
     }
 
+    /// Returns the empty barrier of a stage.
     #[inline(always)]
     fn empty(self, stage: u32) -> u32 {
-        self.full(stage, self.shape.spans())
+        self.full(stage, self.shape.k_tiles())
     }
 
-    /// Makes the ring's barriers, for a cluster of so many blocks.
+    /// Initializes the barriers of the ring and of the exchange between thread blocks.
     ///
-    /// A stage is empty after the arrivals of every thread of the block's own consumers, as each reads bricks, and of
-    /// one thread for each consumer warp of the cluster's other blocks, which share the activations.
+    /// Every thread of the thread block's own consumers arrives at an empty barrier,
+    /// because each of them reads bricks.
+    /// One thread of each consumer warp of the cluster's other thread blocks arrives as well,
+    /// because they share the activations.
     ///
     /// # Safety
-    /// One thread calls it, and a barrier of the cluster separates it from every use of the ring.
+    /// One thread calls it. A barrier of the whole cluster separates the call from every use of the barriers.
     #[inline(always)]
     pub unsafe fn init_barriers(self, cluster: Cluster) {
         let consumers = self.shape.consumers();
         let empty_arrivals = consumers * WARPGROUP + (cluster.blocks - 1) * consumers * (WARPGROUP / 32);
         let mut stage = 0;
         while stage < self.shape.stages {
-            // SAFETY: the barriers lie inside the block's shared memory.
+            // SAFETY: the barriers lie inside the thread block's shared memory.
             unsafe {
-                let mut span = 0;
-                while span < self.shape.spans() {
-                    mbarrier::init(self.full(stage, span), self.shape.full_arrivals());
-                    span += 1;
+                let mut k_tile = 0;
+                while k_tile < self.shape.k_tiles() {
+                    mbarrier::init(self.full(stage, k_tile), self.shape.full_arrivals());
+                    k_tile += 1;
                 }
                 mbarrier::init(self.empty(stage), empty_arrivals);
             }
             stage += 1;
         }
         let mut consumer = 0;
-        while consumer < consumers && self.shape.split > 1 {
+        while consumer < consumers && self.shape.cluster_split > 1 {
             let barriers = self.split_barriers(consumer);
-            // SAFETY: as above.
+            // SAFETY: the barriers lie inside the thread block's shared memory.
             unsafe {
-                mbarrier::init(barriers.arrived(0), 1);
-                mbarrier::init(barriers.arrived(1), 1);
-                // With nobody to hand anything to, nobody waits.
+                let mut round = 0;
+                while round < MAX_SPLIT_ROUNDS {
+                    mbarrier::init(barriers.arrived(round), 1);
+                    round += 1;
+                }
+                // Without receivers nobody waits on this barrier, but a barrier needs at least one arrival.
                 let receivers = cluster.receivers(self.shape);
                 mbarrier::init(barriers.taken(), receivers.max(1) * (WARPGROUP / 32));
             }
             consumer += 1;
         }
-        // SAFETY: this thread made the barriers.
+        // SAFETY: this thread initialized the barriers.
         unsafe { mbarrier::fence_init() }
     }
 
-    /// Producer: waits until the consumers are done with a stage.
+    /// Producer: waits until the consumers have released a stage.
     ///
     /// # Safety
-    /// The barriers are made.
+    /// The barriers are initialized.
     #[inline(always)]
     pub unsafe fn acquire_empty(self, stage: u32, parity: u32) {
-        // SAFETY: the caller vouches for the barriers.
+        // SAFETY: the caller guarantees that the barriers are initialized.
         unsafe { mbarrier::wait(self.empty(stage), parity) }
     }
 
-    /// Producer: announces `bytes` of this producer's copies into a span of a stage, and returns the barrier on which they
-    /// count.
+    /// Producer: announces `bytes` of its copies into a K-tile of a stage.
+    /// Returns the full barrier that must count them.
     ///
     /// # Safety
     /// The stage is acquired; the producer's whole warp calls it.
     #[inline(always)]
-    pub unsafe fn announce(self, stage: u32, span: u32, bytes: u32) -> u32 {
-        let full = self.full(stage, span);
-        // SAFETY: the caller vouches for the barriers.
+    pub unsafe fn announce(self, stage: u32, k_tile: u32, bytes: u32) -> u32 {
+        let full = self.full(stage, k_tile);
+        // SAFETY: the caller guarantees that the barriers are initialized and the warp is whole.
         unsafe { mbarrier::arrive_expect(full, bytes) };
         full
     }
 
-    /// Consumer: whether a span of a stage has its data.
+    /// Consumer: returns whether a K-tile of a stage has arrived.
     ///
     /// # Safety
-    /// The barriers are made.
+    /// The barriers are initialized.
     #[inline(always)]
-    pub unsafe fn is_full(self, stage: u32, span: u32, parity: u32) -> bool {
-        // SAFETY: the caller vouches for the barriers.
-        unsafe { mbarrier::test(self.full(stage, span), parity) }
+    pub unsafe fn is_full(self, stage: u32, k_tile: u32, parity: u32) -> bool {
+        // SAFETY: the caller guarantees that the barriers are initialized.
+        unsafe { mbarrier::test(self.full(stage, k_tile), parity) }
     }
 
-    /// Consumer: waits until a span of a stage has its data.
+    /// Consumer: waits until a K-tile of a stage has arrived.
     ///
     /// # Safety
-    /// The barriers are made.
+    /// The barriers are initialized.
     #[inline(always)]
-    pub unsafe fn acquire_full(self, stage: u32, span: u32, parity: u32) {
-        // SAFETY: the caller vouches for the barriers.
-        unsafe { mbarrier::wait(self.full(stage, span), parity) }
+    pub unsafe fn acquire_full(self, stage: u32, k_tile: u32, parity: u32) {
+        // SAFETY: the caller guarantees that the barriers are initialized.
+        unsafe { mbarrier::wait(self.full(stage, k_tile), parity) }
     }
 
-    /// Consumer: gives a stage back to the producers of all the cluster's blocks. Every thread calls it.
+    /// Consumer: releases a stage to the producers of all thread blocks in the cluster.
     ///
     /// # Safety
-    /// The barriers are made, and the warp no longer reads the stage.
+    /// Every thread of the consumer calls it.
+    /// The barriers are initialized, and the warp no longer reads the stage.
     #[inline(always)]
     pub unsafe fn release(self, stage: u32, cluster: Cluster, lane: u32) {
         let empty = self.empty(stage);
-        // SAFETY: the caller vouches for the barriers, the cluster's blocks end together.
+        // SAFETY: the caller guarantees that the barriers are initialized;
+        // the cluster's thread blocks end together, so the remote barriers still exist.
         unsafe {
             mbarrier::arrive(empty);
             if lane < cluster.blocks && lane != cluster.rank {

@@ -1,53 +1,76 @@
-//! The device side of LiquidGEMM: the kernels that the host crate launches by name.
+//! LiquidGEMM's device crate: the kernels that the host launches by name.
 //!
-//! [`gemm`] reads top to bottom in the order in which things happen; [`dequant`], [`pipeline`], [`partials`] and
-//! [`epilogue`] are its parts; [`ablation`] has what it is compared with. [`wide`] is the same for the widest tiles, [`skinny`] is the kernel for few tokens. Below them
-//! lie the instructions, [`ptx`].
+//! It relies on `liquidgemm_format` for everything that host and device must agree on:
+//! layouts, tile shapes, schedules and kernel arguments.
+//! `cargo xtask ptx` compiles it to PTX. `host/src/gpu/kernels.rs` embeds the library's kernels,
+//! and `crates/bench` embeds the probes and the ablation.
+//! A kernel and its launcher have the same name:
+//! [`gemm`] and `host/src/gpu/gemm.rs`, [`skinny`] and `host/src/gpu/skinny.rs`,
+//! [`probes`] and `crates/bench/src/probes.rs`, [`ablation`] and `crates/bench/src/ablation`.
+//!
+//! | module | contents |
+//! |---|---|
+//! | [`gemm`] | the tiled GEMM: kernel, producer, main loop, consumer; the consumer-loaded kernel |
+//! | [`reduce`] | reduction of a tile's partial sums: warpgroup split-K, cluster split-K, stream-K |
+//! | [`epilogue`] | from the int32 sums to the output |
+//! | [`skinny`] | the GEMM for few tokens |
+//! | [`ablation`], [`probes`] | kernels that the bench compares with the library's |
+//! | [`dequant`] | dequantization of 4-bit codes to int8 weights |
+//! | [`block`] | a thread block's place in its cluster, its shared memory and its pipeline barriers |
+//! | [`shape`] | a kernel's tile shape as a type |
+//! | [`ptx`] | one function for each PTX instruction |
 
 #![no_std]
 #![feature(abi_ptx, asm_experimental_arch)]
 
 pub mod ablation;
+pub mod block;
 pub mod dequant;
 pub mod epilogue;
 pub mod gemm;
-pub mod halves;
-pub mod partials;
-pub mod pipeline;
 pub mod probes;
 pub mod ptx;
+pub mod reduce;
+pub mod shape;
 pub mod skinny;
-pub mod split;
-pub mod wide;
 
 use cuda_std::kernel;
 use liquidgemm_format::arguments::{GemmArguments, SkinnyArguments};
 use liquidgemm_format::skinny::{GROUP_TOKENS, SkinnyShape, THREADS};
 use liquidgemm_format::tile::TileShape;
-use liquidgemm_format::tile_shapes;
+use liquidgemm_format::{skinny_shapes, tile_shapes};
 
 use dequant::LiquidQuant;
-use gemm::{StageWalk, TokenBoxes};
+use gemm::main_loop::StageWalk;
+use gemm::producer::TokenBoxes;
 use ptx::wgmma;
+use shape::Shape;
 
-/// The shape of so many strips, tokens, halves and blocks that share K.
-const fn shape(strips: u32, tokens: u32, halves: u32, split: u32) -> TileShape {
-    match TileShape::find(strips, tokens, halves, split) {
+/// Returns the tile shape with these strips and tokens that has a kernel.
+///
+/// `warpgroup_split` is the number of consumers per strip,
+/// `cluster_split` the number of thread blocks that share a tile's K.
+///
+/// # Panics
+/// When the crate is compiled, if no kernel has such a shape.
+const fn shape(strips: u32, tokens: u32, warpgroup_split: u32, cluster_split: u32) -> TileShape {
+    match TileShape::find(strips, tokens, warpgroup_split, cluster_split) {
         Some(shape) => shape,
         None => panic!("no such tile shape"),
     }
 }
 
-/// The accumulator of a tile of so many tokens.
+/// The accumulator of a strip and `TOKENS` tokens.
 type AccumulatorOf<const TOKENS: u32> = <wgmma::Tokens<TOKENS> as wgmma::HasAccumulator>::Accumulator;
 
+/// Defines a kernel for each tile shape in the list of [`tile_shapes!`].
 macro_rules! gemm_kernels {
-    ($($name:ident: $strips:literal, $tokens:literal, $halves:literal, $split:literal, $threads:literal, $module:ident;)*) => {
+    ($($name:ident: $strips:literal, $tokens:literal, $warpgroup_split:literal, $cluster_split:literal, $threads:literal, $module:ident;)*) => {
         $(
             #[doc = concat!("[`", stringify!($module), "::gemm`] for ", $strips, " strips and ", $tokens, " tokens.")]
             ///
             /// # Safety
-            /// See there.
+            /// See the function that it calls.
             #[kernel(max_threads = $threads, min_blocks = 1)]
             pub unsafe fn $name(
                 #[grid_constant] activations: cuda_std::TensorMap,
@@ -55,83 +78,87 @@ macro_rules! gemm_kernels {
                 #[grid_constant] output: cuda_std::TensorMap,
                 arguments: GemmArguments,
             ) {
-                const SHAPE: TileShape = shape($strips, $tokens, $halves, $split);
-                const _: () = assert!(SHAPE.threads() == $threads);
+                #[derive(Clone, Copy)]
+                struct Tile;
+                impl Shape for Tile {
+                    const SHAPE: TileShape = shape($strips, $tokens, $warpgroup_split, $cluster_split);
+                }
+                const _: () = assert!(Tile::SHAPE.threads() == $threads);
                 let activations = TokenBoxes { whole: activations, last: last_activations };
-                // SAFETY: the launcher vouches for the arguments.
-                unsafe { gemm_kernels!(@$module SHAPE, $strips, $tokens, $halves, $split)(activations, output, &arguments) }
+                // SAFETY: the launcher guarantees that the arguments are valid.
+                unsafe { gemm_kernels!(@$module Tile, $tokens)(activations, output, &arguments) }
             }
         )*
     };
-    (@gemm $shape:ident, $strips:literal, $tokens:literal, $halves:literal, $split:literal) => {
+    (@gemm $tile:ident, $tokens:literal) => {
         gemm::gemm::<
             AccumulatorOf<$tokens>,
-            StageWalk<LiquidQuant, { $shape.stages }>,
-            $strips,
-            $halves,
-            $split,
-            { $shape.stages },
+            StageWalk<LiquidQuant, $tile, { $tile::SHAPE.stages }>,
+            { $tile::SHAPE.stages },
         >
     };
-    (@wide $shape:ident, $strips:literal, $tokens:literal, $halves:literal, $split:literal) => {
-        wide::gemm::<AccumulatorOf<$tokens>, $strips, { $shape.stages }>
+    (@consumer_loaded $tile:ident, $tokens:literal) => {
+        gemm::consumer_loaded::gemm::<AccumulatorOf<$tokens>, $tile, { $tile::SHAPE.stages }>
     };
 }
 tile_shapes!(gemm_kernels);
 
-/// The shape for few tokens of so many units and groups of 8 tokens.
-const fn skinny_shape(units: u32, groups: u32) -> SkinnyShape {
-    match SkinnyShape::find(units, groups * GROUP_TOKENS) {
-        Some(shape) => shape,
-        None => panic!("no such shape"),
-    }
-}
-
-macro_rules! skinny_kernel {
-    ($name:ident, $units:literal, $groups:literal) => {
-        #[doc = concat!("[`skinny::skinny`] for ", $units, " units and ", $groups, " x 8 tokens.")]
-        ///
-        /// # Safety
-        /// See [`skinny::skinny`].
-        #[kernel(max_threads = 256, min_blocks = 2)]
-        pub unsafe fn $name(#[grid_constant] activations: cuda_std::TensorMap, arguments: SkinnyArguments) {
-            const SHAPE: SkinnyShape = skinny_shape($units, $groups);
-            const _: () = assert!(THREADS == 256);
-            // SAFETY: the launcher vouches for the arguments.
-            unsafe {
-                skinny::skinny::<$units, $groups, { SHAPE.activation_stages }, { SHAPE.weight_stages() - 2 }>(
-                    activations,
-                    &arguments,
-                )
+/// Defines a kernel for each shape in the list of [`skinny_shapes!`].
+macro_rules! skinny_kernels {
+    ($($name:ident: $m16_tiles:literal, $tokens:literal, $stage_bricks:literal, $stages:literal;)*) => {
+        $(
+            #[doc = concat!("[`skinny::skinny`] for ", $m16_tiles, " m16 tiles and ", $tokens, " tokens.")]
+            ///
+            /// # Safety
+            /// See [`skinny::skinny`].
+            #[kernel(max_threads = 256, min_blocks = 2)]
+            pub unsafe fn $name(#[grid_constant] activations: cuda_std::TensorMap, arguments: SkinnyArguments) {
+                const SHAPE: SkinnyShape = match SkinnyShape::find($m16_tiles, $tokens) {
+                    Some(shape) => shape,
+                    None => panic!("no such shape"),
+                };
+                const _: () = assert!(THREADS == 256);
+                // SAFETY: the launcher guarantees that the arguments are valid.
+                unsafe {
+                    skinny::skinny::<
+                        $m16_tiles,
+                        { ($tokens / GROUP_TOKENS) as usize },
+                        { SHAPE.activation_stages },
+                        { SHAPE.weight_stages() - 2 },
+                    >(activations, &arguments)
+                }
             }
-        }
+        )*
     };
 }
+skinny_shapes!(skinny_kernels);
 
-skinny_kernel!(skinny_32x8, 2, 1);
-skinny_kernel!(skinny_64x8, 4, 1);
-skinny_kernel!(skinny_96x8, 6, 1);
-skinny_kernel!(skinny_32x16, 2, 2);
-skinny_kernel!(skinny_64x16, 4, 2);
-skinny_kernel!(skinny_96x16, 6, 2);
-skinny_kernel!(skinny_32x32, 2, 4);
-
-/// [`probes::stream`].
+/// Reads memory as fast as it can: [`probes::stream`].
 ///
 /// # Safety
-/// See there.
+/// See [`probes::stream`].
 #[kernel(max_threads = 32, min_blocks = 1)]
 pub unsafe fn probe_stream(source: u64, pieces: u32) {
-    // SAFETY: the launcher vouches for the arguments.
+    // SAFETY: the launcher guarantees that the arguments are valid.
     unsafe { probes::stream(source, pieces) }
 }
 
-/// [`probes::mma`].
+/// Issues wgmmas as fast as it can: [`probes::mma`].
 ///
 /// # Safety
-/// See there.
+/// See [`probes::mma`].
 #[kernel(max_threads = 256, min_blocks = 1)]
 pub unsafe fn probe_mma(sink: u64, rounds: u32) {
-    // SAFETY: the launcher vouches for the arguments.
+    // SAFETY: the launcher guarantees that the arguments are valid.
     unsafe { probes::mma(sink, rounds) }
 }
+
+/// Does nothing.
+///
+/// The host asks the driver how many clusters of this kernel can be resident at a time,
+/// if each thread block takes all the shared memory that it can.
+///
+/// # Safety
+/// No requirements.
+#[kernel(max_threads = 32, min_blocks = 1)]
+pub unsafe fn occupancy() {}

@@ -1,24 +1,28 @@
-//! Speed-of-light probes: what the memory and the tensor cores give to a kernel that does nothing else.
+//! Speed-of-light probes: one kernel only reads memory, one only issues wgmmas.
 //!
-//! The bench measures them beside the GEMM; the host twin is `host/src/gpu/probes.rs`.
+//! The bench times them beside the GEMM; the host twin is `crates/bench/src/probes.rs`.
+//! Both sides take sizes from `liquidgemm_format::probe`.
 
 use cuda_std::{shared, thread, warp};
 use liquidgemm_format::probe::{MMA_TILE_BYTES, STREAM_PIECE_BYTES, STREAM_STAGES};
 use liquidgemm_format::ring::RingCursor;
 
 use crate::ptx::memory::{store_global, store_shared};
-use crate::ptx::wgmma::{Accumulator, Accumulator256, BlockVisitor};
+use crate::ptx::wgmma::{Accumulator, Accumulator256, FragmentVisitor};
 use crate::ptx::{mbarrier, tma, wgmma};
 
-/// Pulls `pieces` pieces of memory through shared memory and drops them.
+/// Loads `pieces` pieces of [`STREAM_PIECE_BYTES`] into shared memory by bulk copies, and drops them.
+///
+/// The thread blocks of the grid take pieces round robin.
+/// Each keeps up to [`STREAM_STAGES`] copies in flight.
 ///
 /// # Safety
-/// As many bytes are valid at `source`, 16-byte aligned. A block is one warp.
+/// As many bytes are valid at `source`, which is 16-byte aligned. A thread block has one warp.
 #[inline(always)]
 pub unsafe fn stream(source: u64, pieces: u32) {
     let base = shared::dynamic_shared_mem();
     let barriers = base + STREAM_STAGES * STREAM_PIECE_BYTES;
-    // SAFETY: barriers and stages lie in the block's shared memory; the caller vouches for the source.
+    // SAFETY: barriers and stages lie in the thread block's shared memory; the caller guarantees the source.
     unsafe {
         let mut stage = 0;
         while stage < STREAM_STAGES && thread::thread_idx_x() == 0 {
@@ -66,10 +70,12 @@ pub unsafe fn stream(source: u64, pieces: u32) {
     }
 }
 
-/// Issues `rounds` (at least one) × 4 wgmmas m64n256k32 a warpgroup, on pseudo-random operands, and nothing else.
+/// Issues `rounds` × 4 wgmmas m64n256k32 per warpgroup on pseudo-random operands.
+///
+/// `rounds` is at least 1. Each thread stores the XOR of its sums, so that the compiler keeps the products.
 ///
 /// # Safety
-/// A u32 for every thread of the grid is valid at `sink`; the block has two warpgroups.
+/// `sink` is an array of one u32 for each thread of the grid. A thread block has two warpgroups.
 #[inline(always)]
 pub unsafe fn mma(sink: u64, rounds: u32) {
     let base = shared::dynamic_shared_mem();
@@ -80,11 +86,11 @@ pub unsafe fn mma(sink: u64, rounds: u32) {
     };
     let mut offset = thread * 4;
     while offset < MMA_TILE_BYTES {
-        // SAFETY: inside the block's shared memory.
+        // SAFETY: the address is inside the thread block's shared memory.
         unsafe { store_shared(base + offset, random(offset)) };
         offset += 256 * 4;
     }
-    // SAFETY: orders the stores above before the tensor cores' reads.
+    // SAFETY: the fence orders the stores above before the tensor cores' reads.
     unsafe { mbarrier::fence_async() };
     thread::sync_threads();
 
@@ -93,7 +99,7 @@ pub unsafe fn mma(sink: u64, rounds: u32) {
     let tile = wgmma::descriptor(base);
     let mut accumulator = Accumulator256::zero();
     let mut round = 0;
-    // SAFETY: whole warpgroups; the operands are not touched while wgmmas run.
+    // SAFETY: whole warpgroups execute this, and no operand changes while wgmmas run.
     unsafe {
         loop {
             wgmma::fence();
@@ -110,16 +116,16 @@ pub unsafe fn mma(sink: u64, rounds: u32) {
     let mut mix = Mix(0);
     accumulator.visit(&mut mix);
     let index = thread::block_idx_x() as u64 * 256 + thread as u64;
-    // SAFETY: one element a thread.
+    // SAFETY: `sink` has an element for each thread.
     unsafe { store_global(sink + index * 4, mix.0 as u32) };
 }
 
-/// Keeps the compiler from dropping the sums.
+/// The XOR of a thread's sums, stored so that the compiler keeps the products.
 struct Mix(i32);
 
-impl BlockVisitor for Mix {
+impl FragmentVisitor for Mix {
     #[inline(always)]
-    fn block(&mut self, _: u32, block: &mut [i32; 4]) {
-        self.0 ^= block[0] ^ block[1] ^ block[2] ^ block[3];
+    fn fragment(&mut self, _: u32, sums: &mut [i32; 4]) {
+        self.0 ^= sums[0] ^ sums[1] ^ sums[2] ^ sums[3];
     }
 }

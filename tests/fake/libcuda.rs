@@ -1,16 +1,18 @@
-//! A driver for tests without a GPU: a library that reports whatever machine the environment asks for. Device memory is
-//! only numbers: what is copied there is dropped, and what is copied back are zeros. `tests/driver.rs` compiles it at run time.
+//! A fake CUDA driver for tests without a GPU. `tests/driver.rs` compiles it at run time.
 //!
-//! | variable | what it sets | otherwise |
+//! It reports the machine that the environment describes.
+//! Device memory has addresses but no contents: copies to it are dropped, and copies from it give zeros.
+//!
+//! | variable | sets | default |
 //! |---|---|---|
-//! | `FAKE_CUDA_VERSION` | what `cuDriverGetVersion` reports | 12080 |
+//! | `FAKE_CUDA_VERSION` | the version from `cuDriverGetVersion` | 12080 |
 //! | `FAKE_CUDA_INIT` | the status of `cuInit` | 0 |
-//! | `FAKE_CUDA_DEVICES` | how many GPUs there are | 1 |
-//! | `FAKE_CUDA_CAPABILITY` | ten times their compute capability; for several GPUs with commas between | 90 |
+//! | `FAKE_CUDA_DEVICES` | the number of GPUs | 1 |
+//! | `FAKE_CUDA_CAPABILITY` | ten times the compute capability, of several GPUs with commas between | 90 |
 //! | `FAKE_CUDA_LAUNCH` | the status of every launch | 912 |
 //!
-//! It keeps account of allocations, contexts and launches; the functions called `fake…`, which no driver has, make any one call fail and say
-//! what went wrong.
+//! It tracks allocations, contexts and launches.
+//! The `fake…` functions, which no real driver has, make one chosen call fail and report what was tracked.
 
 use std::cell::Cell;
 use std::collections::HashMap;
@@ -18,30 +20,33 @@ use std::ffi::{c_char, c_int, c_uint, c_void};
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, AtomicU64, Ordering::SeqCst};
 use std::sync::{LazyLock, Mutex, MutexGuard};
 
-/// `CUDA_ERROR_INVALID_CLUSTER_SIZE`, which `cust` has no name for: what launches return unless told otherwise.
+/// `CUDA_ERROR_INVALID_CLUSTER_SIZE`, the default status of launches. `cust` has no name for it.
 const INVALID_CLUSTER_SIZE: c_int = 912;
-/// `CUDA_ERROR_UNKNOWN`: what a call returns that was made to fail.
+/// `CUDA_ERROR_UNKNOWN`, the status of a call that is made to fail.
 const UNKNOWN: c_int = 999;
-/// `CUDA_ERROR_INVALID_CONTEXT`: what calls return that need a current context.
+/// `CUDA_ERROR_INVALID_CONTEXT`, the status of calls that need a current context and have none.
 const INVALID_CONTEXT: c_int = 201;
 
-/// Modules loaded so far.
+/// The number of modules loaded so far.
 static LOADS: AtomicU32 = AtomicU32::new(0);
-/// Calls until the one that fails; below 0 none does.
+/// The number of calls that pass before one fails; below 0, none fails.
 static UNTIL_FAILURE: AtomicI64 = AtomicI64::new(-1);
-/// Whether a launch has not been waited for.
+/// Whether a launch may still run, because nothing has waited for it.
 static BUSY: AtomicBool = AtomicBool::new(false);
-/// What a driver would have let corrupt something: frees of what is not there, in another context, or while a launch runs.
+/// The number of calls that could corrupt memory on a real driver.
+///
+/// These are frees of unknown memory, in another context, or during a launch,
+/// and releases of a context that is not retained.
 static VIOLATIONS: AtomicU32 = AtomicU32::new(0);
-/// Whether the call that failed was to make a context current.
+/// Whether the failed call was to make a context current.
 static COULD_NOT_ENTER: AtomicBool = AtomicBool::new(false);
-/// Live allocations and the context of each.
+/// The live allocations: address to context.
 static ALLOCATIONS: LazyLock<Mutex<HashMap<u64, usize>>> = LazyLock::new(Mutex::default);
-/// How often each device's primary context is retained.
+/// The retain count of each device's primary context.
 static RETAINED: [AtomicI64; 8] = [const { AtomicI64::new(0) }; 8];
 
 thread_local! {
-    /// The current context: the number of its device plus `CONTEXT`, or 0.
+    /// The current context: its device's number plus `CONTEXT`, or 0 for none.
     static CURRENT: Cell<usize> = const { Cell::new(0) };
 }
 
@@ -56,12 +61,12 @@ fn allocations() -> MutexGuard<'static, HashMap<u64, usize>> {
     ALLOCATIONS.lock().expect("nothing panics in here")
 }
 
-/// Whether this is the call that fails.
+/// Counts a call and returns whether it is the one that fails.
 fn fails() -> bool {
     UNTIL_FAILURE.load(SeqCst) >= 0 && UNTIL_FAILURE.fetch_sub(1, SeqCst) == 0
 }
 
-/// Returns from the driver's function if it is the one that fails.
+/// Returns an error from the calling function if it is the call that fails.
 macro_rules! may_fail {
     () => {
         if fails() {
@@ -70,7 +75,7 @@ macro_rules! may_fail {
     };
 }
 
-/// Also without a current context that lives.
+/// Returns an error from the calling function if it is the call that fails, or if no live context is current.
 macro_rules! needs_context {
     () => {
         may_fail!();
@@ -81,49 +86,49 @@ macro_rules! needs_context {
     };
 }
 
-/// Makes the call after so many fail; none if it is below 0.
+/// Lets `calls` calls pass and makes the next one fail; below 0, none fails.
 #[unsafe(no_mangle)]
 extern "C" fn fakeFailAfter(calls: i64) {
     UNTIL_FAILURE.store(calls, SeqCst);
 }
 
-/// Whether that call is still to come.
+/// Returns whether that call is still to come.
 #[unsafe(no_mangle)]
 extern "C" fn fakeFailurePending() -> c_int {
     (UNTIL_FAILURE.load(SeqCst) >= 0).into()
 }
 
-/// Whether a context could not be made current since this was asked last.
+/// Returns whether making a context current has failed since the last call of this.
 #[unsafe(no_mangle)]
 extern "C" fn fakeTakeCouldNotEnter() -> c_int {
     COULD_NOT_ENTER.swap(false, SeqCst).into()
 }
 
-/// Allocations that live.
+/// Returns the number of live allocations.
 #[unsafe(no_mangle)]
 extern "C" fn fakeAllocations() -> c_uint {
     allocations().len() as c_uint
 }
 
-/// See `VIOLATIONS`.
+/// Returns `VIOLATIONS`.
 #[unsafe(no_mangle)]
 extern "C" fn fakeViolations() -> c_uint {
     VIOLATIONS.load(SeqCst)
 }
 
-/// Whether a launch may still run; after this nothing does.
+/// Returns whether a launch may still run, and marks it as finished.
 #[unsafe(no_mangle)]
 extern "C" fn fakeTakeBusy() -> c_int {
     BUSY.swap(false, SeqCst).into()
 }
 
-/// How often the primary context of a device is retained.
+/// Returns the retain count of a device's primary context.
 #[unsafe(no_mangle)]
 extern "C" fn fakeRetained(device: c_int) -> i64 {
     RETAINED[device as usize].load(SeqCst)
 }
 
-/// How many modules have been loaded.
+/// Returns the number of modules loaded so far.
 #[unsafe(no_mangle)]
 extern "C" fn fakeModuleLoads() -> c_uint {
     LOADS.load(SeqCst)
@@ -180,9 +185,9 @@ extern "C" fn cuDeviceGetAttribute(value: *mut c_int, attribute: c_int, device: 
     let capability = capabilities[device as usize % capabilities.len()];
     let answer = match attribute {
         13 => 1_980_000, // SM clock, kHz
-        16 => 132,       // multiprocessors
+        16 => 132,       // SMs
         36 => 2_619_000, // memory clock, kHz
-        37 => 5120,      // bits of the memory bus
+        37 => 5120,      // memory bus width, bits
         75 => capability / 10,
         76 => capability % 10,
         other => panic!("attribute {other} is not expected"),
@@ -199,7 +204,7 @@ extern "C" fn cuDevicePrimaryCtxRetain(context: *mut *mut c_void, device: c_int)
     0
 }
 
-/// A release that fails has been asked for, too.
+/// Counts the release even if the call fails: the caller must not release it again.
 #[unsafe(no_mangle)]
 extern "C" fn cuDevicePrimaryCtxRelease_v2(device: c_int) -> c_int {
     if RETAINED[device as usize].fetch_sub(1, SeqCst) <= 0 {
@@ -253,7 +258,7 @@ extern "C" fn cuMemAlloc_v2(address: *mut u64, bytes: usize) -> c_int {
     0
 }
 
-/// A free that fails has been asked for, too.
+/// Counts the free even if the call fails: the caller must not free it again.
 #[unsafe(no_mangle)]
 extern "C" fn cuMemFree_v2(address: u64) -> c_int {
     let context = allocations().remove(&address);
@@ -339,14 +344,14 @@ extern "C" fn cuFuncSetAttribute(_function: *mut c_void, _attribute: c_int, _val
     0
 }
 
-/// The arguments are not looked at.
+/// Ignores its arguments.
 #[unsafe(no_mangle)]
 extern "C" fn cuTensorMapEncodeTiled() -> c_int {
     may_fail!();
     0
 }
 
-/// The arguments are not looked at.
+/// Ignores its arguments.
 #[cfg(not(without_launch_kernel_ex))]
 #[unsafe(no_mangle)]
 extern "C" fn cuLaunchKernelEx() -> c_int {

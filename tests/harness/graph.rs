@@ -1,4 +1,6 @@
-//! CUDA graphs, which `cust` has no safe calls for.
+//! CUDA graphs: capturing a stream's work and replaying it.
+//!
+//! Calls the driver through `cust::sys`, because `cust` has no safe graph calls.
 
 use std::ptr;
 
@@ -6,21 +8,21 @@ use cust::stream::Stream;
 use cust::sys::{self, CUgraph, CUgraphExec, CUresult, CUstreamCaptureMode_enum};
 use libtest_mimic::Failed;
 
-/// Turns a driver's status into a result.
+/// Converts a driver's status into a result.
 ///
 /// # Errors
-/// Any status but success.
+/// Returns one for every status except success.
 pub fn driver(call: &str, status: CUresult) -> Result<(), Failed> {
     if status == CUresult::CUDA_SUCCESS { Ok(()) } else { Err(format!("{call}: {status:?}").into()) }
 }
 
-/// A captured graph, ready to be replayed.
+/// A captured and instantiated graph.
 pub struct Graph(CUgraphExec);
 
 impl Graph {
-    /// Captures what `enqueue` puts on the stream. Nothing of it runs yet.
+    /// Captures the work that `enqueue` puts on the stream, without running it.
     ///
-    /// The driver refuses allocations by this thread meanwhile, and whatever would wait.
+    /// During the capture, the driver refuses allocations and waits on this thread.
     ///
     /// # Errors
     /// Those of `enqueue` and of the driver.
@@ -28,11 +30,12 @@ impl Graph {
         let mode = CUstreamCaptureMode_enum::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         let mut graph: CUgraph = ptr::null_mut();
         let mut executable: CUgraphExec = ptr::null_mut();
-        // SAFETY: the stream is alive, the pointers are valid for writes, and the graph came from the capture.
+        // SAFETY: the stream is alive, the pointers are valid for writes,
+        // and the graph comes from the capture.
         unsafe {
             driver("cuStreamBeginCapture", sys::cuStreamBeginCapture_v2(stream.as_inner(), mode))?;
             let enqueued = enqueue();
-            // Ended also after a failure, or the stream could not be used again.
+            // End the capture even if `enqueue` failed; otherwise the stream stays unusable.
             let ended = sys::cuStreamEndCapture(stream.as_inner(), &mut graph);
             enqueued?;
             driver("cuStreamEndCapture", ended)?;
@@ -46,12 +49,12 @@ impl Graph {
     /// Replays the graph on a stream and waits for it.
     ///
     /// # Safety
-    /// What was captured must still be sound: all memory in it is alive.
+    /// All memory that the captured work uses must still be alive.
     ///
     /// # Errors
     /// Those of the driver.
     pub unsafe fn replay(&self, stream: &Stream) -> Result<(), Failed> {
-        // SAFETY: both are alive; the caller vouches for the rest.
+        // SAFETY: graph and stream are alive; the caller guarantees the rest.
         driver("cuGraphLaunch", unsafe { sys::cuGraphLaunch(self.0, stream.as_inner()) })?;
         Ok(stream.synchronize()?)
     }
@@ -59,7 +62,7 @@ impl Graph {
 
 impl Drop for Graph {
     fn drop(&mut self) {
-        // SAFETY: nothing else destroys it.
+        // SAFETY: this value owns the graph, so nothing else destroys it.
         unsafe { sys::cuGraphExecDestroy(self.0) };
     }
 }

@@ -1,6 +1,8 @@
-//! What the GPU tests share: finding the GPU, random problems, and running one with every byte accounted for.
+//! The shared parts of the GPU tests: finding the GPU, making random problems,
+//! and checking every output byte of a GEMM.
 //!
-//! Without a GPU every test is reported as ignored, and a line says that they were skipped and why.
+//! The expected results come from the CPU backend.
+//! Without a GPU, every test is reported as ignored, and one line says why.
 
 pub mod graph;
 pub mod refused;
@@ -10,18 +12,18 @@ use cust::stream::{Stream, StreamFlags};
 use libtest_mimic::{Arguments, Conclusion, Failed, Trial};
 use liquidgemm::gpu::{DeviceSpan, Gpu, Operands, Workspace};
 use liquidgemm::{
-    ActivationsView, Error, Group, Output, OutputType, PackedWeights, Plan, QuantizedActivations, cpu,
+    ActivationsView, Group, Output, OutputType, PackedWeights, Plan, QuantizedActivations, cpu,
 };
 use rand::rngs::StdRng;
-use rand::{Rng, SeedableRng};
+use rand::{RngExt, SeedableRng};
 
-/// A test: its name says the property that it checks.
+/// A test: the property that it checks (its name), and its function.
 pub type Test = (&'static str, fn(&'static Gpu) -> Result<(), Failed>);
 
 /// Runs the tests on the GPU, or reports them all as ignored.
 pub fn run(tests: &[Test]) -> Conclusion {
     let mut arguments = Arguments::from_args();
-    // The driver ends a graph's capture when other threads allocate or load kernels meanwhile.
+    // The driver ends a graph capture if another thread allocates or loads a kernel during it.
     arguments.test_threads.get_or_insert(1);
     let gpu: Option<&'static Gpu> = match Gpu::new() {
         Ok(gpu) => {
@@ -43,7 +45,7 @@ pub fn run(tests: &[Test]) -> Conclusion {
     libtest_mimic::run(&arguments, trials.collect())
 }
 
-/// Random weights with codes and pairs over the whole range that the format allows, in groups of a random size.
+/// Returns random weights with a random group size. Codes and pairs span the format's whole range.
 pub fn random_weights(rng: &mut StdRng, n: usize, k: usize) -> PackedWeights {
     let groups = [Group::K(64), Group::K(64), Group::K(128), Group::K(192), Group::K(512), Group::Channel];
     let group = groups[rng.random_range(0..groups.len())];
@@ -59,38 +61,39 @@ pub fn random_weights(rng: &mut StdRng, n: usize, k: usize) -> PackedWeights {
     PackedWeights::pack(&codes, &pairs, scales, n, k, group).expect("valid weights")
 }
 
-/// Random activations over the whole int8 range that the format allows.
+/// Returns random activations with codes from -127 to 127.
 pub fn random_activations(rng: &mut StdRng, m: usize, k: usize) -> QuantizedActivations {
     let codes: Vec<i8> = (0..m * k).map(|_| rng.random_range(-127..=127)).collect();
     let scales: Vec<f32> = (0..m).map(|_| rng.random_range(1e-4..1e-2f32)).collect();
     QuantizedActivations::from_parts(&codes, scales, m, k).expect("valid activations")
 }
 
-/// A random bias.
+/// Returns a random bias of `n` values between -10 and 10.
 pub fn random_bias(rng: &mut StdRng, n: usize) -> Vec<f32> {
     (0..n).map(|_| rng.random_range(-10.0..10.0f32)).collect()
 }
 
-/// A seeded generator: each test names its own seed.
+/// Returns a random generator. Each test has a seed of its own.
 pub fn rng(seed: u64) -> StdRng {
     StdRng::seed_from_u64(seed)
 }
 
-/// Copies to a new buffer on the device and waits until all of it is there, so that any stream may use it.
+/// Copies values to a new device buffer and waits for the copy, so that any stream may use it.
 pub fn to_device<T: DeviceCopy>(values: &[T]) -> Result<DeviceBuffer<T>, Failed> {
     let buffer = DeviceBuffer::from_slice(values)?;
     settle()?;
     Ok(buffer)
 }
 
-/// Copies other values into a buffer and waits, as [`to_device`] does.
+/// Copies values into an existing device buffer and waits for the copy.
 pub fn refill<T: DeviceCopy>(buffer: &mut DeviceBuffer<T>, values: &[T]) -> Result<(), Failed> {
     buffer.copy_from(values)?;
     settle()
 }
 
-/// Waits for the default stream, on which `cust` copies: such a copy may return while its last piece is still under way,
-/// and other streams do not wait for it.
+/// Waits for the default stream, on which `cust` copies.
+///
+/// Such a copy may return before its last bytes have arrived, and other streams do not wait for it.
 fn settle() -> Result<(), Failed> {
     // SAFETY: null is the default stream, which always exists.
     graph::driver("cuStreamSynchronize", unsafe { cust::sys::cuStreamSynchronize(std::ptr::null_mut()) })
@@ -117,7 +120,7 @@ pub fn expect_values<T: Output>(
 }
 
 /// A problem with its operands on host and device.
-pub struct Problem {
+pub struct Fixture {
     /// The weights on the host.
     pub weights: PackedWeights,
     /// The activations on the host.
@@ -126,16 +129,16 @@ pub struct Problem {
     pub bias: Vec<f32>,
     /// The weights on the device.
     pub device_weights: liquidgemm::gpu::DeviceWeights,
-    /// The activations' codes on the device.
+    /// The activations' int8 codes on the device.
     pub codes: DeviceBuffer<i8>,
-    /// Their scales on the device.
+    /// The activations' scales on the device, one f32 a token.
     pub scales: DeviceBuffer<f32>,
     /// The bias on the device.
     pub device_bias: DeviceBuffer<f32>,
 }
 
-impl Problem {
-    /// A random problem of this shape.
+impl Fixture {
+    /// Returns a random problem of this shape.
     pub fn random(gpu: &Gpu, rng: &mut StdRng, [m, n, k]: [usize; 3]) -> Result<Self, Failed> {
         let weights = random_weights(rng, n, k);
         let activations = random_activations(rng, m, k);
@@ -151,12 +154,12 @@ impl Problem {
         })
     }
 
-    /// `[m, n, k]`.
+    /// Returns `[m, n, k]`.
     pub fn shape(&self) -> [usize; 3] {
         [self.activations.m(), self.weights.n(), self.weights.k()]
     }
 
-    /// The CPU's result.
+    /// Returns the CPU's result, `[m, n]`.
     pub fn expected<T: Output>(&self, with_bias: bool) -> Result<Vec<T>, Failed> {
         let [m, n, _] = self.shape();
         let mut expected: Vec<T> = vec![bytemuck::Zeroable::zeroed(); m * n];
@@ -165,7 +168,8 @@ impl Problem {
         Ok(expected)
     }
 
-    /// The operands of a call that writes `output_stride` elements a row into `output`.
+    /// Returns the operands of a call that writes into `output`.
+    /// The output's rows are `output_stride` elements apart.
     pub fn operands(
         &self,
         output: DeviceSpan,
@@ -185,8 +189,10 @@ impl Problem {
         }
     }
 
-    /// Runs the plan into a poisoned output with a padded stride and a guard zone on both sides, and compares every
-    /// byte: the result with the CPU's bits, everything else with the poison.
+    /// Runs the plan and compares every byte of a poisoned output buffer.
+    ///
+    /// The result must equal the CPU's bits.
+    /// The `padding` elements behind each row and the guard zones on both sides must still hold the poison.
     pub fn check<T: Output>(
         &self,
         gpu: &Gpu,
@@ -195,21 +201,22 @@ impl Problem {
         with_bias: bool,
         padding: usize,
     ) -> Result<(), Failed> {
-        self.check_launch::<T>(session, plan, with_bias, padding, |operands| {
+        self.check_launch::<T, _>(session, plan, with_bias, padding, |operands| {
             let (workspace, stream) = (&session.workspace, &session.stream);
-            // SAFETY: everything lives until `check_launch` has waited for the stream, and the workspace is the session's.
+            // SAFETY: all operands stay alive until `check_launch` has synchronized the stream,
+            // and only this session's stream uses the workspace.
             unsafe { gpu.gemm_with_plan(&self.device_weights, operands, plan, workspace, stream) }
         })
     }
 
-    /// As [`check`](Self::check), for whatever `launch` puts on the session's stream.
-    pub fn check_launch<T: Output>(
+    /// Checks any launch that `launch` puts on the session's stream, as [`check`](Self::check) does.
+    pub fn check_launch<T: Output, E: std::fmt::Display>(
         &self,
         session: &Session,
         plan: &Plan,
         with_bias: bool,
         padding: usize,
-        launch: impl FnOnce(&Operands) -> Result<(), Error>,
+        launch: impl FnOnce(&Operands) -> Result<(), E>,
     ) -> Result<(), Failed> {
         const POISON: u8 = 0xA5;
         const GUARD: usize = 4096;
@@ -257,7 +264,7 @@ impl Problem {
         Ok(())
     }
 
-    /// [`check`](Self::check) for an output type given as a value.
+    /// Calls [`check`](Self::check) with the output type given as a value. Int32 output gets no bias.
     pub fn check_type(
         &self,
         gpu: &Gpu,
@@ -276,16 +283,16 @@ impl Problem {
     }
 }
 
-/// A stream and its workspace.
+/// A stream and the workspace of its launches.
 pub struct Session {
-    /// Where the launches go.
+    /// The stream of all launches.
     pub stream: Stream,
-    /// Their workspace.
+    /// The workspace, used on this stream only.
     pub workspace: Workspace,
 }
 
 impl Session {
-    /// A new stream with a workspace of its own.
+    /// Creates a stream with a workspace of its own.
     pub fn new(gpu: &Gpu) -> Result<Self, Failed> {
         Ok(Self { stream: Stream::new(StreamFlags::NON_BLOCKING, None)?, workspace: gpu.workspace()? })
     }

@@ -1,8 +1,10 @@
-//! Calls of [`Gpu::gemm`](liquidgemm::gpu::Gpu::gemm) that must be refused before anything is launched, each with the error that it
-//! must give. The test on a GPU and the test on a fake driver go through the same list.
+//! Calls of [`Gpu::gemm`](liquidgemm::gpu::Gpu::gemm) that must be refused before anything is launched,
+//! each with the error that it must return.
+//!
+//! `errors.rs` makes these calls on a GPU, `driver.rs` on a fake driver.
 
 use liquidgemm::gpu::{DeviceSpan, GpuError, Operands};
-use liquidgemm::{Error, OutputType, Plan};
+use liquidgemm::{Error, OutputType, Plan, Problem};
 
 /// A call with one thing wrong.
 pub struct RefusedCall {
@@ -12,33 +14,37 @@ pub struct RefusedCall {
     pub operands: Operands,
     /// The call's plan.
     pub plan: Plan,
-    /// Whether this is the right error.
+    /// Returns whether this is the expected error.
     pub is_expected: fn(&Error) -> bool,
-    /// What its message must contain: the value that was met, or what to do.
+    /// A text that the error's message must contain: the bad value, or what to do about it.
     pub says: &'static str,
 }
 
-/// `span` at an address this many bytes higher.
+/// Returns `span` moved up by `bytes` bytes.
 fn moved(span: DeviceSpan, bytes: u64) -> DeviceSpan {
-    // SAFETY: nothing is launched that would follow the address.
+    // SAFETY: the call is refused, so nothing dereferences the address.
     unsafe { DeviceSpan::from_raw(span.address() + bytes, span.bytes()) }
 }
 
-/// `span` with another length.
+/// Returns `span` with a length of `bytes` bytes.
 fn resized(span: DeviceSpan, bytes: usize) -> DeviceSpan {
-    // SAFETY: nothing is launched that would follow the address.
+    // SAFETY: the call is refused, so nothing dereferences the address.
     unsafe { DeviceSpan::from_raw(span.address(), bytes) }
 }
 
-/// The shape of the calls: `[m, n, k]`.
+/// The shape of all calls, as `[m, n, k]`.
 pub const REFUSED_SHAPE: [usize; 3] = [5, 200, 201];
 
-/// Every wrong variation of a good call of the shape [`REFUSED_SHAPE`] with bf16 output, a bias, and rows of the output
-/// side by side.
+/// Returns variations of a good call, each with one thing wrong.
+///
+/// `good` has the shape [`REFUSED_SHAPE`], bf16 output with contiguous rows, and a bias.
+///
+/// # Errors
+/// Those of [`Plan::new`].
 pub fn refused_calls(good: Operands) -> Result<Vec<RefusedCall>, Error> {
     let [m, n, k] = REFUSED_SHAPE;
     let stride = good.activation_stride;
-    let good_plan = Plan::new(m, n, k, &liquidgemm::DeviceFigures::H100_SXM)?;
+    let good_plan = Plan::new(Problem { m, n, k }, &liquidgemm::DeviceFigures::H100_SXM)?;
     let operands = |wrong, operands, is_expected: fn(&Error) -> bool, says| RefusedCall {
         wrong,
         operands,
@@ -77,25 +83,25 @@ pub fn refused_calls(good: Operands) -> Result<Vec<RefusedCall>, Error> {
             "at least k",
         ),
         operands(
-            "activations at no multiple of 16",
+            "activations at an address that is no multiple of 16",
             Operands { activations: moved(good.activations, 8), ..good },
             is_gpu!(GpuError::Misaligned { what: "activations", multiple: 16, .. }),
             "copy it to an aligned one",
         ),
         operands(
-            "token scales at no multiple of 4",
+            "token scales at an address that is no multiple of 4",
             Operands { token_scales: moved(good.token_scales, 2), ..good },
             is_gpu!(GpuError::Misaligned { what: "token scales", multiple: 4, .. }),
             "copy it to an aligned one",
         ),
         operands(
-            "an output at no multiple of its elements",
+            "an output at an address that is no multiple of its element size",
             Operands { output: moved(good.output, 1), ..good },
             is_gpu!(GpuError::Misaligned { what: "output", multiple: 2, .. }),
             "copy it to an aligned one",
         ),
         operands(
-            "a bias at no multiple of 4",
+            "a bias at an address that is no multiple of 4",
             Operands { bias: good.bias.map(|bias| moved(bias, 1)), ..good },
             is_gpu!(GpuError::Misaligned { what: "bias", multiple: 4, .. }),
             "copy it to an aligned one",
@@ -125,7 +131,7 @@ pub fn refused_calls(good: Operands) -> Result<Vec<RefusedCall>, Error> {
             "has 799 bytes, but 800 are needed",
         ),
         operands(
-            "more tokens than any memory has",
+            "more tokens than fit in any memory",
             Operands { m: usize::MAX, ..good },
             is_gpu!(GpuError::BufferTooSmall { what: "activations", .. }),
             "are needed",
@@ -150,21 +156,21 @@ pub fn refused_calls(good: Operands) -> Result<Vec<RefusedCall>, Error> {
         ),
         plan(
             "a plan for fewer tokens",
-            Plan::new(m - 1, n, k, &liquidgemm::DeviceFigures::H100_SXM)?,
+            Plan::new(Problem::new(m - 1, n, k), &liquidgemm::DeviceFigures::H100_SXM)?,
             is_gpu!(GpuError::PlanMismatch { .. }),
-            "[4, 200, 201]",
+            "m = 4, n = 200, k = 201",
         ),
         plan(
             "a plan for more channels",
-            Plan::new(m, n + 1, k, &liquidgemm::DeviceFigures::H100_SXM)?,
+            Plan::new(Problem::new(m, n + 1, k), &liquidgemm::DeviceFigures::H100_SXM)?,
             is_gpu!(GpuError::PlanMismatch { .. }),
-            "[5, 201, 201]",
+            "m = 5, n = 201, k = 201",
         ),
         plan(
             "a plan for another k",
-            Plan::new(m, n, 192, &liquidgemm::DeviceFigures::H100_SXM)?,
+            Plan::new(Problem::new(m, n, 192), &liquidgemm::DeviceFigures::H100_SXM)?,
             is_gpu!(GpuError::PlanMismatch { .. }),
-            "[5, 200, 192]",
+            "m = 5, n = 200, k = 192",
         ),
     ])
 }

@@ -1,20 +1,24 @@
-//! `cargo xtask bench`: builds the command with optimization and runs `liquidgemm bench` with it. Where there is no GPU
-//! it says so in one line, because that is no failure of the sources.
+//! `cargo xtask bench`: builds the command-line tool with optimization and runs `liquidgemm bench`.
+//!
+//! Without a GPU it prints one line and succeeds, because that is no error in the sources.
 
 use std::process::{Command, Stdio};
 
 use crate::steps::{cargo, check};
 
-/// Build and run `liquidgemm bench`; what follows goes to it (`--quick`, `--help`, …)
+/// Build and run `liquidgemm bench` with the given arguments (`--quick`, `--help`, …)
 #[derive(clap::Args)]
 #[command(disable_help_flag = true)]
 pub struct Arguments {
-    /// What to pass on to the bench
+    /// Arguments for `liquidgemm bench`
     #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGUMENTS")]
     rest: Vec<String>,
 }
 
-/// Builds, looks for a GPU, and runs.
+/// Builds the tool, looks for a GPU if one is needed, and runs the bench.
+///
+/// # Errors
+/// Returns one if the build or the bench fails.
 pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     check(&mut liquidgemm("build"))?;
     if needs_gpu(&arguments.rest) {
@@ -28,12 +32,12 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     check(liquidgemm("run").args(["--", "bench"]).args(&arguments.rest))
 }
 
-/// Builds or runs the command.
+/// Returns the cargo command that builds or runs the tool.
 fn liquidgemm(verb: &str) -> Command {
-    cargo([verb, "--release", "--quiet", "--package", "liquidgemm", "--bin", "liquidgemm"])
+    cargo([verb, "--release", "--quiet", "--package", "liquidgemm-cli"])
 }
 
-/// Whether the bench would measure something.
+/// Returns whether the bench would measure something.
 fn needs_gpu(arguments: &[String]) -> bool {
     let without = |argument: &String| {
         ["--help", "-h", "--from"].contains(&argument.as_str()) || argument.starts_with("--from=")

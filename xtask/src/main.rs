@@ -1,8 +1,10 @@
-//! Automation behind `cargo xtask`: one file a subcommand, none of which hooks into a build. Everything runs from the
-//! workspace's root, wherever it was called.
+//! The automation behind `cargo xtask`, with one file for each subcommand.
+//!
+//! Everything runs in the workspace's root, wherever it was called. No build depends on it.
 
 mod bench;
 mod cuda_tools;
+mod deny;
 mod gpu_test;
 mod ptx;
 mod sass;
@@ -49,10 +51,11 @@ fn main() -> ExitCode {
     }
 }
 
-/// The workspace's root.
+/// Returns the workspace's root.
 fn root() -> PathBuf {
-    // Asked of the cargo that runs this program: two checkouts that share a target directory share the binary too, and
-    // what it was compiled with may name the other one.
+    // Ask the cargo that runs this program.
+    // Two checkouts with one target directory share the binary,
+    // so the path from compile time may name the other one.
     let xtask = std::env::var_os("CARGO_MANIFEST_DIR").unwrap_or_else(|| env!("CARGO_MANIFEST_DIR").into());
     Path::new(&xtask).parent().expect("xtask lies in the workspace").to_owned()
 }

@@ -1,7 +1,9 @@
-//! `cargo xtask ptx`: builds the device crate to PTX, and checks the PTX that the host crate embeds.
+//! `cargo xtask ptx`: builds the device crate to PTX, and checks the committed PTX. Neither needs a GPU.
 //!
-//! The built files are committed, so that the library itself builds with stable Rust alone. The check ties them to
-//! their sources and looks at what ptxas makes of them; neither needs a GPU.
+//! The PTX files are committed, so that the library builds with stable Rust alone.
+//! The check compares the files' source hash with the sources,
+//! and examines the machine code that ptxas makes.
+//! The build is `crates/cuda_builder`; `cuda_tools.rs` runs ptxas, and `sass.rs` reads the machine code.
 
 use std::fs;
 use std::io::Write;
@@ -14,17 +16,21 @@ use flate2::{Compression, write::ZlibEncoder};
 use crate::cuda_tools::CudaTools;
 use crate::sass::{Form, Kernel};
 
-/// Where the host crate embeds the PTX from.
-const COMMITTED: &str = "host/ptx";
-/// The most that all PTX, compressed, may add to the library.
+/// The folders that the crates embed PTX from, and the prefixes of the kernels in each.
+///
+/// The bench embeds the kernels with its prefixes, the library all others.
+const COMMITTED: [(&str, &[&str]); 2] = [("crates/bench/ptx", &["ablation_", "probe_"]), ("host/ptx", &[""])];
+/// The most bytes that all compressed PTX may have.
 const MOST_BYTES: usize = 3_000_000;
-/// How the names of the kernels that dequantize start, and the instruction with which each multiplies.
+/// The prefixes of the kernels that dequantize, and the tensor-core instruction of each.
 const MULTIPLY: [(&str, &str); 3] = [("gemm", "IGMMA"), ("ablation", "IGMMA"), ("skinny", "IMMA")];
-/// How the names of those start that dequantize as QServe does.
+/// The prefixes of the kernels that use QServe's dequantization.
 const SUBTRACTING: [&str; 2] = ["ablation_baseline", "ablation_qserve"];
 
-/// How a kernel dequantizes, how many instructions four weights take it (IMAD and XOR, or IMAD and the four that `vsub4`
-/// becomes), and with which instruction it multiplies.
+/// Returns how a kernel dequantizes:
+/// the form, the number of instructions for four weights, and the tensor-core instruction.
+///
+/// Four weights take two instructions (IMAD and XOR) or five (IMAD and the four instructions of `vsub4`).
 fn dequantization(entry: &str) -> Option<(Form, usize, &'static str)> {
     let (_, multiply) = MULTIPLY.iter().find(|(prefix, _)| entry.starts_with(prefix))?;
     let (form, instructions) = if SUBTRACTING.iter().any(|name| entry.starts_with(name)) {
@@ -38,39 +44,52 @@ fn dequantization(entry: &str) -> Option<(Form, usize, &'static str)> {
 /// Build the kernels to PTX, or check the PTX that is committed
 #[derive(clap::Args)]
 pub struct Arguments {
-    /// Build nothing; check that host/ptx belongs to the sources, and what ptxas makes of it
+    /// Build nothing; check that the committed PTX belongs to the sources, and check its machine code
     #[arg(long)]
     check: bool,
 }
 
-/// Runs the subcommand, from the workspace's root.
+/// Runs the subcommand in the workspace's root.
+///
+/// # Errors
+/// Returns one if the build or a check fails.
 pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     if arguments.check { check() } else { build() }
 }
 
-/// Builds into the host crate and lists the kernels.
+/// Builds the kernels into the crates that embed them, and lists the kernels.
 fn build() -> anyhow::Result<()> {
-    for kernel in builder().copy_to(COMMITTED).build()? {
+    let copying = COMMITTED
+        .iter()
+        .fold(builder(), |builder, (directory, prefixes)| builder.copy_matching_to(prefixes, *directory));
+    for kernel in copying.build()? {
         println!("{:<28} {:>9} bytes", kernel.entry, kernel.text.len());
     }
     Ok(())
 }
 
-/// Builds from source beside the committed PTX, compares the two, and checks the latter.
+/// Builds the kernels from source, compares them with the committed PTX, and checks the committed PTX.
+///
+/// # Errors
+/// Returns one if the build fails, the two differ, or a check fails.
 pub fn build_and_check() -> anyhow::Result<()> {
     let built = builder().deny_warnings(true).build()?;
     check()?;
     let mut same_compiler = true;
     for kernel in &built {
-        let committed = fs::read_to_string(Path::new(COMMITTED).join(format!("{}.ptx", kernel.entry)))
+        let name = format!("{}.ptx", kernel.entry);
+        let path = COMMITTED.map(|(directory, _)| Path::new(directory).join(&name));
+        let path = path.iter().find(|path| path.exists()).unwrap_or(&path[0]);
+        let committed = fs::read_to_string(path)
             .with_context(|| format!("{} is not committed: run `cargo xtask ptx`", kernel.entry))?;
         let committed = committed.replace('\r', "");
         same_compiler &= committed.lines().next() == kernel.text.lines().next();
-        // Two builds of one rustc version may have different LLVMs, and word the same kernel differently.
+        // Two builds of one rustc version may use different LLVMs,
+        // which write different PTX for the same kernel.
         ensure!(
             !same_compiler || committed == kernel.text,
-            "{COMMITTED}/{}.ptx is not what its sources give: run `cargo xtask ptx`",
-            kernel.entry
+            "{} differs from the PTX that its sources give: run `cargo xtask ptx`",
+            path.display()
         );
     }
     let names =
@@ -79,7 +98,7 @@ pub fn build_and_check() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The builder of this workspace's kernels.
+/// Returns the builder for this workspace's kernels.
 fn builder() -> CudaBuilder {
     CudaBuilder::new("kernels-gpu")
         .path_dependency("crates/format")
@@ -91,15 +110,14 @@ fn builder() -> CudaBuilder {
 
 /// Checks the committed PTX and prints a line for each kernel.
 fn check() -> anyhow::Result<()> {
-    let files = ptx_files(Path::new(COMMITTED))?;
-    ensure!(!files.is_empty(), "{COMMITTED} has no PTX: run `cargo xtask ptx`");
+    let files = ptx_files()?;
     let hash = builder().sources_hash()?;
     let mut bytes = 0;
     for path in &files {
         let text = fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
         bytes += compressed_bytes(&text)?;
         let built_from =
-            text.lines().find_map(|line| line.strip_prefix(SOURCES_KEY)).unwrap_or("nothing known");
+            text.lines().find_map(|line| line.strip_prefix(SOURCES_KEY)).unwrap_or("without a hash");
         ensure!(
             built_from.trim() == hash,
             "{} was built from sources {built_from}, but those here are {hash}: run `cargo xtask ptx`",
@@ -109,7 +127,7 @@ fn check() -> anyhow::Result<()> {
 
     let tools = CudaTools::fetch(Path::new("target"))?;
     let cubins = tempfile::tempdir()?;
-    // ptxas takes seconds for the largest kernels: one thread each.
+    // ptxas takes seconds for the largest kernels, so check each kernel in a thread of its own.
     let reports: Vec<anyhow::Result<String>> = std::thread::scope(|scope| {
         let (tools, cubins) = (&tools, cubins.path());
         let checks: Vec<_> =
@@ -128,36 +146,37 @@ fn check() -> anyhow::Result<()> {
     }
     ensure!(failed == 0, "{failed} of {} kernels failed their check", files.len());
     println!("{} kernels, {bytes} bytes embedded compressed, sources {hash}", files.len());
-    ensure!(
-        bytes <= MOST_BYTES,
-        "the embedded PTX has {bytes} bytes compressed; the library allows itself {MOST_BYTES}"
-    );
+    ensure!(bytes <= MOST_BYTES, "the embedded PTX has {bytes} bytes compressed; the limit is {MOST_BYTES}");
     Ok(())
 }
 
-/// Bytes of a kernel's text as the library's build script compresses it.
+/// Returns a kernel's size in bytes, compressed as the library's build script compresses it.
 fn compressed_bytes(text: &str) -> anyhow::Result<usize> {
     let mut encoder = ZlibEncoder::new(Vec::new(), Compression::best());
     encoder.write_all(text.as_bytes())?;
     Ok(encoder.finish()?.len())
 }
 
-/// The PTX files of a directory, sorted.
-fn ptx_files(directory: &Path) -> anyhow::Result<Vec<PathBuf>> {
-    let entries = fs::read_dir(directory)
-        .with_context(|| format!("cannot list {}: run `cargo xtask ptx`", directory.display()))?;
+/// Returns the committed PTX files, sorted by path.
+fn ptx_files() -> anyhow::Result<Vec<PathBuf>> {
     let mut files = Vec::new();
-    for entry in entries {
-        let path = entry?.path();
-        if path.extension().is_some_and(|extension| extension == "ptx") {
-            files.push(path);
+    for (directory, _) in COMMITTED {
+        let entries = fs::read_dir(directory)
+            .with_context(|| format!("cannot list {directory}: run `cargo xtask ptx`"))?;
+        let before = files.len();
+        for entry in entries {
+            let path = entry?.path();
+            if path.extension().is_some_and(|extension| extension == "ptx") {
+                files.push(path);
+            }
         }
+        ensure!(files.len() > before, "{directory} has no PTX: run `cargo xtask ptx`");
     }
     files.sort();
     Ok(files)
 }
 
-/// Checks one kernel's machine code; says what it found in a line.
+/// Checks one kernel's machine code and returns one line about it.
 fn check_kernel(tools: &CudaTools, ptx: &Path, cubins: &Path) -> anyhow::Result<String> {
     let entry = ptx.file_stem().unwrap_or_default().to_string_lossy();
     describe_kernel(tools, ptx, &entry, &cubins.join(format!("{entry}.cubin")))
@@ -172,12 +191,12 @@ fn describe_kernel(tools: &CudaTools, ptx: &Path, entry: &str, cubin: &Path) -> 
         bail!("the machine code uses local memory: `{instruction}`");
     }
     if let Some(instruction) = kernel.parted("IGMMA") {
-        bail!("the main loop is compiled as if a warp's lanes could part: `{instruction}`");
+        bail!("the main loop is compiled for divergent lanes, which is slower: `{instruction}`");
     }
     let mut line = format!("{entry}: {} registers, 0 spills", resources.registers);
     if let Some((form, instructions_per_word, multiply)) = dequantization(entry) {
         let cost = kernel.dequantization(form, multiply)?;
-        ensure!(cost.multiplies > 0, "no {multiply} in a loop: where are the tensor cores?");
+        ensure!(cost.multiplies > 0, "no {multiply} in a loop: the kernel does not use the tensor cores");
         ensure!(cost.words > 0, "no weights are dequantized in a loop");
         let per_word = |count: usize| count as f64 / cost.words as f64;
         ensure!(

@@ -1,83 +1,93 @@
-//! Reads a kernel's SASS and follows each tensor-core operand back to the packed codes that it came from.
+//! Traces each weight operand of the tensor cores in a kernel's SASS back to its packed codes.
 //!
-//! Dequantization is worth what it claims only if the machine code keeps to it: two instructions, IMAD and XOR, for four
-//! weights. Counting opcodes in a listing can't show that, so this follows the data: from every register operand of an
-//! IGMMA or IMMA in a loop, backwards along the control flow and around the loop's back edge, to the masked nibbles. Weights that
-//! go through shared memory are followed from the STSM that puts them there.
+//! In the machine code, the library's dequantization must take two instructions for four weights: IMAD and XOR.
+//! Counting opcodes cannot show that, so this file follows the data.
+//! It starts at every register operand of an IGMMA or IMMA in a loop.
+//! From there it goes backwards along the control flow, and around the loop's back edge,
+//! to the masked nibbles.
+//! Weights that go through shared memory are traced from the STSM that stores them.
+//!
+//! It reads listings of nvdisasm, which `cuda_tools.rs` runs.
+//! `ptx.rs` compares the counts with what is expected.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use anyhow::{Context, bail, ensure};
 
-/// The nibbles of a packed word, one a byte.
+/// The mask that leaves one nibble in each byte of a packed word.
 const NIBBLES: u32 = 0x0f0f_0f0f;
-/// The flip that turns u8 into i8.
+/// The XOR mask that turns four u8 into four i8 by flipping their top bits.
 const FLIP: u32 = 0x8080_8080;
-/// LOP3's truth tables.
+/// LOP3's truth tables of `a & b` and `a ^ b`.
 const AND: u32 = 0xc0;
 const XOR: u32 = 0x3c;
-/// Moves that may lie between two instructions of interest; a bound against going around a loop of moves for ever.
+/// The most moves between two traced instructions. Ends the trace in a loop that only moves registers.
 const MOST_STEPS: usize = 8;
 
 /// One instruction.
 #[derive(Debug, PartialEq, Eq)]
 struct Instruction {
     address: String,
-    /// Executed under a predicate.
+    /// Whether it executes under a predicate.
     predicated: bool,
     opcode: String,
     operands: Vec<String>,
 }
 
-/// A register of a thread (`R`) or of a warp (`UR`).
+/// A thread's register (`R`) or a warp's uniform register (`UR`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Register {
     uniform: bool,
     number: u32,
 }
 
-/// A way from an operand back to masked nibbles.
+/// The instructions on the paths from an operand back to masked nibbles.
 #[derive(Default)]
 struct Way {
-    /// Instructions that have been looked at.
+    /// The instructions visited so far.
     seen: BTreeSet<usize>,
-    /// Those of them that compute from masked nibbles, the masks with them.
+    /// The visited instructions whose results depend on masked nibbles, including the masks themselves.
     arithmetic: BTreeSet<usize>,
 }
 
-/// A kernel's instructions with their control flow.
+/// A kernel's instructions and their control flow.
 pub struct Kernel {
     instructions: Vec<Instruction>,
     predecessors: Vec<Vec<usize>>,
-    /// For each loop's first instruction, all that belong to it.
+    /// The instructions of each loop, by the loop's first instruction.
     loops: BTreeMap<usize, BTreeSet<usize>>,
 }
 
 /// How a kernel dequantizes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Form {
-    /// A multiply-add and an XOR, and nothing else is accepted.
+    /// One multiply-add and one XOR. Anything else is an error.
     MultiplyAddFlip,
-    /// A multiplication and a byte-wise subtraction, of however many instructions the assembler makes it.
+    /// A multiplication and a byte-wise subtraction,
+    /// which the assembler may expand to any number of instructions.
     MultiplySubtract,
 }
 
-/// What dequantization costs in a kernel's loops.
+/// The cost of dequantization in a kernel's loops.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Dequantization {
-    /// Tensor-core multiplications inside loops.
+    /// Tensor-core instructions in loops.
     pub multiplies: usize,
-    /// Registers that they take as operands, or that go to shared memory to become theirs, four weights each.
+    /// Registers of four weights each that they read, directly or through shared memory.
     pub words: usize,
-    /// Instructions between masked nibbles and operands, over all words.
+    /// Instructions between masked nibbles and operands, summed over all words.
     pub arithmetic: usize,
-    /// Instructions that shift and mask the packed codes, over all words.
+    /// Instructions that shift and mask the packed codes, summed over all words.
     pub unpacking: usize,
 }
 
 impl Kernel {
-    /// Reads what `nvdisasm -c` prints for a module with one kernel.
+    /// Parses the output of `nvdisasm -c` for a module with one kernel.
+    ///
+    /// # Errors
+    /// Returns one for a line that it cannot read, for an unknown label,
+    /// and for a listing without instructions.
     pub fn parse(listing: &str) -> anyhow::Result<Self> {
         let mut instructions = Vec::new();
         let mut labels = BTreeMap::new();
@@ -115,19 +125,23 @@ impl Kernel {
         Ok(kernel)
     }
 
-    /// The first instruction whose opcode starts with one of `stems`, as text.
+    /// Returns the first instruction whose opcode without modifiers is one of `stems`, as text.
     pub fn find(&self, stems: &[&str]) -> Option<String> {
         let matches = |instruction: &&Instruction| stems.contains(&instruction.stem());
         self.instructions.iter().find(matches).map(Instruction::to_string)
     }
 
-    /// The first instruction of a loop around a `multiply` which shows that the compiler takes something the lanes of a warp
-    /// share for their own: a shuffle, or a branch for lanes that have parted. Such a loop keeps its stages and descriptors in
-    /// each thread's registers, and takes longer.
+    /// Returns a sign that the main loop was compiled for divergent lanes:
+    /// the first shuffle or `BRA.DIV`, as text.
+    ///
+    /// The main loop is the innermost loop with a `multiply`.
+    /// There, a shuffle or `BRA.DIV` shows that the compiler does not know a value to be uniform in the warp.
+    /// Such a loop keeps its stage and its descriptors in thread registers instead of uniform ones.
+    /// That makes it slower.
     pub fn parted(&self, multiply: &str) -> Option<String> {
         let is_multiply = |index: &usize| self.instructions[*index].stem() == multiply;
         let main_loops = self.loops.values().filter(|body| body.iter().any(is_multiply));
-        // The innermost: around it there may be the loop over tiles.
+        // Take the innermost loop, because the loop over tiles may surround it.
         let body = main_loops.min_by_key(|body| body.len())?;
         let parts = |instruction: &&Instruction| {
             instruction.stem() == "SHFL" || instruction.opcode.starts_with("BRA.DIV")
@@ -135,16 +149,19 @@ impl Kernel {
         body.iter().map(|&index| &self.instructions[index]).find(parts).map(Instruction::to_string)
     }
 
-    /// Follows the weights of every `multiply`, IGMMA or IMMA, in a loop back to their nibbles.
+    /// Traces the weights of every `multiply` (IGMMA or IMMA) in a loop back to their nibbles.
+    ///
+    /// # Errors
+    /// Returns one for a weight operand that is not made in the given form.
     pub fn dequantization(&self, form: Form, multiply: &str) -> anyhow::Result<Dequantization> {
         let mut result = Dequantization::default();
         for (index, instruction) in self.instructions.iter().enumerate() {
             let multiplies = instruction.stem() == multiply;
-            // The epilogue's matrices are stored transposed (MT88).
+            // Weights are stored as `STSM.16.M88`. The epilogue's transposed stores are `STSM.16.MT88`.
             if !multiplies && !instruction.opcode.starts_with("STSM.16.M88") {
                 continue;
             }
-            // The innermost of the loops around it.
+            // Trace within the innermost loop around the instruction.
             let around = self.loops.values().filter(|body| body.contains(&index));
             let Some(body) = around.min_by_key(|body| body.len()) else { continue };
             result.multiplies += usize::from(multiplies);
@@ -166,8 +183,10 @@ impl Kernel {
         Ok(result)
     }
 
-    /// The cost of `register`, an operand, as the number of instructions between masked nibbles and it; what depends on
-    /// the pair alone serves many words and is left out.
+    /// Returns the cost of the operand in `register` as `(arithmetic, unpacking)` instructions.
+    ///
+    /// Counts only instructions that depend on the nibbles:
+    /// those that depend on the pair alone serve many words.
     fn subtracted(
         &self,
         body: &BTreeSet<usize>,
@@ -187,7 +206,8 @@ impl Kernel {
         Ok((way.arithmetic.len() - masks.len(), unpacking))
     }
 
-    /// Whether `register` holds what was computed from masked nibbles; the instructions of the way there join `way`.
+    /// Returns whether the value of `register` depends on masked nibbles.
+    /// Adds the instructions on the path to `way`.
     fn depends_on_nibbles(
         &self,
         body: &BTreeSet<usize>,
@@ -218,7 +238,7 @@ impl Kernel {
         depends
     }
 
-    /// Adds the natural loop of a jump from `tail` back to `head`; jumps that enter no loop's head are left out.
+    /// Adds the natural loop of a jump from `tail` back to `head`, if `head` is a loop head.
     fn add_loop(&mut self, head: usize, tail: usize) {
         let mut body = BTreeSet::from([head]);
         let mut pending = vec![tail];
@@ -227,13 +247,14 @@ impl Kernel {
                 pending.extend(&self.predecessors[index]);
             }
         }
-        // Reaching the kernel's entry without passing the head: the head is none.
+        // If the kernel's entry was reached without passing `head`, then `head` is no loop head.
         if head == 0 || !body.contains(&0) {
             self.loops.entry(head).or_default().extend(body);
         }
     }
 
-    /// The instructions that may have written `register` last when `index` executes, on ways inside `body`.
+    /// Returns the instructions that may have written `register` last before `index` executes,
+    /// on paths inside `body`.
     fn writers(&self, body: Option<&BTreeSet<usize>>, index: usize, register: Register) -> BTreeSet<usize> {
         let mut writers = BTreeSet::new();
         let mut seen = BTreeSet::new();
@@ -254,7 +275,7 @@ impl Kernel {
         writers
     }
 
-    /// Whether an operand is the constant `value`: written out, or in a register that holds nothing else.
+    /// Returns whether an operand is the constant `value`: a literal, or a register that always holds it.
     fn is_constant(&self, index: usize, operand: &str, value: u32) -> bool {
         let Some(register) = register(operand) else { return literal(operand) == Some(value) };
         let writers = self.writers(None, index, register);
@@ -265,7 +286,7 @@ impl Kernel {
             })
     }
 
-    /// The other operand of a LOP3 that combines it with the constant `value`.
+    /// Returns the operand that a LOP3 with this truth table combines with the constant `value`.
     fn combined(&self, index: usize, table: u32, value: u32) -> Option<Register> {
         let instruction = &self.instructions[index];
         let [_, a, b, rest @ ..] = instruction.operands.as_slice() else { return None };
@@ -281,7 +302,7 @@ impl Kernel {
         }
     }
 
-    /// The cost of `register`, an operand: it must be a product with its top bits flipped.
+    /// Returns the cost of an operand in `register`, which must be a product with its top bits flipped.
     fn flipped(
         &self,
         body: &BTreeSet<usize>,
@@ -296,7 +317,7 @@ impl Kernel {
         })
     }
 
-    /// The cost of `register`, a product: one of its factors must be masked nibbles.
+    /// Returns the cost of a product in `register`. One of its factors must be masked nibbles.
     fn multiplied(
         &self,
         body: &BTreeSet<usize>,
@@ -315,7 +336,7 @@ impl Kernel {
         })
     }
 
-    /// The cost of `register`, masked nibbles: what unpacking took.
+    /// Returns the cost of masked nibbles in `register`, which is unpacking only.
     fn masked(
         &self,
         body: &BTreeSet<usize>,
@@ -328,7 +349,7 @@ impl Kernel {
         })
     }
 
-    /// What unpacking took up to and with the mask at `index`.
+    /// Returns the number of unpacking instructions up to the mask at `index`, which is included.
     fn masked_at(&self, body: &BTreeSet<usize>, index: usize) -> anyhow::Result<usize> {
         let packed = self.combined(index, AND, NIBBLES).context("expected a mask 0x0f0f0f0f")?;
         let writers = self.writers(Some(body), index, packed);
@@ -336,7 +357,8 @@ impl Kernel {
         Ok(1 + shifts)
     }
 
-    /// The largest cost over all writers of a register. A move costs one and is looked through by `again`.
+    /// Returns the largest cost over all writers of a register.
+    /// A move costs one, and `again` continues at its source.
     fn each_writer(
         &self,
         body: &BTreeSet<usize>,
@@ -365,7 +387,7 @@ impl Kernel {
 }
 
 impl Instruction {
-    /// Reads a line such as `/*29a0*/ @!P0 LOP3.LUT R19, R12, 0xf0f0f0f, RZ, 0xc0, !PT ;`.
+    /// Parses a line such as `/*29a0*/ @!P0 LOP3.LUT R19, R12, 0xf0f0f0f, RZ, 0xc0, !PT ;`.
     fn parse(line: &str) -> Option<Self> {
         let (address, rest) = line.strip_prefix("/*")?.split_once("*/")?;
         let mut rest = rest.split(';').next()?.trim();
@@ -383,26 +405,26 @@ impl Instruction {
         })
     }
 
-    /// The opcode without its modifiers.
+    /// Returns the opcode without its modifiers.
     fn stem(&self) -> &str {
         self.opcode.split('.').next().unwrap_or_default()
     }
 
-    /// Whether the instruction computes its result from its register operands alone.
+    /// Returns whether the result depends on the register operands alone.
     fn computes(&self) -> bool {
         ["LOP3", "IMAD", "IADD3", "VIADD", "PRMT", "SHF", "LEA", "MOV"].contains(&self.stem())
     }
 
-    /// Where the instruction may jump to.
+    /// Returns the label that the instruction may jump to.
     fn branch_label(&self) -> Option<&str> {
         let last = self.operands.last().filter(|_| self.stem() == "BRA")?;
         last.strip_prefix("`(")?.strip_suffix(')')
     }
 
-    /// Whether the next instruction may follow.
+    /// Returns whether execution may continue at the next instruction.
     fn falls_through(&self) -> bool {
         let leaves = match self.stem() {
-            // With a further operand (`BRA.DIV UR4`, `BRA.U UP0`) the branch has a condition of its own.
+            // A branch with a further operand (`BRA.DIV UR4`, `BRA.U UP0`) is conditional.
             "BRA" => self.operands.len() == 1 && !self.opcode.contains(".ANY"),
             "EXIT" | "RET" | "BRX" | "JMP" | "JMX" => true,
             _ => false,
@@ -410,14 +432,16 @@ impl Instruction {
         !leaves || self.predicated
     }
 
-    /// Whether the instruction writes a register. In doubt it does, which can only make a trace fail.
+    /// Returns whether the instruction writes a register.
+    ///
+    /// Unknown instructions count as writers. A writer too many can only make a trace fail.
     fn writes(&self, register: Register) -> bool {
         if ["BAR", "WARPSYNC", "NANOSLEEP", "RET", "BRX", "JMX"].contains(&self.stem()) {
             return false;
         }
         let mut operands = self.operands.iter();
         let Some(mut first) = operands.next() else { return false };
-        // Some write a predicate before the register; those that only compare write nothing else.
+        // Some instructions write a predicate and then a register. Comparisons write predicates only.
         if first.starts_with(['P', '!']) || first.starts_with("UP") {
             let writes_more =
                 ["LOP3", "ULOP3", "SHFL", "ATOM", "ATOMG", "ATOMS", "MATCH"].contains(&self.stem());
@@ -429,12 +453,12 @@ impl Instruction {
             && start.uniform == register.uniform
     }
 
-    /// How many registers the instruction writes, from the one that it names.
+    /// Returns the number of consecutive registers that the instruction writes, from the named one on.
     fn written_registers(&self) -> u32 {
         let has = |modifier: &str| self.opcode.split('.').any(|part| part == modifier);
         match self.stem() {
             "IGMMA" => {
-                // 64×n sums of 32 bits over 128 threads.
+                // 64 × n sums of 32 bits over 128 threads.
                 let shape = self.opcode.split('.').find_map(|part| part.strip_prefix("64x"));
                 let n = shape.and_then(|rest| rest.split('x').next()).and_then(|n| n.parse::<u32>().ok());
                 n.map_or(1, |n| n / 2)
@@ -449,7 +473,7 @@ impl Instruction {
         }
     }
 
-    /// The source of an instruction that only copies.
+    /// Returns the source operand of a move.
     fn moved(&self) -> Option<&str> {
         match (self.opcode.as_str(), self.operands.as_slice()) {
             ("MOV" | "UMOV", [_, source, ..]) => Some(source),
@@ -465,7 +489,7 @@ impl fmt::Display for Instruction {
     }
 }
 
-/// The register that an operand names.
+/// Returns the register that an operand names.
 fn register(operand: &str) -> Option<Register> {
     let name = operand.split('.').next()?;
     let (uniform, digits) = match name.strip_prefix("UR") {
@@ -475,7 +499,7 @@ fn register(operand: &str) -> Option<Register> {
     Some(Register { uniform, number: digits.parse().ok()? })
 }
 
-/// The number that an operand is.
+/// Returns the value of a literal operand.
 fn literal(operand: &str) -> Option<u32> {
     let (negative, digits) = match operand.strip_prefix('-') {
         Some(digits) => (true, digits),

@@ -1,5 +1,6 @@
-//! Steps of a longer check: each is announced, timed and summed up at the end. A failing step does not keep
-//! the later ones from running, so one run shows everything that is wrong.
+//! Runs the steps of a longer check, prints each with its time, and lists all at the end.
+//!
+//! Later steps run even if an earlier one fails, so one run shows everything that is wrong.
 
 use std::ffi::OsStr;
 use std::process::Command;
@@ -7,12 +8,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
 
-/// The steps that have run.
+/// The steps that have run: name, time, and success.
 #[derive(Default)]
 pub struct Steps(Vec<(&'static str, Duration, bool)>);
 
 impl Steps {
-    /// Runs one step.
+    /// Runs one step and records its time and outcome.
     pub fn run(&mut self, name: &'static str, step: impl FnOnce() -> anyhow::Result<()>) {
         println!("==> {name}");
         let start = Instant::now();
@@ -25,7 +26,10 @@ impl Steps {
         self.0.push((name, time, outcome.is_ok()));
     }
 
-    /// Lists the steps with their times; an error if one has failed.
+    /// Lists the steps with their times.
+    ///
+    /// # Errors
+    /// Returns one that names the failed steps, if any.
     pub fn finish(self) -> anyhow::Result<()> {
         for (name, time, ok) in &self.0 {
             println!("{:>8.1} s  {:<6}  {name}", time.as_secs_f64(), if *ok { "ok" } else { "FAILED" });
@@ -40,14 +44,17 @@ impl Steps {
     }
 }
 
-/// The cargo that runs this program, with arguments.
+/// Returns a command for the cargo that runs this program, with these arguments.
 pub fn cargo<S: AsRef<OsStr>>(arguments: impl IntoIterator<Item = S>) -> Command {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command.args(arguments);
     command
 }
 
-/// Runs a command to its end; an error if it cannot start or fails.
+/// Runs a command to its end.
+///
+/// # Errors
+/// Returns one if the command cannot start or fails.
 pub fn check(command: &mut Command) -> anyhow::Result<()> {
     let program = command.get_program().to_string_lossy().into_owned();
     let status = command.status().with_context(|| format!("cannot run {program}"))?;

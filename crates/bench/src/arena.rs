@@ -1,38 +1,40 @@
-//! The device memory of a run: allocated and filled once, large enough for every problem in it. Matrices of
-//! baselines are slices of random memory, so only our own weights, which must be valid bricks, are made anew for
-//! each matrix.
+//! The device memory of a run: allocated and filled once, and large enough for every problem of the run.
+//! The operands of the baselines are slices of random memory from `data`.
+//! Our own weights must be valid bricks, so only they are made anew for each matrix.
 
 use anyhow::ensure;
-use cust::context::CurrentContext;
 use cust::memory::DeviceBuffer;
 use cust::sys;
 use liquidgemm_format::probe::STREAM_PIECE_BYTES;
 
 use super::data::{POOL_ELEMENTS, Pool, element_bytes, random_scales};
+use super::driver::{During, wait};
 use super::record::{Baseline, moved_bytes};
 use super::shapes::Case;
-use crate::Group;
-use crate::gpu::{DeviceSpan, During};
+use liquidgemm::Group;
+use liquidgemm::gpu::DeviceSpan;
 
-/// Weights rotate through more than this, four times the L2, so that none are still there from the launch before.
+/// The copies of a matrix together take at least this many bytes, more than four times the 50 MB of L2 cache.
+/// No launch then finds its weights still in the cache from an earlier launch.
 pub(super) const ROTATION_BYTES: usize = 220_000_000;
-/// Copies of tiny matrices, which would need thousands.
+/// Largest number of copies: a tiny matrix would need thousands to reach [`ROTATION_BYTES`].
 const MAX_COPIES: usize = 512;
-/// Matrices begin at multiples of this.
+/// Alignment of the copies of a matrix, in bytes.
 const ALIGNMENT: usize = 256;
-/// cuBLASLt has no int8 product for fewer tokens on some versions; then it gets so many.
+/// Some versions of cuBLASLt have no int8 algorithm for few tokens.
+/// The baseline is then measured with more tokens, up to this many.
 pub(super) const MAX_PADDED_TOKENS: usize = 32;
-/// Where activations begin in the random pool, so that they are not the weights' numbers again.
+/// Position in the random pool of the first activation, so that activations differ from weights.
 const ACTIVATIONS_FIRST: usize = POOL_ELEMENTS / 2;
-/// What the driver, the kernels and the packed weights' own overhead may take beside the arena.
+/// Memory left to the driver, to the kernels and to the padding of the packed weights, in bytes.
 const RESERVE_BYTES: usize = 1 << 30;
 
-/// Copies of a matrix of so many bytes.
+/// Returns the number of copies of a matrix of `bytes` bytes.
 pub(super) fn copies(bytes: usize) -> usize {
     ROTATION_BYTES.div_ceil(bytes.max(1)).clamp(2, MAX_COPIES)
 }
 
-/// Operands of one type, with the random numbers that they hold.
+/// The weights and activations of one type on the device, and the random numbers that they were filled with.
 pub(super) struct Operands {
     pub(super) pool: Pool,
     baseline: Baseline,
@@ -40,10 +42,10 @@ pub(super) struct Operands {
     activations: DeviceBuffer<u8>,
 }
 
-/// A baseline's weights and activations for one problem.
+/// The device addresses of a baseline's weights and activations for one problem.
 pub(super) struct Slices {
     pub(super) first_weights: u64,
-    /// From one copy of the weights to the next.
+    /// Bytes from one copy of the weights to the next.
     pub(super) stride: u64,
     pub(super) copies: usize,
     pub(super) activations: u64,
@@ -65,7 +67,7 @@ impl Operands {
         })
     }
 
-    /// The slices of an `[n, k]` matrix. `None` if the run has no weights of this type.
+    /// The operands of an `[n, k]` weight matrix. `None` if the run has no weights of this type.
     pub(super) fn slices(&self, n: usize, k: usize) -> Option<Slices> {
         let bytes = n * k * element_bytes(self.baseline);
         Some(Slices {
@@ -76,45 +78,45 @@ impl Operands {
         })
     }
 
-    /// The activations.
+    /// The activations, row-major `[m, k]` without padding.
     pub(super) fn activations(&self) -> DeviceSpan {
         (&self.activations).into()
     }
 
-    /// An element of the first copy of the weights `[n, k]`.
+    /// Element `at` of a channel in the first copy of the weights `[n, k]`.
     pub(super) fn weight(&self, k: usize, channel: usize, at: usize) -> f64 {
         self.pool.value(channel * k + at)
     }
 
-    /// An element of the activations `[m, k]`.
+    /// Element `at` of a token in the activations `[m, k]`.
     pub(super) fn activation(&self, k: usize, token: usize, at: usize) -> f64 {
         self.pool.value(ACTIVATIONS_FIRST + token * k + at)
     }
 
-    /// One token's int8 codes.
+    /// The int8 activations of one token.
     pub(super) fn codes(&self, k: usize, token: usize) -> impl Iterator<Item = i8> + '_ {
         self.pool.codes(ACTIVATIONS_FIRST + token * k, k)
     }
 }
 
-/// Everything but our own weights.
+/// All device memory of a run except our own weights.
 pub(super) struct Arena {
-    /// int8, which also holds our activations, and the baselines' others.
+    /// First int8, whose activations our kernel reads too, then those of the other baselines.
     operands: Vec<Operands>,
-    /// Token scales, on the host and on the device.
+    /// Token scales, first on the host, then on the device.
     pub(super) token_scales: Vec<f32>,
     pub(super) token_scales_device: DeviceBuffer<f32>,
-    /// Our output, bf16.
+    /// Output of our kernel, bf16.
     pub(super) output: DeviceBuffer<u8>,
-    /// The baselines' output, up to 4 bytes an element.
+    /// Output of the baselines, up to 4 bytes an element.
     pub(super) baseline_output: DeviceBuffer<u8>,
-    /// What the `stream` probe reads.
+    /// Memory that the `stream` probe reads.
     pub(super) source: DeviceBuffer<u8>,
-    /// What the `mma` probe writes.
+    /// Memory that the `mma` probe writes.
     pub(super) sink: DeviceBuffer<u8>,
 }
 
-/// The largest of anything over all problems.
+/// The largest value of `bytes(m, n, k)` over all problems.
 fn largest(cases: &[Case], bytes: impl Fn(usize, usize, usize) -> usize) -> usize {
     let problems = cases.iter().flat_map(|case| {
         case.tokens.iter().map(|&m| (m.max(MAX_PADDED_TOKENS), case.matrix.n, case.matrix.k))
@@ -123,7 +125,7 @@ fn largest(cases: &[Case], bytes: impl Fn(usize, usize, usize) -> usize) -> usiz
 }
 
 impl Arena {
-    /// Allocates and fills memory for every case and for these baselines.
+    /// Allocates and fills memory for all cases and for these baselines.
     pub(super) fn new(cases: &[Case], baselines: &[Baseline], multiprocessors: u32) -> anyhow::Result<Self> {
         let weights = |baseline| {
             let size = element_bytes(baseline);
@@ -183,27 +185,21 @@ impl Arena {
         &self.operands[0]
     }
 
-    /// A baseline's operands, if it is one of the run's.
+    /// A baseline's operands, if it is part of the run.
     pub(super) fn operands(&self, baseline: Baseline) -> Option<&Operands> {
         self.operands.iter().find(|operands| operands.baseline == baseline)
     }
 }
 
-/// Waits for everything on the GPU. Copies inside device memory only begin when they are called for, and the bench's
-/// own stream doesn't wait for them.
-pub(super) fn wait() -> anyhow::Result<()> {
-    Ok(CurrentContext::synchronize().during("waiting for the GPU")?)
-}
-
-/// Fills memory with a byte.
+/// Sets every byte of a buffer to `byte`.
 pub(super) fn set_bytes(memory: &DeviceBuffer<u8>, byte: u8) -> anyhow::Result<()> {
-    // SAFETY: exactly the buffer is written.
+    // SAFETY: the call writes exactly the buffer's bytes.
     unsafe { sys::cuMemsetD8_v2(memory.as_device_ptr().as_raw(), byte, memory.len()) }
-        .during("clearing memory of the GPU")?;
+        .during("filling GPU memory")?;
     wait()
 }
 
-/// Copies values from the device.
+/// Copies `count` values to the host, beginning with value `first` of the buffer.
 pub(super) fn download<T: bytemuck::Pod>(
     memory: &DeviceBuffer<u8>,
     first: usize,
@@ -211,18 +207,18 @@ pub(super) fn download<T: bytemuck::Pod>(
 ) -> anyhow::Result<Vec<T>> {
     let mut values = vec![T::zeroed(); count];
     let (offset, bytes) = (first * size_of::<T>(), count * size_of::<T>());
-    ensure!(offset + bytes <= memory.len(), "reading beyond a buffer");
+    ensure!(offset + bytes <= memory.len(), "a copy would read beyond the end of a device buffer");
     let source = memory.as_device_ptr().as_raw() + offset as u64;
-    // SAFETY: source and target have the bytes, and any bytes make a `T`.
+    // SAFETY: source and target both have `bytes` bytes, and any bytes are a valid `T`.
     unsafe { sys::cuMemcpyDtoH_v2(values.as_mut_ptr().cast(), source, bytes) }
         .during("copying results from the GPU")?;
     Ok(values)
 }
 
-/// Device memory with whatever was in it.
+/// Allocates device memory without initializing it.
 fn uninitialized(bytes: usize) -> anyhow::Result<DeviceBuffer<u8>> {
-    // SAFETY: any bytes are valid, and what is read has been written by then.
-    Ok(unsafe { DeviceBuffer::uninitialized(bytes.max(ALIGNMENT)) }.during("allocating memory of the GPU")?)
+    // SAFETY: any bytes are a valid `u8`, and the bench writes memory before it reads it.
+    unsafe { DeviceBuffer::uninitialized(bytes.max(ALIGNMENT)) }.during("allocating GPU memory")
 }
 
 #[cfg(test)]

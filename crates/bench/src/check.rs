@@ -1,14 +1,15 @@
-//! Whether results are right: ours bit for bit those of the CPU backend, the baselines' near a float64 sum, so that
-//! no time stands for a wrong or a skipped computation.
+//! Checks results, so that no time stands for a wrong or a skipped computation.
+//! Our outputs must equal those of the CPU backend bit for bit.
+//! The baselines' outputs must be close to float64 sums.
 
 use anyhow::ensure;
 use half::bf16;
 
 use super::arena::{Arena, Operands, download};
 use super::record::Baseline;
-use crate::{ActivationsView, PackedWeights, cpu};
+use liquidgemm::{ActivationsView, PackedWeights, cpu};
 
-/// Outputs of some tokens, every channel of them, as the CPU backend computes them.
+/// The outputs of some tokens, all channels of each, computed by the CPU backend.
 pub(super) struct Reference {
     n: usize,
     tokens: Vec<usize>,
@@ -16,8 +17,7 @@ pub(super) struct Reference {
 }
 
 impl Reference {
-    /// Computes what is needed to check every one of the batch sizes: the first tokens, the last one of each, and
-    /// one from its middle.
+    /// Computes the outputs that check every one of these batch sizes: [`tokens_to_check`].
     pub(super) fn new(
         weights: &PackedWeights,
         operands: &Operands,
@@ -34,7 +34,7 @@ impl Reference {
         Ok(Self { n: weights.n(), tokens, outputs })
     }
 
-    /// Compares the output of `m` tokens. Returns how many were compared, and the first difference.
+    /// Compares the output of `m` tokens. Returns the number of compared tokens and the first difference.
     pub(super) fn compare(&self, arena: &Arena, m: usize) -> anyhow::Result<(usize, Option<String>)> {
         let mut compared = 0;
         for (&token, expected) in self.tokens.iter().zip(self.outputs.chunks(self.n)) {
@@ -49,8 +49,8 @@ impl Reference {
                 return Ok((
                     compared,
                     Some(format!(
-                        "token {token}, channel {channel} is {} instead of {}, and so are {differences} of {} \
-                         channels",
+                        "token {token}, channel {channel} is {} instead of {}; {differences} of {} channels of the \
+                         token differ",
                         actual[channel], expected[channel], self.n
                     )),
                 ));
@@ -60,7 +60,7 @@ impl Reference {
     }
 }
 
-/// The first two tokens; of each batch size the last and one in the middle.
+/// The first two tokens and, of each batch size, the last one and those at a third and at half of it.
 fn tokens_to_check(batches: &[usize]) -> Vec<usize> {
     let mut tokens: Vec<usize> = batches.iter().flat_map(|&m| [0, 1, m / 2, m / 3, m - 1]).collect();
     let most = batches.iter().copied().max().unwrap_or(0);
@@ -70,7 +70,7 @@ fn tokens_to_check(batches: &[usize]) -> Vec<usize> {
     tokens
 }
 
-/// Compares a few outputs of a baseline's launch on its first copy of the weights with float64 sums.
+/// Compares a few outputs of a baseline with float64 sums, after a launch with its first copy of the weights.
 pub(super) fn baseline_is_right(
     baseline: Baseline,
     arena: &Arena,
@@ -85,8 +85,8 @@ pub(super) fn baseline_is_right(
             Baseline::Int8 => f64::from(download::<i32>(&arena.baseline_output, first, 1)?[0]),
             Baseline::Fp8 | Baseline::Bf16 => download::<bf16>(&arena.baseline_output, first, 1)?[0].to_f64(),
         };
-        // A sum of k products of normal numbers is about √k, and so is the difference of two unrelated ones. Fast
-        // fp8 accumulation cuts every partial sum to 14 bits.
+        // A sum of k products of normal numbers is about √k, and so is the difference of two unrelated sums.
+        // Fast fp8 accumulation truncates every partial sum to 14 bits.
         let size = (k as f64).sqrt();
         let tolerance = match baseline {
             Baseline::Int8 => 0.0,

@@ -1,4 +1,5 @@
-//! What a result is worth nothing without: GPU, driver, day, kernels and command line.
+//! The circumstances of a measurement: GPU, driver, date, kernels and command line.
+//! Every recorded result carries them, because times can't be interpreted without them.
 
 use std::ffi::{CStr, c_char, c_int};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -6,27 +7,27 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use libloading::{Library, Symbol};
 use serde::{Deserialize, Serialize};
 
-use crate::gpu::{self, Gpu};
+use liquidgemm::gpu::{self, Gpu};
 
-/// On which GPU, when and with what something was measured.
+/// GPU, driver, date, kernels and command line of a measurement.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Circumstances {
-    /// The GPU.
+    /// Description of the GPU; its name comes first and ends at the first comma.
     pub device: String,
-    /// NVIDIA's driver.
+    /// Version of NVIDIA's driver.
     pub driver: String,
-    /// The day, UTC.
+    /// The date in UTC, such as `2026-11-22`.
     pub date: String,
-    /// Version of this crate.
+    /// Version of this workspace.
     pub version: String,
-    /// Hash of the device sources.
+    /// Hash of the device sources from which the kernels were built.
     pub kernels: String,
     /// The command line.
     pub command: String,
 }
 
 impl Circumstances {
-    /// Those of this process on a GPU.
+    /// The circumstances of this process on a GPU.
     pub(super) fn of(gpu: &Gpu) -> Self {
         Self {
             device: gpu.description(),
@@ -38,13 +39,13 @@ impl Circumstances {
         }
     }
 
-    /// The GPU's name alone.
+    /// The GPU's name without the rest of the description.
     pub(super) fn device_name(&self) -> &str {
         self.device.split(',').next().unwrap_or_default()
     }
 }
 
-/// NVIDIA's driver version, such as `580.159.04`.
+/// The version of NVIDIA's driver, such as `580.159.04`.
 fn driver_version() -> String {
     driver_from_proc().or_else(driver_from_nvml).unwrap_or_else(|| "unknown".into())
 }
@@ -53,7 +54,7 @@ fn driver_from_proc() -> Option<String> {
     version_in(&std::fs::read_to_string("/proc/driver/nvidia/version").ok()?)
 }
 
-/// The first word that is three or two numbers with dots between.
+/// The first word of `text` that consists of two or more numbers separated by dots.
 fn version_in(text: &str) -> Option<String> {
     let is_version = |word: &&str| {
         let parts: Vec<&str> = word.split('.').collect();
@@ -63,13 +64,13 @@ fn version_in(text: &str) -> Option<String> {
     text.split_whitespace().find(is_version).map(str::to_owned)
 }
 
-/// Containers often hide `/proc/driver` but have NVIDIA's management library.
+/// Asks NVIDIA's management library, because containers often have it but hide `/proc/driver`.
 fn driver_from_nvml() -> Option<String> {
-    // SAFETY: NVIDIA's own library under its own name.
+    // SAFETY: the library is NVIDIA's, loaded under its own name.
     let library = unsafe { Library::new("libnvidia-ml.so.1") }.ok()?;
     let mut text: [c_char; 96] = [0; 96];
-    // SAFETY: the symbols have these signatures in every version of the library; the text has room for as much as
-    // is said, and is ended with a NUL before it is read.
+    // SAFETY: the symbols have these signatures in every version of the library.
+    // The buffer is one byte longer than the given length and starts zeroed, so its text ends with a NUL.
     unsafe {
         let start: Symbol<'_, unsafe extern "C" fn() -> c_int> = library.get(b"nvmlInit_v2\0").ok()?;
         let version: Symbol<'_, unsafe extern "C" fn(*mut c_char, u32) -> c_int> =
@@ -81,14 +82,14 @@ fn driver_from_nvml() -> Option<String> {
     }
 }
 
-/// Today, UTC, as `2026-11-22`.
+/// Today's date in UTC, such as `2026-11-22`.
 fn today() -> String {
     let seconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
     let (year, month, day) = civil(seconds / 86_400);
     format!("{year}-{month:02}-{day:02}")
 }
 
-/// Year, month and day of a number of days since 1970-01-01.
+/// Converts days since 1970-01-01 to year, month and day.
 fn civil(mut days: u64) -> (u64, u64, u64) {
     let leap = |year: u64| year.is_multiple_of(4) && (!year.is_multiple_of(100) || year.is_multiple_of(400));
     let mut year = 1970;
@@ -108,7 +109,7 @@ fn civil(mut days: u64) -> (u64, u64, u64) {
     (year, month, days + 1)
 }
 
-/// The command line, without the directories of the program.
+/// The command line, without the program's directory.
 fn command() -> String {
     let mut arguments = std::env::args();
     let program = arguments.next().unwrap_or_default();

@@ -1,36 +1,35 @@
-//! Random operands. Every contender gets the same normal distribution in its own type, because what the numbers
-//! look like decides how much power the multipliers draw, and zeros would draw little.
+//! Random operands. Every measured kernel gets the same normal distribution in its own type,
+//! because the values decide how much power the multipliers draw; zeros would draw little.
 //!
-//! Device memory is filled by repeating one random pool, so that gigabytes take no time and any element can still
-//! be told from its position.
+//! Device memory is filled by repeating one random pool.
+//! Filling gigabytes is then fast, and the host can compute any element from its position.
 
 use cust::memory::DeviceBuffer;
 use cust::sys;
 use half::bf16;
-use rand::{Rng, SeedableRng};
+use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rand_distr::StandardNormal;
 use rayon::prelude::*;
 
-use super::record::Baseline;
-use crate::gpu::During;
-use crate::packed::PackedSizes;
-use crate::{Error, Group, PackedWeights};
+use super::driver::{During, wait};
+use super::record::{Baseline, packed_bytes};
+use liquidgemm::{Error, Group, PackedWeights};
 
-/// Elements of a pool: no power of two, so that rows of matrices don't repeat.
+/// Elements of a pool. It is not a power of two, so that the rows of a matrix differ.
 pub(super) const POOL_ELEMENTS: usize = 257 << 16;
 /// Elements that one task generates.
 const CHUNK: usize = 1 << 16;
-/// int8 codes of one standard deviation: about what per-token quantization makes of normal activations.
+/// One standard deviation in int8 steps, about the result of per-token quantization of normal activations.
 const INT8_DEVIATION: f32 = 32.0;
 
-/// Random numbers in one type.
+/// Random numbers of one type.
 pub(super) struct Pool {
     baseline: Baseline,
     bytes: Vec<u8>,
 }
 
-/// Bytes of an element of a baseline's operands.
+/// Bytes per element of a baseline's operands.
 pub(super) fn element_bytes(baseline: Baseline) -> usize {
     match baseline {
         Baseline::Int8 | Baseline::Fp8 => 1,
@@ -58,7 +57,7 @@ impl Pool {
         Self { baseline, bytes }
     }
 
-    /// The number at a position, counted in elements, of memory that [`fill`](Self::fill) filled.
+    /// The number at `position`, counted in elements, of memory that [`fill`](Self::fill) filled from 0 on.
     pub(super) fn value(&self, position: usize) -> f64 {
         let position = position % POOL_ELEMENTS;
         match self.baseline {
@@ -70,41 +69,41 @@ impl Pool {
         }
     }
 
-    /// `count` int8 codes from a position on.
+    /// `count` int8 values, beginning at `position`.
     pub(super) fn codes(&self, position: usize, count: usize) -> impl Iterator<Item = i8> + '_ {
         (position..position + count).map(|position| self.bytes[position % POOL_ELEMENTS] as i8)
     }
 
-    /// Fills device memory with the pool, again and again, beginning at position `first`.
+    /// Fills device memory with repetitions of the pool, beginning at position `first` of the pool.
     pub(super) fn fill(&self, memory: &DeviceBuffer<u8>, first: usize) -> anyhow::Result<()> {
         let (start, bytes) = (memory.as_device_ptr().as_raw(), memory.len());
         let split = first % POOL_ELEMENTS * element_bytes(self.baseline);
         let mut filled = 0;
         for part in [&self.bytes[split..], &self.bytes[..split]] {
             let part = &part[..part.len().min(bytes - filled)];
-            // SAFETY: the part fits behind what is filled already.
+            // SAFETY: the part is no longer than the rest of the buffer behind `filled`.
             unsafe { sys::cuMemcpyHtoD_v2(start + filled as u64, part.as_ptr().cast(), part.len()) }
                 .during("copying random data to the GPU")?;
             filled += part.len();
         }
-        // From here on what is filled is a whole number of pools and doubles.
+        // The filled part is now a whole pool; each pass doubles it, so it stays a whole number of pools.
         while filled < bytes {
             let count = filled.min(bytes - filled);
-            // SAFETY: source and target lie in the buffer and don't overlap.
+            // SAFETY: source and target lie within the buffer.
+            // They don't overlap, because `count` is at most `filled`.
             unsafe { sys::cuMemcpyDtoD_v2(start + filled as u64, start, count) }
-                .during("spreading random data")?;
+                .during("repeating random data on the GPU")?;
             filled += count;
         }
-        super::arena::wait()
+        wait()
     }
 }
 
-/// Channels that are drawn and quantized; a wider matrix repeats their strips.
+/// Channels that are drawn and quantized; a matrix with more channels repeats their strips.
 const DRAWN_CHANNELS: usize = 1024;
 
-/// Normal weights, quantized like any others.
+/// Draws normally distributed weights `[n, k]` and quantizes them as usual.
 pub(super) fn random_weights(n: usize, k: usize, group: Group) -> Result<PackedWeights, Error> {
-    let sizes = PackedSizes::new(n, k, group)?;
     let drawn = n.min(DRAWN_CHANNELS);
     let mut weights = vec![0.0f32; drawn * k];
     weights.par_chunks_mut(k).enumerate().for_each(|(channel, row)| {
@@ -117,34 +116,39 @@ pub(super) fn random_weights(n: usize, k: usize, group: Group) -> Result<PackedW
         all.truncate(bytes);
         all
     };
-    let (codes, pairs) = (repeated(drawn.codes(), sizes.codes), repeated(drawn.pairs(), sizes.pairs));
+    let [codes, pairs] = packed_bytes(n, k, group)?;
+    let (codes, pairs) = (repeated(drawn.codes(), codes), repeated(drawn.pairs(), pairs));
     PackedWeights::from_parts(codes, pairs, random_scales(n), n, k, group)
 }
 
-/// Scales between 0.001 and 0.002.
+/// Draws scales between 0.001 and 0.002.
 pub(super) fn random_scales(count: usize) -> Vec<f32> {
     let mut rng = generator(usize::MAX);
     (0..count).map(|_| rng.random_range(1e-3..2e-3)).collect()
 }
 
-/// The generator of one chunk: any thread may fill any chunk, and the numbers are the same on every machine.
+/// The random generator of one chunk.
+/// Each chunk has its own stream, so neither the machine nor the order of the threads changes the numbers.
 fn generator(chunk: usize) -> ChaCha8Rng {
     let mut rng = ChaCha8Rng::seed_from_u64(0x11_90_1d);
     rng.set_stream(chunk as u64);
     rng
 }
 
-/// The nearest e4m3 number, ties to even, at most 448 in magnitude.
+/// Rounds to the nearest e4m3 number, ties to even; magnitudes above 448 become 448.
 fn to_e4m3(x: f32) -> u8 {
     let sign = if x.is_sign_negative() { 0x80 } else { 0 };
-    // The smallest exponent of normal numbers is -6; below it lie multiples of 2⁻⁹.
+    // The smallest exponent of normal numbers is -6; subnormal numbers are multiples of 2⁻⁹.
     let magnitude = x.abs().min(448.0);
     let exponent = ((magnitude.to_bits() >> 23) as i32 - 127).max(-6);
     let steps = (magnitude * 2f32.powi(3 - exponent)).round_ties_even() as i32;
-    // 8 to 15 steps at the least exponent are normal already, and 16 carry into the next: both add up.
+    // The sum is the right code in every case.
+    // The leading bit of 8 to 15 steps increments the exponent field; 16 steps carry into the next exponent.
+    // Fewer than 8 steps occur at the smallest exponent only: they are subnormal, with exponent field 0.
     sign | ((exponent + 6) * 8 + steps) as u8
 }
 
+/// The value of an e4m3 code.
 fn from_e4m3(code: u8) -> f32 {
     let (exponent, mantissa) = (i32::from(code >> 3 & 15), f32::from(code & 7));
     let magnitude = if exponent == 0 { mantissa } else { (8.0 + mantissa) * 2f32.powi(exponent - 1) };
@@ -168,7 +172,7 @@ mod tests {
         assert_eq!(from_e4m3(1), 2f32.powi(-9));
         assert_eq!(from_e4m3(to_e4m3(1e9)), 448.0);
         assert_eq!(from_e4m3(to_e4m3(-1.06)), -1.0);
-        // Half-way between 1 and 1.125: to the even one.
+        // Half-way between 1 and 1.125: rounds to the even code, which is 1.
         assert_eq!(from_e4m3(to_e4m3(1.0625)), 1.0);
         assert_eq!(from_e4m3(to_e4m3(15.9)), 16.0);
     }
@@ -192,14 +196,14 @@ mod tests {
         let (n, k) = (DRAWN_CHANNELS + 130, 200);
         let weights = random_weights(n, k, Group::default()).unwrap();
         assert_eq!((weights.n(), weights.k()), (n, k));
-        // The second repetition of the first channels.
+        // The first channel, and one among the repeated channels.
         for channel in [0, DRAWN_CHANNELS + 129] {
-            let values: Vec<f64> = (0..k).map(|k| f64::from(weights.level1(channel, k))).collect();
+            let values: Vec<f64> = (0..k).map(|k| f64::from(weights.int8_weight(channel, k))).collect();
             let mean = values.iter().sum::<f64>() / k as f64;
             let deviation = (values.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / k as f64).sqrt();
-            // The largest of 200 normal numbers, which becomes 119, is about 2.7 deviations away.
+            // The largest of 200 normal numbers is about 2.7 standard deviations and becomes 119.
             assert!((30.0..60.0).contains(&deviation), "channel {channel}: {deviation}");
         }
-        assert_eq!(weights.level1(3, 5), weights.level1(DRAWN_CHANNELS + 3, 5));
+        assert_eq!(weights.int8_weight(3, 5), weights.int8_weight(DRAWN_CHANNELS + 3, 5));
     }
 }

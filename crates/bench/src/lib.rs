@@ -1,21 +1,25 @@
-//! The bench: how fast the GPU backend is against the hardware's limits and against cuBLASLt, in one run.
+//! Measures the GPU backend against the hardware's limits and against cuBLASLt, all in one run.
+//! The kernels under test are those of `liquidgemm`; the bench's own kernels are the PTX files in `ptx/`.
 //!
-//! | file | what it does |
+//! | file | purpose |
 //! |---|---|
-//! | [`shapes`], [`peers`] | which problems; what others' kernels take on them |
+//! | [`shapes`], [`matrix`], [`peers`] | the problems to measure; recorded times of other projects' kernels |
 //! | [`replay`] | how a kernel is timed: CUDA graphs, medians |
-//! | `arena`, `data` | device memory and the random numbers in it |
-//! | [`cublaslt`] | the baselines' library, loaded when the program runs |
-//! | [`run`] | one run over all problems; `check` compares results |
-//! | [`monotone`] | whether fewer tokens ever take longer than more |
-//! | [`sweep`] | every plan of a problem, to choose the planner's |
-//! | [`ablation`] | the kernel without one of its ideas at a time: the paper's figure 13 |
-//! | [`record`], [`statistics`], [`targets`] | results, their means, and what they are held against |
-//! | [`table`], [`markdown`], [`plots`] | results for people |
+//! | `arena`, `data`, `driver` | the device memory of a run, its random contents, driver errors |
+//! | [`cublaslt`] | cuBLASLt, the baseline, loaded at run time |
+//! | [`probes`] | kernels that only read memory, or only multiply |
+//! | [`run`], `check` | one run over all problems; comparison of its results with a reference |
+//! | [`monotone`] | search for batch sizes that take longer than a larger one |
+//! | [`sweep`] | the time of every plan of a problem, to judge the planner |
+//! | [`ablation`] | the kernel without one of its ideas at a time: figure 13 of the paper |
+//! | [`record`], [`circumstances`] | the results, and the GPU, driver and date that belong to them |
+//! | [`statistics`], [`targets`] | medians and means, and the targets for them |
+//! | [`table`], [`markdown`], [`plots`] | the results as text, as a page and as pictures |
 //!
-//! Every figure that counts is a ratio inside one run on one GPU. Besides cuBLASLt these are two probes of the
-//! hardware, `stream`, which only reads as many bytes as the problem moves, and `mma`, which only does as many
-//! products; the slower of the two is the problem's floor.
+//! Only ratios between times of the same run on the same GPU are meaningful, because times differ by machine.
+//! Besides cuBLASLt, each run measures two probes of the hardware:
+//! `stream` only reads as many bytes as the problem moves, and `mma` only does as many multiply-adds.
+//! The slower of the two is the problem's floor.
 
 pub mod ablation;
 mod arena;
@@ -23,10 +27,13 @@ mod check;
 pub mod circumstances;
 pub mod cublaslt;
 mod data;
+mod driver;
 pub mod markdown;
+pub mod matrix;
 pub mod monotone;
 pub mod peers;
 pub mod plots;
+pub mod probes;
 pub mod record;
 pub mod replay;
 pub mod run;

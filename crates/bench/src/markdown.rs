@@ -1,4 +1,5 @@
-//! The results as a page: circumstances, means, targets, pictures, and every point.
+//! Writes the results as a Markdown page: circumstances, means, targets, pictures, and every point.
+//! Means and verdicts come from [`targets`](mod@super::targets), pictures from [`plots`](mod@super::plots).
 
 use std::fmt::Write;
 use std::path::{Component, Path, PathBuf};
@@ -14,10 +15,7 @@ use super::shapes::{Matrix, is_shard};
 use super::table::or_dash;
 use super::targets::{self, Means, band_means};
 
-/// Writes a page about one run or several to `path`, with links to the pictures.
-///
-/// # Errors
-/// If the file can't be written.
+/// Writes a page about one or several runs to `path`, with links to the pictures.
 pub fn write(runs: &[Run], pictures: &Pictures, path: &Path) -> anyhow::Result<()> {
     let base = path.parent().context("a page needs a file name")?;
     let text = page(runs, pictures, base).context("a String takes all")?;
@@ -70,13 +68,13 @@ fn circumstances(runs: &[Run], text: &mut String) -> std::fmt::Result {
 fn circumstances_of(run: &Run, text: &mut String) -> std::fmt::Result {
     let exact = match run.mismatches().count() {
         0 => format!(
-            "all {} results bit for bit those of the CPU backend, on {} tokens with every channel of them",
+            "all {} results are bit-identical to the CPU backend's, compared on {} tokens in total with all channels",
             run.points.len(),
             run.points.iter().map(|point| point.tokens_checked).sum::<usize>()
         ),
         wrong => format!("**{wrong} of {} results are wrong**", run.points.len()),
     };
-    let none = "not installed or not asked for";
+    let none = "not installed or not requested";
     let cublaslt = if run.cublaslt.is_empty() { none } else { &run.cublaslt };
     let pace = run.pace.to_string();
     let more = [("pace", pace.as_str()), ("baseline", cublaslt), ("checked", &exact)];
@@ -87,7 +85,7 @@ fn circumstances_of(run: &Run, text: &mut String) -> std::fmt::Result {
     Ok(())
 }
 
-/// A table of what a run's figures are to be seen with, `more` behind the circumstances, and a word if it was interrupted.
+/// Writes a table of the circumstances followed by the rows in `more`, and a line if the run was interrupted.
 pub(super) fn facts(
     circumstances: &Circumstances,
     more: &[(&str, &str)],
@@ -112,7 +110,7 @@ pub(super) fn facts(
     Ok(())
 }
 
-/// Pictures, linked from a page in the directory `base`.
+/// Writes links to the pictures, relative to the directory `base`.
 pub(super) fn show(pictures: &[Picture], base: &Path, text: &mut String) -> std::fmt::Result {
     for Picture { path, title } in pictures {
         writeln!(text, "\n![{title}]({})", link(base, path))?;
@@ -120,24 +118,26 @@ pub(super) fn show(pictures: &[Picture], base: &Path, text: &mut String) -> std:
     Ok(())
 }
 
-/// How to read the figures.
+/// The explanation of the method and of the figures.
 const METHOD: &str = "
-Launches replay from a CUDA graph, weights rotate through more than 200 MB, data are random, times are medians;
-± is half the distance between the quartiles. All contenders of a point are measured one after the other, in turns,
-each after an idle rest, so that none finds a GPU which the one before it has heated or throttled; the pace above says how long.
-`stream` only reads the bytes of packed weights, activations and output, `mma` only does as many products: the slower
-of the two is the **floor**, and the **score** is floor / time. The **ideal** floor is
-max(bytes / 3.10 TB/s, operations / 1979 TOPS), without launch cost. Ratios are the baseline's time over ours.
-cuBLASLt int8 has no scales and writes int32; fp8 is e4m3 with one scale a tensor, fast accumulation and bf16 output.
+Launches are replayed from a CUDA graph, weights rotate through more than 200 MB, data are random, and times are medians;
+± is half the distance between the quartiles. The kernels of a point are measured in turns, each after an idle rest, so that
+no kernel finds a GPU that another one has heated or throttled. The pace above gives turns, rests and replays.
+
+`stream` is a kernel that only reads as many bytes as packed weights, activations and output have; `mma` is a kernel that only
+does as many multiply-adds. The slower of the two is the **floor**, and the **score** is floor / our time. The **ideal** floor is
+max(bytes / 3.10 TB/s, operations / 1979 TOPS), without launch cost. Ratios are the baseline's time / our time.
+cuBLASLt int8 has no scales and writes int32; fp8 is e4m3 with one scale per tensor, fast accumulation and bf16 output.
 ";
 
-/// How a page of several runs holds together.
+/// The explanation of a page about several runs.
 const SEVERAL_RUNS: &str = "
-Every ratio, every score and every curve is one run's. Of several measurements of a point, the tables have the one with the most
-columns, and of those the last. Runs of our kernel alone are left out of the tables.
+Every ratio, every score and every curve comes from a single run. If a point was measured several times, the tables show the
+measurement with the most columns, and the last of those. Runs of only our kernel are not in the tables.
 ";
 
-/// Of a run that has other points, too, those at powers of two that are no shards.
+/// Writes the means of each band.
+/// If the run has other points too, the means are over the powers of two, without the shards.
 fn means(run: &Run, text: &mut String) -> std::fmt::Result {
     let all: Vec<&Point> = run.points.iter().collect();
     let plain = |point: &&&Point| point.m.is_power_of_two() && !is_shard(point.matrix());
@@ -176,8 +176,8 @@ fn goals(run: &Run, text: &mut String) -> std::fmt::Result {
         return Ok(());
     }
     text.push_str(
-        "\n## Targets\n\nOn the peers' matrices and on shards. A point is ahead of its best peer if ours / fp8 here is below the \
-         peer's / fp8 on the peer's own page.\n\n",
+        "\n## Targets\n\nTargets apply to the matrices of the peers (other kernels, see below) and to the shards. A point is ahead \
+         of its best peer if our time / fp8 time here is below the peer's time / fp8 time in the peer's own run.\n\n",
     );
     writeln!(text, "| | points | {} |\n|---|---|---|---|---|---|", targets::CELLS.join(" | "))?;
     for verdict in &verdicts {
@@ -190,7 +190,7 @@ fn goals(run: &Run, text: &mut String) -> std::fmt::Result {
     Ok(())
 }
 
-/// Ours beside each peer, by batch size.
+/// Writes the speeds of our kernel and of each peer by batch size.
 fn peers(run: &Run, text: &mut String) -> std::fmt::Result {
     let mut tokens: Vec<usize> = run.points.iter().map(|point| point.m).collect();
     tokens.sort_unstable();
@@ -200,8 +200,8 @@ fn peers(run: &Run, text: &mut String) -> std::fmt::Result {
         return Ok(());
     }
     text.push_str(
-        "\n## Peers\n\nSpeed relative to cuBLASLt fp8, ours here and each peer's on its own page; geometric means over the same \
-         matrices, and a dash where a peer was not measured on all of them.\n",
+        "\n## Peers\n\nSpeed relative to cuBLASLt fp8, which each run measures beside the other kernels. The values are geometric \
+         means over the same matrices; a dash means that a peer was not measured on all of them. The peers' runs:\n",
     );
     text.push('\n');
     for page in peers::pages() {
@@ -221,7 +221,7 @@ fn peers(run: &Run, text: &mut String) -> std::fmt::Result {
     Ok(())
 }
 
-/// Means and curves between the powers of two, and whether time rises with M.
+/// Writes means and curves between the powers of two, and whether time rises with M.
 fn between(runs: &[Run], run: &Run, curves: &[Picture], base: &Path, text: &mut String) -> std::fmt::Result {
     let means = targets::between_means(run);
     if means.is_empty() && curves.is_empty() && runs.iter().all(|run| run.breaks.is_none()) {
@@ -229,7 +229,7 @@ fn between(runs: &[Run], run: &Run, curves: &[Picture], base: &Path, text: &mut 
     }
     text.push_str("\n## Batch sizes between the powers of two\n");
     if !means.is_empty() {
-        text.push_str("\nGeometric means over the peers' matrices.\n\n");
+        text.push_str("\nGeometric means over the matrices of the peers.\n\n");
         table_of_means("M", &means, text)?;
     }
     for run in runs {
@@ -240,13 +240,13 @@ fn between(runs: &[Run], run: &Run, curves: &[Picture], base: &Path, text: &mut 
     show(curves, base, text)
 }
 
-/// Means of each shard, and the point where it is the slowest relative to cuBLASLt fp8.
+/// Writes the means of each shard, and the point at which it is slowest relative to cuBLASLt fp8.
 fn shards(run: &Run, pictures: &[Picture], base: &Path, text: &mut String) -> std::fmt::Result {
     let matrices: Vec<Matrix> = run.matrices().into_iter().filter(|&matrix| is_shard(matrix)).collect();
     if matrices.is_empty() {
         return Ok(());
     }
-    text.push_str("\n## Shards\n\nLayers cut for tensor parallelism; geometric means over every M.\n\n");
+    text.push_str("\n## Shards\n\nLayers sharded for tensor parallelism; geometric means over all M.\n\n");
     let of = |matrix: Matrix| -> Vec<&Point> {
         run.points.iter().filter(|point| point.matrix() == matrix).collect()
     };
@@ -293,7 +293,7 @@ fn points<'a>(points: impl Iterator<Item = &'a Point>, text: &mut String) -> std
     Ok(())
 }
 
-/// The way from a directory to a file, with `/` between.
+/// The relative path from a directory to a file, with `/` as the separator.
 fn link(base: &Path, target: &Path) -> String {
     let clean = |path: &Path| -> PathBuf { path.components().filter(|c| *c != Component::CurDir).collect() };
     let (base, target) = (clean(base), clean(target));
@@ -306,7 +306,7 @@ fn link(base: &Path, target: &Path) -> String {
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
-    use crate::bench::record::tests::point;
+    use crate::record::tests::point;
 
     #[test]
     fn links_lead_from_the_page_to_the_picture() {
@@ -320,7 +320,7 @@ pub(super) mod tests {
     fn page_has_all_points_and_says_what_is_missing() {
         let run = Run {
             circumstances: Circumstances {
-                device: "NVIDIA H100 80GB HBM3, 132 multiprocessors".into(),
+                device: "NVIDIA H100 80GB HBM3, 132 SMs".into(),
                 ..Circumstances::default()
             },
             notes: vec!["no cuBLASLt columns: not found".into()],
@@ -354,7 +354,7 @@ pub(super) mod tests {
     fn page_of_several_runs_has_their_circumstances_and_a_section_for_each_list() {
         let on = |device: &str, points| Run {
             circumstances: Circumstances {
-                device: format!("{device}, 132 multiprocessors"),
+                device: format!("{device}, 132 SMs"),
                 kernels: format!("hash of {device}"),
                 ..Circumstances::default()
             },
@@ -364,12 +364,18 @@ pub(super) mod tests {
         };
         let alone = |m, us| Point { fp8: None, stream: None, mma: None, ..point(m, 4096, 4096, us) };
         let broken = vec![alone(17, 9.0), alone(24, 8.0)];
-        let breaks =
-            Some(vec![monotone::Break { n: 4096, k: 4096, m: 17, us: 9.0, larger_m: 24, larger_us: 8.0 }]);
+        let breaks = Some(vec![crate::record::Break {
+            n: 4096,
+            k: 4096,
+            m: 17,
+            us: 9.0,
+            larger_m: 24,
+            larger_us: 8.0,
+        }]);
         let runs = [
             on("A", vec![point(16, 4096, 4096, 5.0), point(24, 4096, 4096, 6.0)]),
             on("B", vec![point(64, 2560, 8192, 5.0), point(96, 2560, 8192, 7.0)]),
-            Run { breaks, pace: crate::bench::replay::Pace::BRIEF, ..on("B", broken) },
+            Run { breaks, pace: crate::replay::Pace::BRIEF, ..on("B", broken) },
         ];
         let picture = |name: &str| vec![Picture { path: name.into(), title: name.into() }];
         let pictures =
@@ -393,12 +399,12 @@ pub(super) mod tests {
         ] {
             assert!(text.contains(part), "{part:?} is missing in\n{text}");
         }
-        // The run of our kernel alone has no rows.
+        // The run of only our kernel has no rows.
         assert!(!text.contains("| 17 |"), "{text}");
         assert_tables_are_whole(&text);
     }
 
-    /// Every heading of a table has as many cells as the line beneath it.
+    /// Asserts that every table heading has as many cells as the line beneath it.
     pub(crate) fn assert_tables_are_whole(text: &str) {
         let tables = text.lines().filter(|line| line.starts_with('|')).collect::<Vec<_>>();
         for pair in tables.windows(2).filter(|pair| pair[1].starts_with("|---")) {

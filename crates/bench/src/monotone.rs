@@ -1,54 +1,15 @@
-//! Whether time rises with the number of tokens. A caller may always pad its tokens to a larger batch, so a batch
-//! size that takes longer than a larger one is a choice of the planner that can be bettered.
+//! Finds batch sizes that take longer than a larger one.
+//! A caller can always pad its tokens to a larger batch, so the planner can do better at such a batch size.
+//! The measurements come from [`run`](super::run).
 
 use std::collections::BTreeSet;
-use std::fmt;
 
-use serde::{Deserialize, Serialize};
+use super::record::{Break, Point};
 
-use super::record::Point;
-use super::shapes::Matrix;
-
-/// How much longer than a larger M an M may take: what two measurements of one kernel may differ by.
+/// Tolerated excess over the time of a larger M: two measurements of one kernel may differ by this fraction.
 pub const TOLERANCE: f64 = 0.03;
 
-/// An M that takes longer than a larger one.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Break {
-    /// Output channels.
-    pub n: usize,
-    /// Elements a channel.
-    pub k: usize,
-    /// Tokens.
-    pub m: usize,
-    /// Its time in microseconds.
-    pub us: f64,
-    /// Of the larger M the fastest.
-    pub larger_m: usize,
-    /// Its time in microseconds.
-    pub larger_us: f64,
-}
-
-impl Break {
-    /// How much longer the smaller M takes, in percent.
-    pub fn percent(&self) -> f64 {
-        100.0 * (self.us / self.larger_us - 1.0)
-    }
-}
-
-impl fmt::Display for Break {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { n, k, m, us, larger_m, larger_us } = self;
-        write!(
-            f,
-            "{:<12} M = {m:>4}: {us:>8.2} µs, M = {larger_m:>4}: {larger_us:>8.2} µs, {:.1} % longer",
-            Matrix { n: *n, k: *k }.to_string(),
-            self.percent()
-        )
-    }
-}
-
-/// Every break among points of one matrix, by rising M: of each M the one with the fastest larger M.
+/// The breaks among the points of one matrix, by ascending M; each is paired with the fastest larger M.
 fn breaks(points: &[Point]) -> Vec<Break> {
     let mut sorted: Vec<&Point> = points.iter().collect();
     sorted.sort_by_key(|point| point.m);
@@ -71,8 +32,10 @@ fn breaks(points: &[Point]) -> Vec<Break> {
     found
 }
 
-/// The breaks among points of one matrix that a second measurement confirms. `again` measures two points once more, given
-/// as indices; those times take the place of the earlier ones. Two points that both have been measured again are believed.
+/// The breaks among the points of one matrix that a second measurement confirms.
+///
+/// `again` measures two points, given by their indices, once more and replaces their times.
+/// A break counts as confirmed when both its points have been measured again.
 pub(super) fn confirmed(
     points: &mut [Point],
     mut again: impl FnMut(&mut [Point], [usize; 2]) -> anyhow::Result<()>,
@@ -84,14 +47,15 @@ pub(super) fn confirmed(
         let Some(&Break { m, larger_m, .. }) = doubtful else {
             return Ok(found);
         };
-        let index = |m| points.iter().position(|point| point.m == m).expect("a break's points are measured");
+        let index =
+            |m| points.iter().position(|point| point.m == m).expect("a break consists of measured points");
         let pair = [m, larger_m].map(index);
         again(points, pair)?;
         twice.extend([m, larger_m]);
     }
 }
 
-/// The verdict over a run's points, and each break, one a line.
+/// Formats the breaks, one per line, and a verdict over all points of a run.
 pub fn report(breaks: &[Break], points: &[Point]) -> String {
     let mut text: String = breaks.iter().map(|one| format!("{one}\n")).collect();
     let tolerance = 100.0 * TOLERANCE;
@@ -111,7 +75,7 @@ pub fn report(breaks: &[Break], points: &[Point]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::bench::record::tests::point;
+    use crate::record::tests::point;
 
     fn curve(times: &[(usize, f64)]) -> Vec<Point> {
         times.iter().map(|&(m, us)| point(m, 64, 128, us)).collect()
@@ -135,8 +99,8 @@ mod tests {
     }
 
     #[test]
-    fn noise_is_dismissed_and_what_lies_behind_it_is_found() {
-        // M = 16's first time is far too short, M = 32's is right, and M = 8 is slower than either.
+    fn noise_is_dismissed_and_a_break_hidden_by_it_is_found() {
+        // The first time of M = 16 is far too short, that of M = 32 is right, and M = 8 is slower than both.
         let mut points = curve(&[(8, 12.0), (16, 5.0), (32, 10.0)]);
         let mut measured = Vec::new();
         let found = confirmed(&mut points, |points, pair| {

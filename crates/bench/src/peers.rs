@@ -1,48 +1,50 @@
-//! What others' kernels take on an H100, measured once and kept in `peers.json` and `peers_humming.json`, whose first
-//! entries say where and how. Times move from machine to machine, so they are only ever used as ratios to cuBLASLt fp8 on
-//! the same page.
+//! The times of peer kernels on an H100. A peer kernel, or peer, is a GEMM kernel of another project.
+//!
+//! The times were measured once and are kept in `peers.json` and `peers_humming.json`, one page each.
+//! The `provenance` of a page says where and how.
+//! Times differ between machines, so the bench uses them only as ratios to cuBLASLt fp8 on the same page.
 
 use std::sync::LazyLock;
 
 use serde::Deserialize;
 
+use super::matrix::Matrix;
 use super::record::{Baseline, Point, Run};
-use super::shapes::Matrix;
 use super::statistics::geometric_mean;
 
-/// A page: some peers at every point of it.
+/// The times of some peers at a list of points.
 #[derive(Debug, Deserialize)]
 pub struct Page {
-    /// Device, driver, date, versions and method.
+    /// Device, driver, date, versions and method of the measurement.
     pub provenance: String,
     /// The peers' names, in the order of each point's times.
     columns: Vec<String>,
-    /// One matrix and batch size each; one that was measured twice is there twice.
+    /// The points, one matrix and batch size each. A point that was measured twice appears twice.
     pub points: Vec<PeerPoint>,
 }
 
-/// A page's peers at one point.
+/// The times of a page's peers at one point.
 #[derive(Debug, Deserialize)]
 pub struct PeerPoint {
     n: usize,
     k: usize,
     /// Tokens.
     pub m: usize,
-    /// Microseconds, one a peer.
+    /// Microseconds, in the order of the page's columns.
     us: Vec<f64>,
 }
 
 impl PeerPoint {
-    /// The weights.
+    /// The size of the weight matrix.
     pub fn matrix(&self) -> Matrix {
         Matrix { n: self.n, k: self.k }
     }
 }
 
-/// The peer that everything is compared through.
+/// The kernel that every page and every run contains; all comparisons are relative to it.
 pub const REFERENCE: &str = "cuBLASLt fp8";
 
-/// The pages, read on first use. The first one has every matrix at the powers of two.
+/// The pages, parsed on first use. The first page has every matrix at powers of two.
 pub fn pages() -> &'static [Page; 2] {
     static PAGES: LazyLock<[Page; 2]> = LazyLock::new(|| {
         [include_str!("peers.json"), include_str!("peers_humming.json")]
@@ -51,7 +53,7 @@ pub fn pages() -> &'static [Page; 2] {
     &PAGES
 }
 
-/// The peers' names, each once.
+/// The distinct names of the peers.
 pub fn names() -> Vec<&'static str> {
     let mut names: Vec<&str> = Vec::new();
     for name in pages().iter().flat_map(|page| &page.columns) {
@@ -62,8 +64,8 @@ pub fn names() -> Vec<&'static str> {
     names
 }
 
-/// A peer's time at one point relative to cuBLASLt fp8 on its page; of several measurements the least. `None` where the peer
-/// was not measured.
+/// A peer's time at one point divided by that of cuBLASLt fp8 on the same page.
+/// The least ratio counts if there are several measurements. `None` if the peer was not measured there.
 fn relative(name: &str, m: usize, n: usize, k: usize) -> Option<f64> {
     let mut least: Option<f64> = None;
     for page in pages() {
@@ -77,28 +79,30 @@ fn relative(name: &str, m: usize, n: usize, k: usize) -> Option<f64> {
     least
 }
 
-/// The fastest peer at one point: its name, and its time relative to cuBLASLt fp8. `None` where no peer was measured.
+/// The fastest peer at one point: its name, and its time divided by that of cuBLASLt fp8.
+/// `None` if no peer was measured there.
 pub fn best(m: usize, n: usize, k: usize) -> Option<(&'static str, f64)> {
     let times = names().into_iter().filter_map(|name| Some((name, relative(name, m, n, k)?)));
     times.min_by(|(_, a), (_, b)| a.total_cmp(b))
 }
 
-/// A run and the peers at one batch size: speeds relative to cuBLASLt fp8, geometric means over the same matrices.
+/// The speeds of our kernel and of the peers at one batch size, relative to cuBLASLt fp8.
+/// All are geometric means over the same matrices.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Comparison {
     /// Tokens.
     pub m: usize,
-    /// How many matrices.
+    /// Number of matrices.
     pub matrices: usize,
-    /// Our kernel, in the run.
+    /// Speed of our kernel in the run.
     pub ours: f64,
-    /// Every peer that was measured on all of the matrices.
+    /// Speed of each peer that was measured on all of these matrices.
     pub peers: Vec<(&'static str, f64)>,
-    /// What the ideal floor would be.
+    /// Speed of a kernel that takes exactly the ideal floor.
     pub limit: f64,
 }
 
-/// Compares a run with the peers at one batch size, on the run's matrices that have peers; `None` if there are none.
+/// Compares a run with the peers at one batch size, on the matrices that both have. `None` if there are none.
 pub fn compare(run: &Run, m: usize) -> Option<Comparison> {
     let with_peers = |point: &&Point| point.m == m && relative(REFERENCE, m, point.n, point.k).is_some();
     let points: Vec<(&Point, f64)> = run
@@ -124,7 +128,7 @@ pub fn compare(run: &Run, m: usize) -> Option<Comparison> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::bench::record::tests::point;
+    use crate::record::tests::point;
 
     #[test]
     fn pages_are_complete_and_positive() {
@@ -135,14 +139,14 @@ mod tests {
                 assert_eq!(point.us.len(), page.columns.len());
                 assert!(point.us.iter().all(|us| us.is_finite() && *us > 0.0));
                 let (_, time) = best(point.m, point.n, point.k).unwrap();
-                assert!(time <= 1.0, "the reference is a peer too");
+                assert!(time <= 1.0, "the reference counts as a peer, so the best ratio is at most 1");
             }
         }
         assert_eq!(names().len(), pages()[0].columns.len() + 2);
     }
 
     #[test]
-    fn best_peer_of_known_points() {
+    fn best_peer_at_known_points_matches_the_pages() {
         let (name, ratio) = best(8, 57344, 8192).unwrap();
         assert_eq!(name, "Marlin W4A16 per channel");
         assert!((ratio - 97.7 / 170.4).abs() < 1e-3, "{ratio}");
@@ -158,7 +162,7 @@ mod tests {
     fn peers_are_compared_over_the_matrices_that_all_have() {
         let run = |points| Run { points, ..Run::default() };
         let both = run(vec![point(24, 4096, 4096, 5.0), point(24, 8192, 8192, 5.0)]);
-        // 8192×8192 has no peer at 24 tokens, and only Humming's page the other.
+        // No peer was measured on 8192×8192 at 24 tokens; only Humming's page has 4096×4096.
         let comparison = compare(&both, 24).unwrap();
         let names: Vec<&str> = comparison.peers.iter().map(|(name, _)| *name).collect();
         assert_eq!(comparison.matrices, 1);

@@ -1,94 +1,90 @@
-//! Launches the speed-of-light probes. The device twin is `kernels-gpu/src/probes.rs`.
+//! Launches the speed-of-light probes, whose times are the floor of a problem.
+//! The device twin is `kernels-gpu/src/probes.rs`; both sides take sizes from `liquidgemm_format::probe`.
 
 use std::ffi::c_void;
-use std::ptr;
 
-use cust::sys::{self, CUfunction};
+use anyhow::ensure;
+use liquidgemm::gpu::{CustomKernel, DeviceSpan, Gpu, StreamHandle};
 use liquidgemm_format::probe::{
     MMA_ROUND_PRODUCTS, MMA_TILE_BYTES, MMA_WARPGROUPS, STREAM_PIECE_BYTES, STREAM_SHARED_BYTES,
 };
 
-use crate::Error;
-use crate::gpu::error::During;
-use crate::gpu::{DeviceSpan, Gpu, StreamHandle};
+/// Threads per thread block of the memory probe.
+const STREAM_THREADS: u32 = 32;
+/// Threads per thread block of the tensor-core probe.
+const MMA_THREADS: u32 = MMA_WARPGROUPS * 128;
 
-impl Gpu {
-    /// Launches a kernel that pulls the whole of `source` from memory and does nothing else: the least time for a
-    /// kernel that reads as much. The last piece of less than 16 KiB is left out.
+/// The compiled probes of one GPU.
+#[derive(Debug)]
+pub struct Probes<'a> {
+    gpu: &'a Gpu,
+    stream: CustomKernel,
+    mma: CustomKernel,
+}
+
+impl<'a> Probes<'a> {
+    /// Compiles both probes.
     ///
     /// # Errors
-    /// If `source` is misaligned or the driver fails.
-    ///
-    /// # Safety
-    /// `source` stays allocated until the launch has finished on `stream`.
-    pub unsafe fn probe_stream(
-        &self,
-        source: DeviceSpan,
-        stream: impl Into<StreamHandle>,
-    ) -> Result<(), Error> {
-        source.check("probe's source", STREAM_PIECE_BYTES as usize, 16)?;
-        let _entered = self.context.enter()?;
-        let mut address = source.address();
-        let mut pieces = (source.bytes() / STREAM_PIECE_BYTES as usize).min(u32::MAX as usize) as u32;
-        let mut parameters = [(&raw mut address).cast(), (&raw mut pieces).cast()];
-        let function = self.kernels.probe_stream()?.function();
-        // SAFETY: the parameters are the kernel's two; the caller vouches for the memory.
-        unsafe { self.launch_probe(function, 32, STREAM_SHARED_BYTES, stream.into(), &mut parameters) }
+    /// If the driver fails.
+    pub fn new(gpu: &'a Gpu) -> anyhow::Result<Self> {
+        let [stream, mma] = [include_str!("../ptx/probe_stream.ptx"), include_str!("../ptx/probe_mma.ptx")];
+        Ok(Self {
+            gpu,
+            stream: gpu.load_kernel(stream, "probe_stream", STREAM_THREADS, STREAM_SHARED_BYTES)?,
+            mma: gpu.load_kernel(mma, "probe_mma", MMA_THREADS, MMA_TILE_BYTES)?,
+        })
     }
 
-    /// Launches a kernel that does at least `products` multiply-adds on the tensor cores and nothing else: the
-    /// least time for a kernel that does as many.
+    /// Launches a kernel that reads `source` from memory and does nothing else.
+    /// No kernel that reads as many bytes can be faster.
+    /// The kernel reads whole pieces of [`STREAM_PIECE_BYTES`] and leaves out an incomplete last piece.
+    ///
+    /// # Errors
+    /// If `source` is misaligned or too small, or the driver fails.
+    ///
+    /// # Safety
+    /// `source` must stay allocated until the launch has finished on `stream`.
+    pub unsafe fn stream(&self, source: DeviceSpan, stream: impl Into<StreamHandle>) -> anyhow::Result<()> {
+        ensure!(
+            source.bytes() >= STREAM_PIECE_BYTES as usize && source.address().is_multiple_of(16),
+            "the stream probe needs at least {STREAM_PIECE_BYTES} bytes at an address that is a multiple of 16"
+        );
+        let mut address = source.address();
+        let mut pieces = (source.bytes() / STREAM_PIECE_BYTES as usize).min(u32::MAX as usize) as u32;
+        let mut parameters: [*mut c_void; 2] = [(&raw mut address).cast(), (&raw mut pieces).cast()];
+        let blocks = self.gpu.multiprocessors();
+        // SAFETY: these are the kernel's two parameters; the caller guarantees that the memory is valid.
+        unsafe { self.gpu.launch_kernel(&self.stream, blocks, &mut parameters, stream) }?;
+        Ok(())
+    }
+
+    /// Launches a kernel that does at least `products` multiply-adds on the tensor cores and nothing else.
+    /// No kernel that does as many can be faster.
     ///
     /// # Errors
     /// If `sink` is too small or the driver fails.
     ///
     /// # Safety
-    /// `sink` has 1 KiB a multiprocessor, stays allocated until the launch has finished on `stream`, and is
-    /// overwritten.
-    pub unsafe fn probe_mma(
+    /// `sink` must have 4 bytes for each thread of one thread block per SM, which the kernel overwrites.
+    /// It must stay allocated until the launch has finished on `stream`.
+    pub unsafe fn mma(
         &self,
         products: u64,
         sink: DeviceSpan,
         stream: impl Into<StreamHandle>,
-    ) -> Result<(), Error> {
-        let blocks = self.multiprocessors() as u64;
-        let threads = MMA_WARPGROUPS * 128;
-        sink.check("probe's sink", (blocks * threads as u64 * 4) as usize, 4)?;
-        let _entered = self.context.enter()?;
+    ) -> anyhow::Result<()> {
+        let blocks = self.gpu.multiprocessors();
+        ensure!(
+            sink.bytes() >= blocks as usize * MMA_THREADS as usize * 4 && sink.address().is_multiple_of(4),
+            "the mma probe writes 4 bytes for each of {MMA_THREADS} threads on {blocks} SMs"
+        );
         let mut address = sink.address();
-        let mut rounds = products.div_ceil(blocks * MMA_ROUND_PRODUCTS).clamp(1, u32::MAX as u64) as u32;
-        let mut parameters = [(&raw mut address).cast(), (&raw mut rounds).cast()];
-        let function = self.kernels.probe_mma()?.function();
-        // SAFETY: the parameters are the kernel's two; the caller vouches for the memory.
-        unsafe { self.launch_probe(function, threads, MMA_TILE_BYTES, stream.into(), &mut parameters) }
-    }
-
-    unsafe fn launch_probe(
-        &self,
-        function: CUfunction,
-        threads: u32,
-        shared_bytes: u32,
-        stream: StreamHandle,
-        parameters: &mut [*mut c_void; 2],
-    ) -> Result<(), Error> {
-        let (blocks, parameters) = (self.multiprocessors(), parameters.as_mut_ptr());
-        // SAFETY: the caller vouches for the parameters, which the driver copies.
-        unsafe {
-            sys::cuLaunchKernel(
-                function,
-                blocks,
-                1,
-                1,
-                threads,
-                1,
-                1,
-                shared_bytes,
-                stream.as_raw(),
-                parameters,
-                ptr::null_mut(),
-            )
-        }
-        .during("launching a probe")?;
+        let rounds = products.div_ceil(u64::from(blocks) * MMA_ROUND_PRODUCTS);
+        let mut rounds = rounds.clamp(1, u64::from(u32::MAX)) as u32;
+        let mut parameters: [*mut c_void; 2] = [(&raw mut address).cast(), (&raw mut rounds).cast()];
+        // SAFETY: these are the kernel's two parameters; the caller guarantees that the memory is valid.
+        unsafe { self.gpu.launch_kernel(&self.mma, blocks, &mut parameters, stream) }?;
         Ok(())
     }
 }

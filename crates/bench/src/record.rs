@@ -1,6 +1,7 @@
-//! What a run leaves behind: one record a point, the circumstances, and the figures that follow from them. It is
-//! written as JSON after every point, so an interrupted run keeps what it has measured.
+//! The record of a run: its circumstances and one entry per point, with the figures that follow from them.
+//! The bench writes it as JSON after every point, so an interrupted run keeps what it has measured.
 
+use std::fmt;
 use std::io::Write;
 use std::path::Path;
 
@@ -9,31 +10,30 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::circumstances::Circumstances;
-use super::monotone::Break;
+use super::matrix::{Matrix, distinct};
 use super::replay::Pace;
-use super::shapes::{Matrix, distinct};
 use super::statistics::Timing;
-use crate::Group;
-use crate::packed::PackedSizes;
+use liquidgemm::{Error, Group};
+use liquidgemm_format::brick;
 
-/// HBM bandwidth that the ideal floor assumes, in bytes a second: what the `stream` probe reaches on large reads.
+/// HBM bandwidth of the ideal floor, in bytes per second: what the `stream` probe reaches on large reads.
 const IDEAL_BYTES_PER_SECOND: f64 = 3.10e12;
-/// int8 operations a second of the H100's data sheet, at its boost clock.
+/// int8 operations per second in the H100's data sheet, at its boost clock.
 const IDEAL_OPERATIONS_PER_SECOND: f64 = 1979e12;
 
-/// A kernel of cuBLASLt, measured in the same run.
+/// A product of cuBLASLt, measured in the same run as our kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Baseline {
     /// cuBLASLt int8 × int8 → int32, without scales.
     Int8,
-    /// cuBLASLt e4m3 × e4m3 → bf16 with one scale a tensor.
+    /// cuBLASLt e4m3 × e4m3 → bf16 with one scale per tensor.
     Fp8,
     /// cuBLASLt bf16.
     Bf16,
 }
 
 impl Baseline {
-    /// All of them, in the order of the columns.
+    /// Every baseline, in the order of the columns.
     pub const ALL: [Baseline; 3] = [Baseline::Int8, Baseline::Fp8, Baseline::Bf16];
 
     /// The column's name.
@@ -46,21 +46,21 @@ impl Baseline {
     }
 }
 
-/// One problem, measured.
+/// The times of one problem.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Point {
     /// Tokens.
     pub m: usize,
     /// Output channels.
     pub n: usize,
-    /// Elements a channel.
+    /// Elements per channel.
     pub k: usize,
     /// How many of our weights share a pair.
     #[serde(default, with = "group_text")]
     pub group: Group,
-    /// How our kernel was launched.
+    /// The plan of our kernel as text.
     pub plan: String,
-    /// Our kernel, bf16 output.
+    /// Our kernel, with bf16 output.
     pub ours: Timing,
     /// The probe that only reads, if the run had probes.
     pub stream: Option<Timing>,
@@ -72,24 +72,24 @@ pub struct Point {
     pub fp8: Option<Timing>,
     /// cuBLASLt bf16.
     pub bf16: Option<Timing>,
-    /// Tokens whose outputs were compared with the CPU backend, every channel of them.
+    /// Number of tokens whose outputs were compared with the CPU backend, all channels of each.
     pub tokens_checked: usize,
-    /// The first difference, if there is one.
+    /// The first difference from the CPU backend's result, if there is one.
     pub mismatch: Option<String>,
 }
 
 impl Point {
-    /// How many kernels were measured beside ours.
+    /// Number of kernels that were measured beside ours.
     fn columns(&self) -> usize {
         [&self.stream, &self.mma, &self.int8, &self.fp8, &self.bf16].into_iter().flatten().count()
     }
 
-    /// The weights.
+    /// The size of the weight matrix.
     pub fn matrix(&self) -> Matrix {
         Matrix { n: self.n, k: self.k }
     }
 
-    /// Bytes of the packed weights' codes and pairs.
+    /// Bytes of the packed weights, codes and pairs.
     pub fn weight_bytes(&self) -> usize {
         weight_bytes(self.n, self.k, self.group)
     }
@@ -99,43 +99,43 @@ impl Point {
         moved_bytes(self.m, self.n, self.k, self.group)
     }
 
-    /// Multiplications and additions.
+    /// Number of multiplications and additions, 2·m·n·k.
     pub fn operations(&self) -> f64 {
         2.0 * self.m as f64 * self.n as f64 * self.k as f64
     }
 
-    /// The speed of light of this run: the slower probe, in microseconds. `None` without probes.
+    /// The time of the slower probe in this run, in microseconds. `None` without probes.
     pub fn floor(&self) -> Option<f64> {
         Some(self.stream?.us.max(self.mma?.us))
     }
 
-    /// Floor over time: 1 is the limit. `None` without probes.
+    /// The floor divided by our time; 1 is the limit. `None` without probes.
     pub fn score(&self) -> Option<f64> {
         Some(self.floor()? / self.ours.us)
     }
 
-    /// The data sheet's floor in microseconds; no launch cost in it.
+    /// The ideal floor in microseconds, from the bandwidth and the data sheet, without launch cost.
     pub fn ideal(&self) -> f64 {
         1e6 * (self.bytes() as f64 / IDEAL_BYTES_PER_SECOND)
             .max(self.operations() / IDEAL_OPERATIONS_PER_SECOND)
     }
 
-    /// Time over the ideal floor.
+    /// Our time divided by the ideal floor.
     pub fn over_ideal(&self) -> f64 {
         self.ours.us / self.ideal()
     }
 
-    /// Tera-operations a second.
+    /// Tera-operations per second.
     pub fn tops(&self) -> f64 {
         self.operations() / self.ours.us / 1e6
     }
 
-    /// Packed weights read, in GB/s.
+    /// Speed at which packed weights are read, in GB/s.
     pub fn weight_gigabytes_per_second(&self) -> f64 {
         self.weight_bytes() as f64 / self.ours.us / 1e3
     }
 
-    /// A baseline's time.
+    /// A baseline's time, if it was measured.
     pub fn baseline(&self, baseline: Baseline) -> Option<&Timing> {
         match baseline {
             Baseline::Int8 => self.int8.as_ref(),
@@ -144,27 +144,73 @@ impl Point {
         }
     }
 
-    /// A baseline's time over ours: above 1 we are faster.
+    /// A baseline's time divided by ours; above 1 our kernel is faster.
     pub fn speedup(&self, baseline: Baseline) -> Option<f64> {
         Some(self.baseline(baseline)?.us / self.ours.us)
     }
 }
 
-/// Bytes of packed weights: their codes and pairs.
-pub(super) fn weight_bytes(n: usize, k: usize, group: Group) -> usize {
-    PackedSizes::new(n, k, group).map_or(usize::MAX, |sizes| sizes.codes + sizes.pairs)
+/// A batch size that takes longer than a larger one.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Break {
+    /// Output channels.
+    pub n: usize,
+    /// Elements per channel.
+    pub k: usize,
+    /// Tokens of the smaller batch.
+    pub m: usize,
+    /// Time of the smaller batch in microseconds.
+    pub us: f64,
+    /// Tokens of the fastest larger batch.
+    pub larger_m: usize,
+    /// Time of the larger batch in microseconds.
+    pub larger_us: f64,
 }
 
-/// Bytes that a GEMM can't avoid to move: packed weights, int8 activations, bf16 output.
+impl Break {
+    /// How much longer the smaller batch takes, in percent.
+    pub fn percent(&self) -> f64 {
+        100.0 * (self.us / self.larger_us - 1.0)
+    }
+}
+
+impl fmt::Display for Break {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { n, k, m, us, larger_m, larger_us } = self;
+        write!(
+            f,
+            "{:<12} M = {m:>4}: {us:>8.2} µs, M = {larger_m:>4}: {larger_us:>8.2} µs, {:.1} % longer",
+            Matrix { n: *n, k: *k }.to_string(),
+            self.percent()
+        )
+    }
+}
+
+/// Bytes of the codes and bytes of the pairs of packed weights `[n, k]`.
+///
+/// # Errors
+/// If the group does not fit K, or a size overflows.
+pub(super) fn packed_bytes(n: usize, k: usize, group: Group) -> Result<[usize; 2], Error> {
+    let bytes = brick::codes_bytes(n, k).zip(brick::pairs_bytes(n, group.count(k)?));
+    let bytes = bytes.ok_or(Error::TooLarge { what: "weight matrix", rows: n, columns: k })?;
+    Ok([bytes.0, bytes.1])
+}
+
+/// Bytes of packed weights `[n, k]`, codes and pairs; the largest number if such weights can't exist.
+pub(super) fn weight_bytes(n: usize, k: usize, group: Group) -> usize {
+    packed_bytes(n, k, group).map_or(usize::MAX, |[codes, pairs]| codes.saturating_add(pairs))
+}
+
+/// The least bytes that a GEMM moves: packed weights, int8 activations and bf16 output.
 pub(super) fn moved_bytes(m: usize, n: usize, k: usize, group: Group) -> usize {
     weight_bytes(n, k, group).saturating_add(m.saturating_mul(k.saturating_add(n.saturating_mul(2))))
 }
 
-/// A group as its text.
+/// Serializes a group as its text.
 mod group_text {
     use serde::{Deserialize, Deserializer, Serializer, de::Error};
 
-    use crate::Group;
+    use liquidgemm::Group;
 
     pub(super) fn serialize<S: Serializer>(group: &Group, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.collect_str(group)
@@ -175,30 +221,30 @@ mod group_text {
     }
 }
 
-/// A whole run.
+/// A run over all problems.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Run {
-    /// On which GPU, when and with what.
+    /// GPU, driver, date and command.
     #[serde(flatten)]
     pub circumstances: Circumstances,
-    /// Which cuBLASLt ran, and how it was asked.
+    /// Version and path of cuBLASLt, and how its algorithms were chosen. Empty without cuBLASLt.
     pub cublaslt: String,
-    /// How much was measured.
+    /// How long each kernel was measured.
     #[serde(default)]
     pub pace: Pace,
-    /// Where fewer tokens take longer than more, if the run was to find out.
+    /// Batch sizes that take longer than a larger one. `None` if the run did not search for them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub breaks: Option<Vec<Break>>,
-    /// Why a column is empty, and other remarks.
+    /// Remarks, such as the reason why a column is empty.
     pub notes: Vec<String>,
     /// False while points are still missing.
     pub complete: bool,
-    /// In the order of measuring.
+    /// The points, in the order of measurement.
     pub points: Vec<Point>,
 }
 
 impl Run {
-    /// Writes the run to `path`: first beside it, then in its place, so that a reader never sees half a file.
+    /// Writes the run to `path`. The file is replaced in one step, so a reader never sees half of it.
     ///
     /// # Errors
     /// If the file can't be written.
@@ -206,12 +252,12 @@ impl Run {
         write_json(path, self)
     }
 
-    /// Reads a run back.
+    /// Reads a run from a file.
     ///
     /// # Errors
-    /// If the file can't be read or holds something else, or a dimension or a time is impossible.
+    /// If the file can't be read or is not a run, or if a dimension or a time is impossible.
     pub fn load(path: &Path) -> anyhow::Result<Self> {
-        let run: Self = read_json(path, "run of the bench")?;
+        let run: Self = read_json(path, "benchmark run")?;
         let plausible = run.points.iter().all(|point| {
             let probes = [Some(&point.ours), point.stream.as_ref(), point.mma.as_ref()];
             let baselines = Baseline::ALL.map(|baseline| point.baseline(baseline));
@@ -222,9 +268,11 @@ impl Run {
         Ok(run)
     }
 
-    /// One run with the points of all, each once: of several at the same place the one with the most columns, and of those
-    /// the last. Runs that measured our kernel alone, for [`breaks`](Self::breaks), count only if there are no others. The
-    /// circumstances are those of the first run that counts.
+    /// Merges runs into one that has each point once.
+    ///
+    /// Among several measurements of a point, the one with the most columns counts, and the last of those.
+    /// Runs of only our kernel, which look for [`breaks`](Self::breaks), count only if there are no others.
+    /// The circumstances are those of the first run that counts.
     pub fn merged(runs: &[Run]) -> Run {
         let compared = |run: &&Run| run.breaks.is_none();
         let mut counted: Vec<&Run> = runs.iter().filter(compared).collect();
@@ -249,41 +297,39 @@ impl Run {
                 None => merged.points.push(point.clone()),
             }
         }
-        // By matrix, each where it first occurs, and then by M.
+        // Sort by matrix, in the order of first occurrence, then by M.
         let order = merged.matrices();
         merged.points.sort_by_key(|point| (order.iter().position(|&other| other == point.matrix()), point.m));
         merged
     }
 
-    /// The matrices, in the order in which they first occur.
+    /// The distinct matrices, in the order of their first occurrence.
     pub fn matrices(&self) -> Vec<Matrix> {
         distinct(self.points.iter().map(Point::matrix))
     }
 
-    /// Every point whose result was wrong.
+    /// The points with wrong results.
     pub fn mismatches(&self) -> impl Iterator<Item = &Point> {
         self.points.iter().filter(|point| point.mismatch.is_some())
     }
 }
 
-/// Writes anything as JSON, as [`Run::save`] does.
-///
-/// # Errors
-/// If the file can't be written.
+/// Writes a value as JSON and replaces the file in one step.
 pub fn write_json(path: &Path, value: &impl Serialize) -> anyhow::Result<()> {
     write_atomically(path, &serde_json::to_vec_pretty(value)?)
 }
 
-/// Reads back what [`write_json`] wrote; an error calls it `what`.
+/// Reads a value that [`write_json`] wrote; errors call it `what`.
 ///
 /// # Errors
-/// If the file can't be read or holds something else.
+/// If the file can't be read or does not hold such a value.
 pub(super) fn read_json<T: DeserializeOwned>(path: &Path, what: &str) -> anyhow::Result<T> {
     let bytes = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
-    serde_json::from_slice(&bytes).with_context(|| format!("{} holds no {what}", path.display()))
+    serde_json::from_slice(&bytes)
+        .with_context(|| format!("{} does not hold a recorded {what}", path.display()))
 }
 
-/// Replaces the file at `path` in one step. Its directory is made if it is missing.
+/// Replaces the file at `path` in one step and creates its directory if it is missing.
 pub(super) fn write_atomically(path: &Path, contents: &[u8]) -> anyhow::Result<()> {
     let write = || -> anyhow::Result<()> {
         let directory = match path.parent() {
@@ -302,7 +348,7 @@ pub(super) fn write_atomically(path: &Path, contents: &[u8]) -> anyhow::Result<(
     write().with_context(|| format!("cannot write {}", path.display()))
 }
 
-/// Those of any new file: a temporary one would be the owner's alone.
+/// The permissions of an ordinary new file. By default a temporary file is accessible to its owner only.
 #[cfg(unix)]
 fn permissions() -> std::fs::Permissions {
     std::os::unix::fs::PermissionsExt::from_mode(0o666)
@@ -341,12 +387,12 @@ pub(super) mod tests {
         assert!((point.tops() - 1374.39).abs() < 0.1);
         assert!((point.score().unwrap() - 0.8).abs() < 1e-12);
         assert_eq!(point.speedup(Baseline::Fp8), Some(2.0));
-        // One token: bytes decide.
+        // With one token, the bytes decide.
         assert!((super::tests::point(1, 4096, 4096, 10.0).ideal() - 2.879).abs() < 1e-3);
     }
 
     #[test]
-    fn run_survives_the_trip_through_a_file() {
+    fn a_saved_run_is_loaded_unchanged() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("made/for/it/run.json");
         let circumstances = Circumstances { device: "GPU".into(), ..Circumstances::default() };
@@ -364,7 +410,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn runs_without_pace_probes_or_breaks_are_read_as_they_were_written_then() {
+    fn runs_recorded_without_pace_probes_or_breaks_can_be_loaded() {
         let mut run =
             serde_json::to_value(Run { points: vec![point(1, 64, 128, 3.25)], ..Run::default() }).unwrap();
         run.as_object_mut().unwrap().remove("pace").unwrap();

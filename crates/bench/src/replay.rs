@@ -1,6 +1,6 @@
-//! How a kernel is timed: its launches are captured into a CUDA graph, the graph is replayed, and events around
-//! each replay give its time. Launch costs on the host stay outside, and the launches follow one another as
-//! they do in a server.
+//! Times kernels. The launches of a kernel are captured in a CUDA graph, the graph is replayed,
+//! and events around each replay give its time.
+//! Launch costs on the host are then not measured, and launches follow one another as they do in a server.
 
 use std::fmt;
 use std::ptr;
@@ -11,33 +11,34 @@ use cust::stream::Stream;
 use cust::sys::{self, CUgraph, CUgraphExec, CUstreamCaptureMode_enum};
 use serde::{Deserialize, Serialize};
 
+use super::driver::During;
 use super::statistics::Timing;
-use crate::gpu::{During, GpuError};
 
-/// How much is measured.
+/// How long each kernel is measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Pace {
-    /// Each kernel is replayed in so many turns, so that a slow drift of the clocks meets all kernels alike …
+    /// Turns for each kernel. All kernels take turns, so that a slow drift of the clocks affects all alike.
     turns: usize,
-    /// … each after an idle rest of so many milliseconds, so that every kernel finds a GPU that the one before it has not
-    /// heated or throttled …
+    /// Idle time before each turn, in milliseconds.
+    /// Without it, a kernel would find a GPU that another one has heated or throttled.
     rest_ms: u64,
-    /// … with so many replays that don't count …
+    /// Replays at the beginning of each turn that are not timed.
     warm_up_replays: usize,
-    /// … and so many that do. They follow one another: what power a kernel draws itself, it is measured with.
+    /// Timed replays in each turn. They are back to back, so a kernel is timed under its own power draw.
     replays: usize,
 }
 
 impl Pace {
-    /// For results. A kernel takes 120 ms of rest and 16 replays of 1 to 15 ms.
+    /// For results. Each kernel takes 120 ms of idle time and 16 replays of 1 to 15 ms.
     pub const THOROUGH: Self = Self { turns: 2, rest_ms: 60, warm_up_replays: 2, replays: 6 };
-    /// For many points: a third of the time, with as much rest for each replay. A kernel takes 40 ms of rest and 6 replays.
+    /// For many points: a third of the time, with about as much idle time per replay.
+    /// Each kernel takes 40 ms of idle time and 6 replays.
     pub const BRIEF: Self = Self { turns: 2, rest_ms: 20, warm_up_replays: 1, replays: 2 };
     /// For ranking many plans.
     pub(super) const RANKING: Self = Self { turns: 1, rest_ms: 20, warm_up_replays: 1, replays: 3 };
 }
 
-/// The pace of every run that was recorded before there was a choice.
+/// The pace of runs that were recorded before there was a choice.
 impl Default for Pace {
     fn default() -> Self {
         Self::THOROUGH
@@ -49,23 +50,23 @@ impl fmt::Display for Pace {
         let Self { turns, rest_ms, warm_up_replays, replays } = self;
         write!(
             f,
-            "{turns} turns, each {rest_ms} ms of rest, {warm_up_replays} replays that don't count and {replays} that do"
+            "{turns} turns, each {rest_ms} ms of rest, then warm-up replays: {warm_up_replays}, timed replays: {replays}"
         )
     }
 }
 
-/// A replay should last so long that its own start does not matter …
+/// Least length of a replay, in microseconds, at which the start of the graph does not matter.
 const SHORT_REPLAY_US: f64 = 1_000.0;
-/// … and no longer than this.
+/// Greatest length of a replay, in microseconds.
 const LONG_REPLAY_US: f64 = 15_000.0;
-/// Launches in one graph, as far as the length allows.
+/// Launches in one graph, within the limits on the length of a replay.
 const LAUNCHES: std::ops::RangeInclusive<usize> = 20..=100;
 
 /// A kernel to be timed.
 pub(super) struct Contender<'a> {
-    /// Copies of its weights; launch `i` uses number `i` modulo this.
+    /// Copies of the weights; launch `i` uses copy `i % copies`.
     pub(super) copies: usize,
-    /// Launches it with the given copy.
+    /// Launches the kernel with the given copy of the weights.
     pub(super) launch: Box<dyn Fn(usize) -> anyhow::Result<()> + 'a>,
 }
 
@@ -93,7 +94,7 @@ impl<'s> Clock<'s> {
         })
     }
 
-    /// Times every contender. One that fails has its error in its place, and the others go on.
+    /// Times every contender. A failure is returned in the contender's place, and the others are still timed.
     pub(super) fn measure(&self, contenders: &[Contender<'_>]) -> Vec<anyhow::Result<Timing>> {
         let mut races: Vec<anyhow::Result<Race>> =
             contenders.iter().map(|contender| self.prepare(contender)).collect();
@@ -114,7 +115,8 @@ impl<'s> Clock<'s> {
         races.into_iter().map(|race| race.and_then(timing)).collect()
     }
 
-    /// Microseconds a launch, from a few launches without a graph: a little more than it takes in one.
+    /// Estimates microseconds per launch from a few launches without a graph.
+    /// The result is slightly larger than the time within a graph.
     pub(super) fn estimate(&self, contender: &Contender<'_>) -> anyhow::Result<f64> {
         const LAUNCHES: usize = 3;
         // The first launch may load the kernel.
@@ -143,7 +145,7 @@ impl<'s> Clock<'s> {
         Ok(())
     }
 
-    /// Microseconds since `start`, once everything on the stream is done.
+    /// Waits for the stream and returns the microseconds since `start`.
     fn elapsed_us(&self) -> anyhow::Result<f64> {
         self.end.record(self.stream)?;
         self.end.synchronize()?;
@@ -151,13 +153,13 @@ impl<'s> Clock<'s> {
     }
 }
 
-/// A contender with its graph, and the times of its replays so far.
+/// The graph of a contender and the times of its replays so far.
 struct Race {
     graph: Graph,
     replays: Vec<f64>,
 }
 
-/// How many launches a graph holds: whole rounds through all copies, so that no copy is met again early.
+/// Number of launches in a graph, if possible a multiple of `copies`, so that no copy is reused early.
 fn launches(us: f64, copies: usize) -> usize {
     let us = us.max(0.1);
     let at_most = ((LONG_REPLAY_US / us) as usize).max(2);
@@ -166,7 +168,7 @@ fn launches(us: f64, copies: usize) -> usize {
     if whole_rounds <= at_most { whole_rounds } else { wanted }
 }
 
-/// An instantiated graph of launches.
+/// An instantiated CUDA graph of launches.
 struct Graph {
     executable: CUgraphExec,
     launches: usize,
@@ -174,40 +176,41 @@ struct Graph {
 
 impl Graph {
     fn capture(stream: &Stream, launches: usize, contender: &Contender<'_>) -> anyhow::Result<Self> {
-        // Relaxed: a library that allocates while it is captured is slow, not wrong.
+        // In the relaxed mode, a library may allocate memory during the capture; that is slow but correct.
         let mode = CUstreamCaptureMode_enum::CU_STREAM_CAPTURE_MODE_RELAXED;
         // SAFETY: the stream is alive.
         unsafe { sys::cuStreamBeginCapture_v2(stream.as_inner(), mode) }.during("capturing a graph")?;
         let launched = (0..launches).try_for_each(|index| contender.launch(index));
         let mut graph: CUgraph = ptr::null_mut();
-        // The capture ends also if a launch has failed, or the stream could not be used again.
-        // SAFETY: the stream is alive and the argument valid for a write.
+        // End the capture even if a launch has failed, because the stream is unusable until then.
+        // SAFETY: the stream is alive and the argument is valid for a write.
         let ended =
             unsafe { sys::cuStreamEndCapture(stream.as_inner(), &mut graph) }.during("ending a capture");
         let instantiated = launched.and_then(|()| {
             ended?;
             let mut executable = ptr::null_mut();
-            // SAFETY: the graph came from the capture, the argument is valid for a write.
+            // SAFETY: the graph came from the capture, and the argument is valid for a write.
             unsafe { sys::cuGraphInstantiateWithFlags(&mut executable, graph, 0) }
                 .during("instantiating a graph")?;
             Ok(Self { executable, launches })
         });
         if !graph.is_null() {
-            // SAFETY: the graph came from the capture; the executable one no longer needs it.
+            // SAFETY: the graph came from the capture, and the instantiated graph does not depend on it.
             unsafe { sys::cuGraphDestroy(graph) };
         }
         instantiated
     }
 
-    fn launch(&self, stream: &Stream) -> Result<(), GpuError> {
-        // SAFETY: both are alive, and what the launches use is, by `Contender`, too.
+    fn launch(&self, stream: &Stream) -> anyhow::Result<()> {
+        // SAFETY: graph and stream are alive.
+        // The contender keeps everything alive that the launches use.
         unsafe { sys::cuGraphLaunch(self.executable, stream.as_inner()) }.during("replaying a graph")
     }
 }
 
 impl Drop for Graph {
     fn drop(&mut self) {
-        // SAFETY: nothing else destroys it. A failure here can't be helped.
+        // SAFETY: nothing else destroys the graph. A failure can't be reported from here.
         unsafe { sys::cuGraphExecDestroy(self.executable) };
     }
 }
@@ -226,7 +229,7 @@ mod tests {
     }
 
     #[test]
-    fn graphs_go_round_all_copies_unless_that_takes_too_long() {
+    fn graphs_use_all_copies_equally_unless_that_takes_too_long() {
         assert_eq!(launches(30.0, 25), 50);
         assert_eq!(launches(3.0, 400), 400);
         assert_eq!(launches(3_000.0, 2), 5);

@@ -1,4 +1,5 @@
-//! One run: every problem, every contender, one GPU.
+//! Measures every problem of a run on one GPU: our kernel, the probes and cuBLASLt, all checked.
+//! Device memory is in `arena`, timing in [`replay`](super::replay), the check of results in `check`.
 
 use std::collections::BTreeSet;
 
@@ -13,56 +14,59 @@ use super::circumstances::Circumstances;
 use super::cublaslt::{CublasLt, Gemm};
 use super::data;
 use super::monotone;
+use super::probes::Probes;
 use super::record::{Baseline, Point, Run, moved_bytes};
 use super::replay::{Clock, Contender, Pace};
 use super::shapes::{Case, Matrix};
 use super::statistics::Timing;
-use crate::gpu::{self, DeviceSpan, DeviceWeights, Gpu, StreamHandle, Workspace};
-use crate::{Group, OutputType, PackedWeights, Plan};
+use liquidgemm::gpu::{self, DeviceSpan, DeviceWeights, Gpu, StreamHandle, Workspace};
+use liquidgemm::{Group, OutputType, PackedWeights, Plan, Problem};
 
-/// What is measured, and against whom.
+/// What a run measures, and what it compares with.
 #[derive(Clone, Debug)]
 pub struct Options {
     /// The problems.
     pub cases: Vec<Case>,
-    /// What of cuBLASLt runs too.
+    /// Products of cuBLASLt to measure.
     pub baselines: Vec<Baseline>,
-    /// Whether the probes run too.
+    /// Whether a run without cuBLASLt is an error rather than a run without its columns.
+    pub baselines_are_required: bool,
+    /// Whether to measure the probes.
     pub probes: bool,
-    /// How many of cuBLASLt's heuristics' algorithms are tried; the fastest counts.
+    /// Number of algorithms to try of those that cuBLASLt's heuristics propose; the fastest counts.
     pub algorithms: usize,
-    /// How much is measured.
+    /// How long to measure each kernel.
     pub pace: Pace,
-    /// Whether to find out where fewer tokens take longer than more.
+    /// Whether to search for batch sizes that take longer than a larger one.
     pub monotone: bool,
-    /// A token tile to use instead of the planner's choice.
+    /// The tile shape to use instead of the planner's choice.
     pub tile: Option<TileShape>,
     /// How many weights share a pair.
     pub group: Group,
 }
 
-/// Is told what happens during a run.
+/// Receives the events of a run.
 pub trait Observer {
-    /// A problem is about to be measured.
+    /// Announces the problem that is measured next.
     fn starts(&mut self, m: usize, matrix: Matrix);
 
-    /// A problem has been measured; it is the run's last point.
+    /// Receives the run after each point; the point is the run's last one.
     ///
     /// # Errors
     /// An error ends the run.
     fn measured(&mut self, run: &Run) -> anyhow::Result<()>;
 
-    /// Something is worth saying, in one line.
+    /// Receives a remark of one line.
     fn note(&mut self, text: &str);
 }
 
-/// Measures everything.
+/// Measures all problems.
 ///
-/// A wrong result of our kernel is recorded in its point and does not end the run; a baseline that fails leaves its
-/// column empty.
+/// A wrong result of our kernel is recorded in its point and does not end the run.
+/// A baseline that fails leaves its column empty.
 ///
 /// # Errors
-/// If the GPU or our kernel fails, or the observer does.
+/// If the GPU or our kernel fails, or the observer returns an error.
 pub fn run(gpu: &Gpu, options: &Options, observer: &mut dyn Observer) -> anyhow::Result<Run> {
     let mut run = Run {
         circumstances: Circumstances::of(gpu),
@@ -73,7 +77,9 @@ pub fn run(gpu: &Gpu, options: &Options, observer: &mut dyn Observer) -> anyhow:
     let cublaslt = if options.baselines.is_empty() {
         None
     } else {
-        open_cublaslt(options.algorithms, &mut run, observer)
+        // cuBLASLt lives in the current context.
+        gpu.make_current()?;
+        open_cublaslt(options, &mut run, observer)?
     };
     let stage = Stage::new(gpu, &options.cases, cublaslt, &options.baselines)?;
     for case in &options.cases {
@@ -104,37 +110,44 @@ pub fn run(gpu: &Gpu, options: &Options, observer: &mut dyn Observer) -> anyhow:
     Ok(run)
 }
 
-/// cuBLASLt, if it can be loaded; `run` says which it is, or why there is none.
-fn open_cublaslt(algorithms: usize, run: &mut Run, observer: &mut dyn Observer) -> Option<CublasLt> {
+/// Opens cuBLASLt if it can be loaded, and records in `run` its version or why it is missing.
+fn open_cublaslt(
+    options: &Options,
+    run: &mut Run,
+    observer: &mut dyn Observer,
+) -> anyhow::Result<Option<CublasLt>> {
     match CublasLt::open() {
         Ok(library) => {
             run.cublaslt = format!(
-                "{}, 64 MiB of workspace, fastest of the first {algorithms} of its heuristics",
-                library.description()
+                "{}, 64 MiB of workspace, algorithms tried of those that its heuristics propose: {}",
+                library.description(),
+                options.algorithms
             );
-            Some(library)
+            Ok(Some(library))
         }
+        Err(error) if options.baselines_are_required => Err(error.context("no baseline can be measured")),
         Err(error) => {
             let note = format!("no cuBLASLt columns: {error:#}").replace('\n', " ");
             observer.note(&note);
             run.notes.push(note);
-            None
+            Ok(None)
         }
     }
 }
 
-/// The GPU with everything that all problems share.
+/// The GPU with the kernels and the device memory that all problems share.
 pub(super) struct Stage<'g> {
     pub(super) gpu: &'g Gpu,
+    probes: Probes<'g>,
     pub(super) stream: Stream,
     pub(super) workspace: Workspace,
     pub(super) arena: Arena,
-    /// Empty if there is no cuBLASLt.
+    /// The baselines to measure; empty without cuBLASLt.
     baselines: Vec<Baseline>,
     cublaslt: Option<CublasLt>,
 }
 
-/// Our weights for one matrix, and what the products with them should be.
+/// Copies of our weights for one matrix, and the expected outputs.
 pub(super) struct Fixture {
     weights: Vec<DeviceWeights>,
     reference: Reference,
@@ -151,7 +164,7 @@ impl Fixture {
 }
 
 impl<'g> Stage<'g> {
-    /// For these problems, with these of cuBLASLt's products, if there is one.
+    /// Prepares the GPU for these problems and these baselines. Without cuBLASLt there are no baselines.
     pub(super) fn new(
         gpu: &'g Gpu,
         cases: &[Case],
@@ -160,11 +173,15 @@ impl<'g> Stage<'g> {
     ) -> anyhow::Result<Self> {
         let baselines = if cublaslt.is_some() { baselines.to_vec() } else { Vec::new() };
         for Case { matrix, .. } in cases {
-            ensure!(matrix.k.is_multiple_of(16), "the bench takes K in multiples of 16, and {matrix} isn't");
+            ensure!(
+                matrix.k.is_multiple_of(16),
+                "the bench needs K to be a multiple of 16; the matrix {matrix} doesn't fit"
+            );
         }
         gpu.make_current()?;
         Ok(Self {
             gpu,
+            probes: Probes::new(gpu)?,
             stream: Stream::new(StreamFlags::NON_BLOCKING, None)?,
             workspace: gpu.workspace()?,
             arena: Arena::new(cases, &baselines, gpu.multiprocessors())?,
@@ -177,7 +194,7 @@ impl<'g> Stage<'g> {
         Clock::new(&self.stream, pace)
     }
 
-    /// Makes a matrix's weights, uploads copies of them, and computes the reference.
+    /// Generates the weights of a matrix, uploads copies of them, and computes the expected outputs.
     pub(super) fn fixture(&self, case: &Case, group: Group) -> anyhow::Result<Fixture> {
         let weights = data::random_weights(case.matrix.n, case.matrix.k, group)?;
         let copies = arena::copies(weights.bytes());
@@ -187,12 +204,12 @@ impl<'g> Stage<'g> {
         })
     }
 
-    /// What the products with a matrix's weights should be.
+    /// Computes the expected outputs for a matrix's weights and all its batch sizes.
     pub(super) fn reference(&self, weights: &PackedWeights, case: &Case) -> anyhow::Result<Reference> {
         Reference::new(weights, self.arena.int8(), &self.arena.token_scales, &case.tokens)
     }
 
-    /// Measures one problem. The second result are remarks about baselines that could not be measured.
+    /// Measures one problem. The second value holds remarks about baselines that could not be measured.
     fn point(
         &self,
         fixture: &Fixture,
@@ -258,16 +275,16 @@ impl<'g> Stage<'g> {
         Ok((point, remarks))
     }
 
-    /// The plan of one problem: the planner's, or one with the tile that was asked for.
+    /// The plan of one problem: the planner's choice, or a plan with the tile in `options`.
     fn plan(&self, fixture: &Fixture, m: usize, options: &Options) -> anyhow::Result<Plan> {
         let (n, k) = (fixture.n(), fixture.k());
         Ok(match options.tile {
-            Some(tile) => Plan::with_tile(m, n, k, tile, self.gpu.figures())?,
-            None => self.gpu.plan(m, n, k)?,
+            Some(tile) => Plan::with_tile(Problem { m, n, k }, tile, self.gpu.figures())?,
+            None => self.gpu.plan(Problem { m, n, k })?,
         })
     }
 
-    /// Times our kernel on two of a matrix's problems once more, in turns.
+    /// Times our kernel once more on two points of a matrix, in alternating turns.
     fn measure_again(
         &self,
         fixture: &Fixture,
@@ -286,33 +303,34 @@ impl<'g> Stage<'g> {
         Ok(())
     }
 
-    /// Overwrites our output, so that what an earlier launch left there can't pass for this one's.
+    /// Overwrites our output, so that the output of an earlier launch can't pass for that of the next one.
     pub(super) fn clear_output(&self) -> anyhow::Result<()> {
         arena::set_bytes(&self.arena.output, 0xFF)
     }
 
-    /// Whether the output of the last launch of our kernel is right: the first difference, if there is one.
+    /// Compares the output of our kernel's last launch with the expected one. Returns the first difference.
     pub(super) fn difference(&self, fixture: &Fixture, m: usize) -> anyhow::Result<Option<String>> {
         Ok(fixture.reference.compare(&self.arena, m)?.1)
     }
 
-    /// Our kernel.
+    /// Our kernel with a plan, ready to be timed.
     pub(super) fn ours<'a>(&'a self, fixture: &'a Fixture, m: usize, plan: &Plan) -> Contender<'a> {
-        let operands = self.operands([m, fixture.n(), fixture.k()]);
+        let operands = self.operands(Problem::new(m, fixture.n(), fixture.k()));
         let plan = *plan;
         Contender {
             copies: fixture.weights.len(),
             launch: Box::new(move |copy| {
                 let (weights, workspace, stream) = (&fixture.weights[copy], &self.workspace, &self.stream);
-                // SAFETY: all memory lives in the stage and the fixture, and one stream orders the launches.
+                // SAFETY: all memory belongs to the stage and the fixture, which outlive the launch.
+                // All launches are on one stream, which orders them.
                 unsafe { self.gpu.gemm_with_plan(weights, &operands, &plan, workspace, stream) }?;
                 Ok(())
             }),
         }
     }
 
-    /// The operands of our product `[m, n, k]`: bf16 without bias.
-    pub(super) fn operands(&self, [m, n, k]: [usize; 3]) -> gpu::Operands {
+    /// The operands of our product `[m, n, k]`, with bf16 output and without bias.
+    pub(super) fn operands(&self, Problem { m, n, k }: Problem) -> gpu::Operands {
         gpu::Operands {
             m,
             activations: self.arena.int8().activations(),
@@ -325,40 +343,40 @@ impl<'g> Stage<'g> {
         }
     }
 
-    /// The probe that reads as many bytes as the problem moves.
+    /// The probe that reads as many bytes as the problem moves, ready to be timed.
     pub(super) fn stream_probe(&self, m: usize, n: usize, k: usize, group: Group) -> Contender<'_> {
         let source = DeviceSpan::from(&self.arena.source);
-        // The probe reads whole pieces of 8 KiB, and one at the least.
+        // The probe reads whole pieces, and at least one.
         let bytes = moved_bytes(m, n, k, group).next_multiple_of(STREAM_PIECE_BYTES as usize);
         let copies = (source.bytes() / bytes).max(1);
         Contender {
             copies,
             launch: Box::new(move |copy| {
-                // SAFETY: the arena's source holds the bytes of every problem, `copies` times.
+                // SAFETY: the arena's source holds `copies` spans of `bytes` bytes.
+                // It has at least the bytes of the largest problem.
                 unsafe {
                     let span = DeviceSpan::from_raw(source.address() + (copy * bytes) as u64, bytes);
-                    self.gpu.probe_stream(span, &self.stream)
-                }?;
-                Ok(())
+                    self.probes.stream(span, &self.stream)
+                }
             }),
         }
     }
 
-    /// The probe that does as many products.
+    /// The probe that does as many multiply-adds as the problem, ready to be timed.
     pub(super) fn mma_probe(&self, m: usize, n: usize, k: usize) -> Contender<'_> {
         let products = m as u64 * n as u64 * k as u64;
         Contender {
             copies: 1,
             launch: Box::new(move |_| {
                 let sink = DeviceSpan::from(&self.arena.sink);
-                // SAFETY: the arena's sink has 4 KiB a multiprocessor and lives as long as the stage.
-                unsafe { self.gpu.probe_mma(products, sink, &self.stream) }?;
-                Ok(())
+                // SAFETY: the arena's sink has 4 KiB per SM and lives as long as the stage.
+                unsafe { self.probes.mma(products, sink, &self.stream) }
             }),
         }
     }
 
-    /// A baseline, checked, and the tokens that it is measured with: more than `m` where it takes no fewer.
+    /// Prepares and checks a baseline. Returns it with the number of tokens that it is measured with.
+    /// If cuBLASLt has no algorithm for `m` tokens, the number is 16 or 32.
     fn baseline(
         &self,
         clock: &Clock<'_>,
@@ -368,9 +386,9 @@ impl<'g> Stage<'g> {
         k: usize,
         algorithms: usize,
     ) -> anyhow::Result<(Contender<'_>, usize)> {
-        let library = self.cublaslt.as_ref().context("there is no cuBLASLt")?;
-        let operands = self.arena.operands(baseline).context("no memory for it")?;
-        let slices = operands.slices(n, k).context("no memory for it")?;
+        let library = self.cublaslt.as_ref().context("cuBLASLt is not loaded")?;
+        let operands = self.arena.operands(baseline).context("no device memory for its operands")?;
+        let slices = operands.slices(n, k).context("no device memory for its weights")?;
         let mut outcome = self.fastest(clock, library, baseline, [m, n, k], algorithms, &slices);
         let mut tokens = m;
         for padded in [16, MAX_PADDED_TOKENS] {
@@ -389,7 +407,7 @@ impl<'g> Stage<'g> {
         Ok((contender, tokens))
     }
 
-    /// The fastest of a library's algorithms for a product.
+    /// Returns the fastest of the algorithms that the library proposes for a product.
     fn fastest<'a>(
         &'a self,
         clock: &Clock<'_>,
@@ -414,10 +432,11 @@ impl<'g> Stage<'g> {
         match (fastest, failure) {
             (Some((_, contender)), _) => Ok(contender),
             (None, Some(error)) => Err(error),
-            (None, None) => bail!("no algorithm"),
+            (None, None) => bail!("cuBLASLt proposes no algorithm"),
         }
     }
 
+    /// A product of cuBLASLt, ready to be timed.
     fn library_contender<'a>(&'a self, gemm: Gemm<'a>, slices: &Slices) -> Contender<'a> {
         let Slices { first_weights, stride, copies, activations } = *slices;
         let output = DeviceSpan::from(&self.arena.baseline_output).address();
@@ -425,8 +444,9 @@ impl<'g> Stage<'g> {
             copies,
             launch: Box::new(move |copy| {
                 let weights = first_weights + copy as u64 * stride;
-                // SAFETY: the arena holds every copy of the weights, and activations and output of the largest
-                // problem; the stream belongs to the context that the library was opened in, and orders the launches.
+                // SAFETY: the arena holds every copy of the weights,
+                // and the activations and the output of the largest problem.
+                // The stream belongs to the context of the library, and it orders the launches.
                 unsafe { gemm.launch(weights, activations, output, StreamHandle::from(&self.stream)) }
             }),
         }

@@ -1,58 +1,25 @@
-//! Which problems are measured: the linear layers of well-known models, the peers' points, or what the caller
-//! writes. A matrix is named `N×K` after the weights, N output channels of K elements each.
+//! Lists of problems to measure: the linear layers of well-known models, the points at which the peer kernels
+//! were measured ([`peers`](super::peers)), and lists from the command line.
 
-use std::fmt;
-use std::str::FromStr;
+use anyhow::{Context, bail};
 
-use anyhow::{Context, bail, ensure};
+pub use super::matrix::Matrix;
+use super::matrix::distinct;
 
-/// A weight matrix.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Matrix {
-    /// Output channels.
-    pub n: usize,
-    /// Elements a channel.
-    pub k: usize,
-}
-
-impl fmt::Display for Matrix {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}x{}", self.n, self.k)
-    }
-}
-
-impl FromStr for Matrix {
-    type Err = anyhow::Error;
-
-    /// Reads `4096x11008`; `×` and `X` do as well.
-    fn from_str(text: &str) -> anyhow::Result<Self> {
-        let (n, k) = text
-            .split_once(['x', 'X', '×'])
-            .with_context(|| format!("{text:?} is no matrix; write NxK, such as 4096x11008"))?;
-        let number = |name, part: &str| {
-            let value: usize =
-                part.trim().parse().with_context(|| format!("{name} of {text:?} is no number"))?;
-            ensure!(value > 0, "{name} of {text:?} must be at least 1");
-            Ok(value)
-        };
-        Ok(Self { n: number("n", n)?, k: number("k", k)? })
-    }
-}
-
-/// A matrix with the batch sizes that it is measured at, in rising order.
+/// A weight matrix with the batch sizes to measure it at, in ascending order.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Case {
-    /// The weights.
+    /// The size of the weight matrix.
     pub matrix: Matrix,
-    /// Tokens.
+    /// Batch sizes in tokens.
     pub tokens: Vec<usize>,
 }
 
-/// A decoder's dimensions, as far as its linear layers need them.
+/// The dimensions of a decoder that determine its linear layers.
 struct Model {
     name: &'static str,
     hidden: usize,
-    /// Width of the keys and of the values: heads that are shared count once.
+    /// Width of the keys, and also of the values. With grouped-query attention, shared heads count once.
     key_value: usize,
     intermediate: usize,
 }
@@ -67,13 +34,13 @@ const MODELS: [Model; 7] = [
     Model { name: "Yi-34B", hidden: 7168, key_value: 1024, intermediate: 20480 },
 ];
 
-/// The model whose shards are measured.
+/// The model whose tensor-parallel shards are measured.
 const LLAMA_3_70B: Model = Model { name: "LLaMA-3-70B", hidden: 8192, key_value: 1024, intermediate: 28672 };
-/// How many GPUs its layers are cut for.
+/// Numbers of GPUs that its layers are sharded over.
 const SHARDED_OVER: [usize; 2] = [4, 8];
 
 impl Model {
-    /// Its layers cut for tensor parallelism: QKV and gate-up by their channels, O and down along K.
+    /// The layers sharded for tensor parallelism: QKV and gate-up along N, O and down along K.
     fn shards(&self, gpus: usize) -> [(&'static str, Matrix); 4] {
         self.layers().map(|(name, Matrix { n, k })| match name {
             "O" | "down" => (name, Matrix { n, k: k / gpus }),
@@ -81,6 +48,7 @@ impl Model {
         })
     }
 
+    /// The linear layers of a decoder block, with their names.
     fn layers(&self) -> [(&'static str, Matrix); 4] {
         let (hidden, intermediate) = (self.hidden, self.intermediate);
         [
@@ -92,7 +60,7 @@ impl Model {
     }
 }
 
-/// Where a matrix comes from: `LLaMA-2-7B O, LLaMA-3-8B O`; empty for one that no model here has.
+/// The layers that have this matrix, such as `LLaMA-2-7B O, LLaMA-3-8B O`. Empty if no model here has it.
 pub fn origin(matrix: Matrix) -> String {
     let mut names = Vec::new();
     for model in &MODELS {
@@ -117,11 +85,12 @@ const BETWEEN: [usize; 26] = [
     24, 40, 48, 56, 72, 80, 96, 112, 136, 160, 176, 192, 208, 224, 240, 272, 320, 352, 384, 448, 640, 768,
     896, 1280, 1536, 3072,
 ];
-/// Batch sizes of the shards beside the powers of two.
+/// Batch sizes of the shards between the powers of two.
 const SHARDS_BETWEEN: [usize; 10] = [24, 48, 96, 160, 192, 224, 320, 384, 640, 768];
-/// Batch sizes beside the multiples of 8 at which time must not fall with M: just above a tile, and odd ones.
+/// Batch sizes of [`monotone_cases`] that are not multiples of 8 or exceed 512.
+/// Many are just above a token tile.
 const ODD: [usize; 12] = [17, 33, 65, 100, 129, 200, 257, 333, 500, 513, 1000, 1025];
-/// Matrices whose time is drawn against every eighth M: of each layer one.
+/// One matrix of each layer, for plots of time against M in steps of 8.
 const CURVES: [Matrix; 4] = [
     Matrix { n: 4096, k: 4096 },
     Matrix { n: 12288, k: 4096 },
@@ -129,17 +98,17 @@ const CURVES: [Matrix; 4] = [
     Matrix { n: 8192, k: 28672 },
 ];
 
-/// 1, 8, 16 … 512.
+/// The batch sizes 1, 8, 16 … 512.
 fn steps_of_eight() -> Vec<usize> {
     std::iter::once(1).chain((8..=512).step_by(8)).collect()
 }
 
-/// The peers' matrices between the powers of two.
+/// The peer kernels' matrices at batch sizes between the powers of two.
 pub fn between_cases() -> Vec<Case> {
     custom_cases(&peer_matrices(), &BETWEEN)
 }
 
-/// LLaMA-3-70B's layers cut for 4 and 8 GPUs, at M = 1, 2, 4 … 1024 and some between.
+/// LLaMA-3-70B's layers sharded over 4 and 8 GPUs, at M = 1, 2, 4 … 1024 and ten batch sizes between.
 pub fn shard_cases() -> Vec<Case> {
     let matrices: Vec<Matrix> =
         SHARDED_OVER.iter().flat_map(|&gpus| LLAMA_3_70B.shards(gpus)).map(|(_, matrix)| matrix).collect();
@@ -151,22 +120,22 @@ pub fn is_shard(matrix: Matrix) -> bool {
     SHARDED_OVER.iter().flat_map(|&gpus| LLAMA_3_70B.shards(gpus)).any(|(_, shard)| shard == matrix)
 }
 
-/// The peers' matrices at M = 1, 8, 16 … 512 and at odd ones up to 1025.
+/// The peer kernels' matrices at M = 1, 8, 16 … 512 and at a few irregular batch sizes up to 1025.
 pub fn monotone_cases() -> Vec<Case> {
     custom_cases(&peer_matrices(), &[steps_of_eight(), ODD.to_vec()].concat())
 }
 
-/// A matrix of each layer at M = 1, 8, 16 … 512.
+/// One matrix of each layer at M = 1, 8, 16 … 512.
 pub fn curve_cases() -> Vec<Case> {
     custom_cases(&CURVES, &steps_of_eight())
 }
 
-/// The peers' matrices, each once.
+/// The distinct matrices that the peer kernels were measured on.
 pub fn peer_matrices() -> Vec<Matrix> {
     distinct(super::peers::pages()[0].points.iter().map(super::peers::PeerPoint::matrix))
 }
 
-/// Several lists as one: each matrix once, with the batch sizes of all.
+/// Merges lists: each matrix once, with the batch sizes of all lists.
 pub fn merged(lists: impl IntoIterator<Item = Vec<Case>>) -> Vec<Case> {
     let mut cases: Vec<Case> = Vec::new();
     for Case { matrix, tokens } in lists.into_iter().flatten() {
@@ -182,7 +151,7 @@ pub fn merged(lists: impl IntoIterator<Item = Vec<Case>>) -> Vec<Case> {
     cases
 }
 
-/// 1, 2, 4 … up to `last`.
+/// The powers of two up to `last`.
 fn powers_of_two(last: usize) -> Vec<usize> {
     std::iter::successors(Some(1), |m| Some(m * 2)).take_while(|&m| m <= last).collect()
 }
@@ -193,7 +162,7 @@ pub fn default_cases() -> Vec<Case> {
     custom_cases(&matrices, &powers_of_two(8192))
 }
 
-/// A dozen points that touch every band of M.
+/// Twelve points that cover every band of batch sizes.
 pub fn quick_cases() -> Vec<Case> {
     custom_cases(&[Matrix { n: 22016, k: 4096 }, Matrix { n: 8192, k: 8192 }], &[1, 8, 32, 128, 1024, 4096])
 }
@@ -206,23 +175,12 @@ pub fn ablation_cases() -> Vec<Case> {
     custom_cases(&matrices, &powers_of_two(1024))
 }
 
-/// The peers' matrices at the powers of two that their first page has, and M = N = K = 8192.
+/// The points of the first page of peer kernels, and M = N = K = 8192.
 pub fn peer_cases() -> Vec<Case> {
     let cube = Case { matrix: Matrix { n: 8192, k: 8192 }, tokens: vec![8192] };
     let points = super::peers::pages()[0].points.iter();
     let points = points.map(|point| vec![Case { matrix: point.matrix(), tokens: vec![point.m] }]);
     merged(points.chain([vec![cube]]))
-}
-
-/// The matrices among these, in the order in which they first occur.
-pub(super) fn distinct(all: impl Iterator<Item = Matrix>) -> Vec<Matrix> {
-    let mut matrices = Vec::new();
-    for matrix in all {
-        if !matrices.contains(&matrix) {
-            matrices.push(matrix);
-        }
-    }
-    matrices
 }
 
 /// Every matrix at every batch size.
@@ -233,15 +191,15 @@ pub fn custom_cases(matrices: &[Matrix], tokens: &[usize]) -> Vec<Case> {
     matrices.iter().map(|&matrix| Case { matrix, tokens: tokens.clone() }).collect()
 }
 
-/// Batch sizes from text: numbers, or `a..b` for the powers of two from a to b.
+/// Parses batch sizes: numbers separated by commas, or `a..b` for the powers of two from a to b.
 ///
 /// # Errors
-/// Text that is neither, or a 0.
+/// If a part is neither, or a batch size is 0.
 pub fn parse_tokens(text: &str) -> anyhow::Result<Vec<usize>> {
     let mut tokens = Vec::new();
     for part in text.split(',') {
         let number = |text: &str| {
-            text.trim().parse::<usize>().with_context(|| format!("{text:?} is no number of tokens"))
+            text.trim().parse::<usize>().with_context(|| format!("{text:?} is not a number of tokens"))
         };
         match part.split_once("..") {
             Some((first, last)) => {
@@ -252,7 +210,7 @@ pub fn parse_tokens(text: &str) -> anyhow::Result<Vec<usize>> {
         }
     }
     if tokens.is_empty() || tokens.contains(&0) {
-        bail!("{text:?} names no tokens; write 1,16,256 or 1..8192");
+        bail!("{text:?} has no batch size, or one of 0; write 1,16,256 or 1..8192");
     }
     Ok(tokens)
 }
@@ -262,7 +220,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn matrices_are_read_as_written_and_nonsense_is_refused() {
+    fn matrix_sizes_are_parsed_and_malformed_ones_refused() {
         assert_eq!("4096x11008".parse::<Matrix>().unwrap(), Matrix { n: 4096, k: 11008 });
         assert_eq!("64×128".parse::<Matrix>().unwrap().to_string(), "64x128");
         for wrong in ["", "4096", "x", "0x4096", "4096x0", "ax7", "1x2x3", "-1x2"] {
@@ -280,7 +238,7 @@ mod tests {
     }
 
     #[test]
-    fn default_list_has_every_layer_once_and_the_peers_matrices_among_them() {
+    fn default_list_has_every_layer_once_and_includes_the_peers_matrices() {
         let cases = default_cases();
         let mut matrices: Vec<Matrix> = cases.iter().map(|case| case.matrix).collect();
         assert_eq!(matrices.len(), 19);
@@ -304,7 +262,7 @@ mod tests {
     }
 
     #[test]
-    fn peer_list_is_the_page_and_the_cube() {
+    fn peer_list_is_the_first_page_and_the_cube() {
         let cases = peer_cases();
         assert_eq!(cases.len(), 10);
         assert_eq!(cases.iter().map(|case| case.tokens.len()).sum::<usize>(), 121);
@@ -324,7 +282,7 @@ mod tests {
     }
 
     #[test]
-    fn lists_between_powers_of_two_have_none_and_the_dense_ones_every_eighth() {
+    fn between_list_has_no_power_of_two_and_dense_lists_go_in_steps_of_eight() {
         let between = between_cases();
         assert_eq!((between.len(), between[0].tokens.len()), (10, 26));
         assert!(between[0].tokens.iter().all(|m| !m.is_power_of_two()));
@@ -344,10 +302,10 @@ mod tests {
     }
 
     #[test]
-    fn quick_list_is_a_dozen_points_in_every_band() {
+    fn quick_list_has_twelve_points_and_covers_every_band() {
         let points: Vec<usize> = quick_cases().into_iter().flat_map(|case| case.tokens).collect();
         assert_eq!(points.len(), 12);
-        for band in &crate::bench::targets::BANDS {
+        for band in &crate::targets::BANDS {
             assert!(points.iter().any(|&m| band.contains(m)), "{band}");
         }
     }

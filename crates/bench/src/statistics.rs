@@ -1,28 +1,29 @@
 //! Medians with their spread, and geometric means.
+//! All times of the bench are a [`Timing`], all summaries over points are a [`geometric_mean`].
 
 use serde::{Deserialize, Serialize};
 
-/// Microseconds a launch, over the replays of one kernel.
+/// The times of one kernel in microseconds per launch, over several graph replays.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Timing {
     /// The median.
     pub us: f64,
     /// The fastest replay.
     pub min: f64,
-    /// A quarter of the replays are faster.
+    /// The lower quartile: a quarter of the replays are faster.
     pub lower_quartile: f64,
-    /// A quarter of the replays are slower.
+    /// The upper quartile: a quarter of the replays are slower.
     pub upper_quartile: f64,
     /// The slowest replay.
     pub max: f64,
-    /// Launches in one replay.
+    /// Launches per replay.
     pub launches: usize,
-    /// Replays that were timed.
+    /// Number of timed replays.
     pub replays: usize,
 }
 
 impl Timing {
-    /// Sums up replays, each given as microseconds a launch. `None` if there are none.
+    /// Summarizes replays, each given in microseconds per launch. `None` if there are none.
     pub fn new(mut replays: Vec<f64>, launches: usize) -> Option<Self> {
         replays.sort_by(f64::total_cmp);
         Some(Self {
@@ -36,7 +37,7 @@ impl Timing {
         })
     }
 
-    /// Whether the median is a time that a launch can have taken: between a nanosecond and days.
+    /// Whether a launch can have taken the median: between a nanosecond and days.
     pub(super) fn is_plausible(&self) -> bool {
         (1e-3..1e12).contains(&self.us)
     }
@@ -47,14 +48,14 @@ impl Timing {
     }
 }
 
-/// The quantile of a sorted slice, interpolated between its neighbours.
+/// The quantile of a sorted slice, linearly interpolated. `None` for an empty slice.
 fn quantile(sorted: &[f64], fraction: f64) -> Option<f64> {
     let position = fraction * sorted.len().checked_sub(1)? as f64;
     let (below, above) = (sorted[position.floor() as usize], sorted[position.ceil() as usize]);
     Some(below + (above - below) * position.fract())
 }
 
-/// The geometric mean; `None` of nothing.
+/// The geometric mean. `None` if there are no values.
 pub fn geometric_mean(values: impl IntoIterator<Item = f64>) -> Option<f64> {
     let (mut sum, mut count) = (0.0, 0);
     for value in values {

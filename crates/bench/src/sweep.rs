@@ -1,4 +1,5 @@
-//! Every plan of a problem, measured: what a planner's choice should be judged by.
+//! Measures every plan of a problem, which shows how good the planner's choice is.
+//! Memory and operands come from [`run`](super::run), times from [`replay`](super::replay).
 
 use std::cmp::Ordering;
 use std::path::Path;
@@ -10,50 +11,50 @@ use super::replay::Pace;
 use super::run::{Observer, Stage};
 use super::shapes::Case;
 use super::statistics::geometric_mean;
-use crate::gpu::Gpu;
-use crate::{Group, Plan};
+use liquidgemm::gpu::Gpu;
+use liquidgemm::{Group, Plan, Problem};
 
-/// A plan whose estimate is this much slower than the fastest one's is not timed in detail.
+/// Plans that are estimated to take longer than the fastest one by this factor are not timed in detail.
 const HOPELESS: f64 = 1.3;
-/// Plans that a report names, besides the planner's choice.
+/// Number of plans that a report lists, besides the planner's choice and plans with wrong results.
 const REPORTED: usize = 10;
 
-/// One problem under all of its plans.
+/// The times of all plans of one problem.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Sweep {
     /// Tokens.
     pub m: usize,
     /// Output channels.
     pub n: usize,
-    /// Elements a channel.
+    /// Elements per channel.
     pub k: usize,
-    /// Multiprocessors of the GPU.
+    /// SMs of the GPU.
     pub multiprocessors: u32,
-    /// The slower of the two probes, in microseconds.
+    /// The time of the slower probe, in microseconds.
     pub floor: f64,
-    /// Every plan, the fastest first.
+    /// All plans, the fastest first.
     pub plans: Vec<PlanTime>,
 }
 
 /// One plan's time.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct PlanTime {
-    /// The plan in words.
+    /// The plan as text.
     pub plan: String,
     /// Microseconds, the median of the replays.
     pub us: f64,
-    /// Whether it was only estimated, because it is far behind.
+    /// Whether the time is only an estimate, because the plan is far slower than the fastest one.
     pub estimated: bool,
-    /// Whether the planner would choose it.
+    /// Whether the planner chooses this plan.
     pub chosen: bool,
-    /// The first difference to the CPU backend, if there is one.
+    /// The first difference from the CPU backend's result, if there is one.
     pub mismatch: Option<String>,
 }
 
-/// Measures every plan of every problem; `measured` is given each problem's outcome.
+/// Measures every plan of every problem and passes the outcome of each problem to `measured`.
 ///
 /// # Errors
-/// If the GPU or a kernel fails, or `measured` does.
+/// If the GPU or a kernel fails, or `measured` returns an error.
 pub fn sweep(
     gpu: &Gpu,
     cases: &[Case],
@@ -75,7 +76,7 @@ fn one(
     stage: &Stage<'_>,
     fixture: &super::run::Fixture,
     m: usize,
-    figures: &crate::DeviceFigures,
+    figures: &liquidgemm::DeviceFigures,
 ) -> anyhow::Result<Sweep> {
     let (n, k) = (fixture.n(), fixture.k());
     let clock = stage.clock(Pace::RANKING)?;
@@ -83,9 +84,9 @@ fn one(
     for probe in clock.measure(&[stage.stream_probe(m, n, k, Group::default()), stage.mma_probe(m, n, k)]) {
         floor = floor.max(probe?.us);
     }
-    let chosen = Plan::new(m, n, k, figures)?;
+    let chosen = Plan::new(Problem { m, n, k }, figures)?;
     let mut estimates = Vec::new();
-    for plan in Plan::candidates(m, n, k, figures)? {
+    for plan in Plan::candidates(Problem { m, n, k }, figures)? {
         estimates.push((clock.estimate(&stage.ours(fixture, m, &plan))?, plan));
     }
     let fastest = estimates.iter().map(|(us, _)| *us).fold(f64::INFINITY, f64::min);
@@ -112,27 +113,30 @@ fn one(
 }
 
 impl Sweep {
-    /// Reads what a sweep wrote, and marks what today's planner would choose.
+    /// Reads recorded sweeps and marks the plans that the present planner chooses on an H100 SXM.
     ///
     /// # Errors
-    /// If the file can't be read or holds something else, or a problem that can't be planned.
+    /// If the file can't be read or is not a sweep, or if a problem in it can't be planned.
     pub fn load(path: &Path) -> anyhow::Result<Vec<Self>> {
         let mut sweeps: Vec<Self> = read_json(path, "sweep")?;
         for sweep in &mut sweeps {
-            let chosen = Plan::new(sweep.m, sweep.n, sweep.k, &crate::DeviceFigures::H100_SXM)?.to_string();
+            let chosen =
+                Plan::new(Problem::new(sweep.m, sweep.n, sweep.k), &liquidgemm::DeviceFigures::H100_SXM)?
+                    .to_string();
             sweep.plans.iter_mut().for_each(|plan| plan.chosen = plan.plan == chosen);
         }
         Ok(sweeps)
     }
 
-    /// The time of the planner's choice over that of the fastest plan; none where its choice was not timed, or only estimated.
+    /// The time of the planner's choice divided by that of the fastest plan.
+    /// `None` if the planner's choice is missing or was only estimated.
     pub fn loss(&self) -> Option<f64> {
         let chosen = self.plans.iter().find(|plan| plan.chosen && !plan.estimated)?;
         Some(chosen.us / self.plans.first()?.us)
     }
 
-    /// The outcome as text: a line for the problem and one for each of the fastest plans, the planner's choice and any
-    /// wrong one.
+    /// Formats the outcome as text: a line for the problem, then one for each of the fastest plans.
+    /// The planner's choice and plans with wrong results always have a line.
     pub fn report(&self) -> String {
         let mut text =
             format!("M = {}, N = {}, K = {}: floor {:.2} µs\n", self.m, self.n, self.k, self.floor);
@@ -153,7 +157,7 @@ impl Sweep {
     }
 }
 
-/// What the planner's choices lose to always taking the fastest plan, in a sentence.
+/// Says in one sentence how much longer the planner's choices take than the fastest plans.
 pub fn verdict(sweeps: &[Sweep]) -> String {
     let percent = |loss: f64| (loss - 1.0) * 100.0;
     let losses = || sweeps.iter().filter_map(|sweep| Some((sweep.loss()?, sweep)));
@@ -163,11 +167,11 @@ pub fn verdict(sweeps: &[Sweep]) -> String {
     let mut text = format!("The planner's choices take {:.2} % longer than the fastest plans", percent(mean));
     if let Some((most, Sweep { m, n, k, .. })) = losses().max_by(|(a, _), (b, _)| a.total_cmp(b)) {
         let most = percent(most);
-        text += &format!(" (geometric mean), {most:.1} % at the most (M = {m}, N = {n}, K = {k})");
+        text += &format!(" (geometric mean), {most:.1} % at most (M = {m}, N = {n}, K = {k})");
     }
     match sweeps.len() - losses().count() {
         0 => text + ".",
-        missing => text + &format!("; of {missing} of {} problems they were not timed.", sweeps.len()),
+        missing => text + &format!("; they were not timed for {missing} of {} problems.", sweeps.len()),
     }
 }
 
@@ -192,26 +196,30 @@ mod tests {
         ];
         let text = verdict(&sweeps);
         assert!(text.contains("take 10.00 % longer"), "{text}");
-        assert!(text.contains("21.0 % at the most (M = 7, N = 2, K = 3)"), "{text}");
+        assert!(text.contains("21.0 % at most (M = 7, N = 2, K = 3)"), "{text}");
         assert!(text.contains("1 of 3 problems"), "{text}");
         assert!(verdict(&sweeps[2..]).contains("No choice"));
     }
 
     #[test]
-    fn a_loaded_sweep_is_judged_by_todays_planner() {
+    fn a_loaded_sweep_marks_the_choice_of_the_present_planner() {
         let (m, n, k) = (64, 4096, 4096);
-        let plans: Vec<PlanTime> = Plan::candidates(m, n, k, &crate::DeviceFigures::H100_SXM)
-            .unwrap()
-            .iter()
-            .map(|candidate| PlanTime { plan: candidate.to_string(), ..plan(1.0, true, false) })
-            .collect();
+        let plans: Vec<PlanTime> =
+            Plan::candidates(Problem { m, n, k }, &liquidgemm::DeviceFigures::H100_SXM)
+                .unwrap()
+                .iter()
+                .map(|candidate| PlanTime { plan: candidate.to_string(), ..plan(1.0, true, false) })
+                .collect();
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("sweep.json");
-        crate::bench::record::write_json(&path, &[Sweep { m, n, k, ..sweep_of(plans) }]).unwrap();
+        crate::record::write_json(&path, &[Sweep { m, n, k, ..sweep_of(plans) }]).unwrap();
         let loaded = Sweep::load(&path).unwrap();
         let chosen: Vec<&str> =
             loaded[0].plans.iter().filter(|plan| plan.chosen).map(|plan| plan.plan.as_str()).collect();
-        assert_eq!(chosen, [Plan::new(m, n, k, &crate::DeviceFigures::H100_SXM).unwrap().to_string()]);
+        assert_eq!(
+            chosen,
+            [Plan::new(Problem { m, n, k }, &liquidgemm::DeviceFigures::H100_SXM).unwrap().to_string()]
+        );
     }
 
     #[test]

@@ -1,11 +1,12 @@
-//! The results as text: one line a point while the run goes on, and the means of each band at its end.
+//! The results as text: one line per point during the run, and the means of each band of M at the end.
+//! Every ratio is the baseline's time divided by ours.
 
 use std::fmt::Write;
 
 use super::record::{Baseline, Point, Run};
 use super::targets::band_means;
 
-/// The heading over [`row`]s, with units.
+/// The column headings of [`row`], with units.
 pub fn heading() -> String {
     let mut text = format!(
         "{:>5} {:>6} {:>6} {:>9} {:>6} {:>6} {:>6} {:>9} {:>9} {:>6} {:>7}",
@@ -17,7 +18,7 @@ pub fn heading() -> String {
     text
 }
 
-/// One point. `ratio` is the baseline's time over ours.
+/// Formats one point as a line.
 pub fn row(point: &Point) -> String {
     let mut text = format!(
         "{:>5} {:>6} {:>6} {:>9.2} {:>5.1}% {:>6.0} {:>6.0} {:>9} {:>9} {:>6} {:>7.3}",
@@ -46,19 +47,19 @@ pub fn row(point: &Point) -> String {
     text
 }
 
-/// A number, or a dash where there is none.
+/// Formats a number, or a dash if there is none.
 pub(super) fn or_dash(value: Option<f64>, digits: usize) -> String {
     value.map_or("-".into(), |value| format!("{value:.digits$}"))
 }
 
-/// What the columns mean.
+/// The meaning of the columns.
 pub const LEGEND: &str = "\
-ours: median of the replays, ± half the distance between the quartiles; score: floor / ours, floor = the slower of
-stream and mma; t/ideal: ours / max(bytes / 3.10 TB/s, operations / 1979 TOPS); ratio: cuBLASLt's time / ours
-(int8 without scales, i32 out; fp8 e4m3 with one scale a tensor, bf16 out)
+ours: median of the replays, ± half the distance between the quartiles; score: floor / ours, where the floor is the
+slower of stream and mma; t/ideal: ours / max(bytes / 3.10 TB/s, operations / 1979 TOPS); ratio: cuBLASLt's time / ours
+(int8: without scales, i32 output; fp8: e4m3 with one scale per tensor, bf16 output)
 ";
 
-/// Geometric means of each band of M over the whole run.
+/// Formats the geometric means of each band of M over the whole run.
 pub fn bands(run: &Run) -> String {
     let mut text = format!("{:<12} {:>6} {:>7} {:>8}", "M", "points", "score", "t/ideal");
     for baseline in Baseline::ALL {
@@ -86,10 +87,10 @@ pub fn bands(run: &Run) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::bench::record::tests::point;
+    use crate::record::tests::point;
 
     #[test]
-    fn columns_stand_under_their_headings() {
+    fn columns_are_aligned_with_their_headings() {
         let full = row(&point(8192, 57344, 8192, 5432.1));
         assert_eq!(full.chars().count(), heading().chars().count());
         let bare = Point { int8: None, fp8: None, bf16: None, ..point(1, 4096, 4096, 3.0) };
@@ -99,7 +100,7 @@ mod tests {
     }
 
     #[test]
-    fn wrong_results_stand_out() {
+    fn wrong_results_are_marked() {
         let point = Point { mismatch: Some("token 0".into()), ..point(1, 64, 64, 3.0) };
         assert!(row(&point).ends_with("WRONG: token 0"));
     }

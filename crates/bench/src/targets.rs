@@ -1,7 +1,8 @@
-//! What is meant to be reached, and which points miss it.
+//! The performance targets, and which points miss them.
 //!
-//! Targets hold on the peers' matrices, on the shards, and on M = N = K = 8192. "Faster than its best peer" compares ratios
-//! to cuBLASLt fp8, ours from this run and the peer's from its page, because times move from machine to machine.
+//! Targets apply to the peer kernels' matrices, to the shards, and to M = N = K = 8192.
+//! Times differ between machines, so a point is compared with its best peer through ratios to cuBLASLt fp8:
+//! our ratio is from this run, the peer's from its page ([`peers`](mod@super::peers)).
 
 use std::fmt::{self, Write};
 
@@ -10,43 +11,43 @@ use super::record::{Baseline, Point, Run};
 use super::shapes::{is_shard, peer_matrices};
 use super::statistics::geometric_mean;
 
-/// On which matrices a target holds.
+/// The matrices that a target applies to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Matrices {
-    /// The peers'.
+    /// The matrices that the peer kernels were measured on.
     Peers,
-    /// LLaMA-3-70B's, cut for several GPUs.
+    /// LLaMA-3-70B's matrices, sharded over several GPUs.
     Shards,
 }
 
-/// What some batch sizes are meant to reach together.
+/// A target for a group of batch sizes.
 #[derive(Clone, Copy, Debug)]
 pub struct Target {
     matrices: Matrices,
-    /// In rising order.
+    /// The batch sizes, in ascending order.
     tokens: &'static [usize],
-    /// Least geometric mean of cuBLASLt fp8's time over ours.
+    /// Least geometric mean of cuBLASLt fp8's time divided by ours.
     fp8: f64,
-    /// Least of these ratios at any point, where not the one over all batch sizes counts.
+    /// Least ratio at every single point, if the target has a limit of its own for that.
     slowest: Option<f64>,
-    /// Largest geometric mean of our time over the ideal floor.
+    /// Largest geometric mean of our time divided by the ideal floor.
     over_ideal: Option<f64>,
-    /// Whether being as fast as the best peer is enough.
+    /// Whether it is enough to be as fast as the best peer.
     tie_is_enough: bool,
 }
 
-/// A target of the peers' matrices at powers of two.
+/// A target for the peer kernels' matrices at powers of two.
 const fn power(tokens: &'static [usize], fp8: f64, over_ideal: f64, tie_is_enough: bool) -> Target {
     let over_ideal = Some(over_ideal);
     Target { matrices: Matrices::Peers, tokens, fp8, slowest: None, over_ideal, tie_is_enough }
 }
 
-/// A target of the peers' matrices between the powers of two.
+/// A target for the peer kernels' matrices between the powers of two.
 const fn between(tokens: &'static [usize], fp8: f64) -> Target {
     Target { matrices: Matrices::Peers, tokens, fp8, slowest: None, over_ideal: None, tie_is_enough: true }
 }
 
-/// Every target but those of single points.
+/// All targets except those for single points.
 pub const TARGETS: [Target; 12] = [
     power(&[1, 4, 8], 1.97, 1.25, false),
     power(&[16, 32, 64], 1.93, 1.25, false),
@@ -69,17 +70,17 @@ pub const TARGETS: [Target; 12] = [
     },
 ];
 
-/// Least of cuBLASLt fp8's time over ours on the peers' matrices, at any batch size.
+/// Least ratio of cuBLASLt fp8's time to ours at every point of the peer kernels' matrices.
 const SLOWEST: f64 = 1.0;
-/// M = N = K of the largest cube.
+/// M = N = K of the cube, the only problem with a target of its own.
 const CUBE: usize = 8192;
-/// Least cuBLASLt fp8's time over ours on the cube.
+/// Least ratio of cuBLASLt fp8's time to ours on the cube.
 const CUBE_FP8: f64 = 1.15;
-/// Least speed on the cube, in tera-operations a second.
+/// Least speed on the cube, in tera-operations per second.
 const CUBE_TOPS: f64 = 1500.0;
 
 impl Target {
-    /// Its points in a run.
+    /// The points of a run that the target applies to.
     fn points<'a>(&self, run: &'a Run) -> Vec<&'a Point> {
         let matrices = peer_matrices();
         let holds = |point: &&Point| {
@@ -108,14 +109,14 @@ impl fmt::Display for Target {
     }
 }
 
-/// Batch sizes whose mean is given, whatever the matrices.
+/// A range of batch sizes over which means are given, for any matrices.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Band {
     first: usize,
     last: usize,
 }
 
-/// From single tokens to long prompts.
+/// The bands, from single tokens to long prompts.
 pub const BANDS: [Band; 5] = [
     Band { first: 1, last: 8 },
     Band { first: 16, last: 64 },
@@ -125,7 +126,7 @@ pub const BANDS: [Band; 5] = [
 ];
 
 impl Band {
-    /// Whether a batch size belongs here. Each belongs to one band: those between two named ones to the upper.
+    /// Whether a batch size belongs to this band. One that lies between two bands belongs to the upper one.
     pub fn contains(&self, m: usize) -> bool {
         let below = BANDS.iter().map(|band| band.last).filter(|&last| last < self.first).max();
         m > below.unwrap_or(0) && (m <= self.last || self.last == BANDS[BANDS.len() - 1].last)
@@ -138,23 +139,23 @@ impl fmt::Display for Band {
     }
 }
 
-/// Geometric means over some points.
+/// Geometric means over a set of points.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Means {
-    /// What the points have in common.
+    /// What the points have in common, such as their range of batch sizes.
     pub name: String,
-    /// How many there are.
+    /// Number of points.
     pub points: usize,
-    /// Floor over time, where the probes ran.
+    /// The floor divided by our time, over the points with probes.
     pub score: Option<f64>,
-    /// Time over ideal floor.
+    /// Our time divided by the ideal floor.
     pub over_ideal: f64,
-    /// Each baseline's time over ours, in the order of [`Baseline::ALL`], where it ran.
+    /// Each baseline's time divided by ours, in the order of [`Baseline::ALL`], over the points that have it.
     pub speedups: [Option<f64>; 3],
 }
 
 impl Means {
-    /// `None` of no points.
+    /// Computes the means. `None` if there are no points.
     pub fn of(name: String, points: &[&Point]) -> Option<Self> {
         Some(Self {
             name,
@@ -182,28 +183,28 @@ pub fn between_means(run: &Run) -> Vec<Means> {
     targets.filter_map(|target| Means::of(target.to_string(), &target.points(run))).collect()
 }
 
-/// How one target is met.
+/// The verdict on one target.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Verdict {
-    /// The batch sizes, as `M 1–8`.
+    /// The batch sizes, such as `M 1–8`.
     pub name: String,
-    /// Points that were judged.
+    /// Number of points that were judged.
     pub points: usize,
-    /// The mean of cuBLASLt fp8's time over ours.
+    /// The mean of cuBLASLt fp8's time divided by ours.
     pub fp8: Option<Goal>,
-    /// The least of these ratios.
+    /// The least of these ratios at a single point.
     pub slowest: Option<Goal>,
-    /// Time over the ideal floor, or tera-operations a second.
+    /// Our time divided by the ideal floor, or tera-operations per second.
     pub absolute: Option<Goal>,
-    /// Points that are behind their best peer, in words.
+    /// The points that are behind their best peer, as text.
     pub behind_peer: Vec<String>,
-    /// Points that were compared with a best peer.
+    /// Number of points that were compared with a best peer.
     pub peers_compared: usize,
-    /// Points at which no single ratio may be this low, in words.
+    /// The points whose ratio is below the limit for single points, as text.
     pub slower_than_fp8: Vec<String>,
 }
 
-/// The headings of [`Verdict::cells`].
+/// The column headings of [`Verdict::cells`].
 pub(super) const CELLS: [&str; 4] = ["× fp8", "slowest × fp8", "time / ideal", "ahead of best peer"];
 
 impl Verdict {
@@ -211,7 +212,7 @@ impl Verdict {
         [&self.fp8, &self.slowest, &self.absolute].into_iter().flatten()
     }
 
-    /// The goals and how many points are ahead of their best peer, as every report shows them.
+    /// The table cells of every report: the goals, and how many points are ahead of their best peer.
     pub(super) fn cells(&self) -> [String; 4] {
         let cell = |goal: &Option<Goal>| match goal {
             Some(goal) if goal.name == "TOPS" => format!("TOPS {goal}"),
@@ -225,27 +226,27 @@ impl Verdict {
         [cell(&self.fp8), cell(&self.slowest), cell(&self.absolute), ahead]
     }
 
-    /// Whether everything was measured and reached.
+    /// Whether every goal was measured and reached, and no point is behind its best peer.
     pub fn met(&self) -> bool {
         self.goals().all(|goal| goal.met() == Some(true)) && self.behind_peer.is_empty()
     }
 }
 
-/// One figure and its target.
+/// A figure with its target.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Goal {
-    /// What is measured.
+    /// Name of the figure.
     pub name: &'static str,
-    /// What it came to; `None` where cuBLASLt is missing.
+    /// The measured value. `None` if it was not measured, for instance without cuBLASLt.
     pub value: Option<f64>,
-    /// What it should come to.
+    /// The target value.
     pub target: f64,
-    /// Whether more is better.
+    /// Whether the target is a lower limit instead of an upper one.
     pub at_least: bool,
 }
 
 impl Goal {
-    /// `None` where nothing was measured.
+    /// Whether the target is met. `None` if the figure was not measured.
     pub fn met(&self) -> Option<bool> {
         self.value.map(|value| if self.at_least { value >= self.target } else { value <= self.target })
     }
@@ -268,7 +269,7 @@ impl fmt::Display for Goal {
     }
 }
 
-/// Judges every target that has points in a run.
+/// Judges every target that has points in the run.
 pub fn judge(run: &Run) -> Vec<Verdict> {
     let mut verdicts: Vec<Verdict> = TARGETS.iter().filter_map(|target| judge_target(run, target)).collect();
     verdicts.extend(judge_every_point(run));
@@ -319,7 +320,8 @@ fn judge_target(run: &Run, target: &Target) -> Option<Verdict> {
     })
 }
 
-/// Every point of the peers' matrices, whatever its batch size. `None` if cuBLASLt fp8 is missing everywhere.
+/// Judges all points of the peer kernels' matrices together, at any batch size.
+/// `None` if no point has cuBLASLt fp8.
 fn judge_every_point(run: &Run) -> Option<Verdict> {
     let matrices = peer_matrices();
     let with_fp8 = |point: &&Point| point.fp8.is_some() && matrices.contains(&point.matrix());
@@ -350,13 +352,13 @@ fn judge_cube(point: &Point) -> Verdict {
     }
 }
 
-/// The least of cuBLASLt fp8's time over ours.
+/// The least ratio of cuBLASLt fp8's time to ours.
 fn slowest(points: &[&Point], target: f64) -> Goal {
     let value = points.iter().filter_map(|point| point.speedup(Baseline::Fp8)).min_by(f64::total_cmp);
     Goal { name: "slowest × fp8", value, target, at_least: true }
 }
 
-/// The points at which it is less than `least`, in words.
+/// The points at which the ratio is below `least`, as text.
 fn slower(points: &[&Point], least: f64) -> Vec<String> {
     let words = |point: &&Point| {
         let (speedup, fp8) = (point.speedup(Baseline::Fp8)?, point.fp8.as_ref()?.us);
@@ -370,7 +372,7 @@ fn place(point: &Point) -> String {
     format!("M = {}, N = {}, K = {}", point.m, point.n, point.k)
 }
 
-/// The verdicts as text: one line each, then every point that is slower than fp8 or behind its best peer.
+/// Formats the verdicts, one per line, then lists the points slower than fp8 or behind their best peer.
 pub fn report(verdicts: &[Verdict]) -> String {
     let mut text = String::new();
     if verdicts.is_empty() {
@@ -392,7 +394,7 @@ pub fn report(verdicts: &[Verdict]) -> String {
     text
 }
 
-/// Lists of points that miss what each of them is meant to reach, with a heading; none that is empty.
+/// The lists of points that miss a target, each with a heading. Empty lists are left out.
 pub(super) fn misses(verdicts: &[Verdict]) -> Vec<(&'static str, Vec<&String>)> {
     let slower = verdicts.iter().flat_map(|verdict| &verdict.slower_than_fp8).collect();
     let behind = verdicts.iter().flat_map(|verdict| &verdict.behind_peer).collect();
@@ -405,8 +407,8 @@ pub(super) fn misses(verdicts: &[Verdict]) -> Vec<(&'static str, Vec<&String>)> 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::bench::record::tests::point;
-    use crate::bench::shapes;
+    use crate::record::tests::point;
+    use crate::shapes;
 
     fn run(points: Vec<Point>) -> Run {
         Run { points, ..Run::default() }
@@ -452,7 +454,7 @@ mod tests {
     }
 
     #[test]
-    fn means_between_are_those_of_the_targets() {
+    fn means_between_powers_of_two_follow_the_targets() {
         let run =
             run(vec![point(24, 4096, 4096, 5.0), point(48, 4096, 4096, 5.0), point(32, 4096, 4096, 5.0)]);
         let means = between_means(&run);
@@ -469,9 +471,9 @@ mod tests {
             point.fp8.as_mut().unwrap().us = fp8;
             judge(&run(vec![point])).remove(0)
         };
-        // Slower in microseconds than the page, on a slower machine: ahead.
+        // More microseconds than on the page, but on a slower machine: ahead.
         assert!(at(200.0, 400.0).behind_peer.is_empty());
-        // Faster in microseconds, on a faster machine: behind.
+        // Fewer microseconds than on the page, but on a faster machine: behind.
         let verdict = at(90.0, 120.0);
         assert_eq!((verdict.peers_compared, verdict.behind_peer.len()), (1, 1));
         assert!(verdict.behind_peer[0].contains("Humming W4A8 per channel"), "{}", verdict.behind_peer[0]);
@@ -480,7 +482,7 @@ mod tests {
 
     #[test]
     fn peers_between_the_powers_of_two_are_judged_too() {
-        // Humming is at 29.96 / 51.6 of fp8 there.
+        // There, the best peer is Humming, at 29.96 / 51.6 of fp8.
         let point = point(96, 28672, 4096, 30.0);
         let behind = |fp8: f64| {
             let mut point = point.clone();
@@ -493,9 +495,9 @@ mod tests {
     }
 
     #[test]
-    fn points_off_the_lists_have_no_mean_to_reach() {
+    fn points_outside_the_lists_have_no_target_for_their_mean() {
         assert!(judge(&run(vec![point(1, 5120, 5120, 1.0)])).is_empty());
-        // On the peers' matrices they may not be slower than fp8.
+        // On the peer kernels' matrices, no point may be slower than fp8.
         for m in [2, 8192] {
             let verdicts = judge(&run(vec![point(m, 4096, 4096, 1.0)]));
             assert_eq!(verdicts.iter().map(|verdict| verdict.name.as_str()).collect::<Vec<_>>(), ["every M"]);
@@ -504,7 +506,7 @@ mod tests {
     }
 
     #[test]
-    fn points_slower_than_fp8_are_listed_each() {
+    fn every_point_slower_than_fp8_is_listed() {
         let with_fp8 = |m, n, k, us, fp8| {
             let mut point = point(m, n, k, us);
             point.fp8.as_mut().unwrap().us = fp8;
@@ -514,7 +516,7 @@ mod tests {
             with_fp8(1000, 4096, 4096, 10.0, 9.0),
             with_fp8(1000, 8192, 8192, 10.0, 11.0),
             with_fp8(64, 2560, 8192, 10.0, 9.5),
-            // Neither a shard nor the peers'.
+            // This is neither a shard nor a matrix of the peer kernels.
             with_fp8(64, 5120, 5120, 10.0, 5.0),
         ];
         let verdicts = judge(&run(points));

@@ -1,5 +1,5 @@
-//! `liquidgemm bench`: measures the GPU backend and writes the results down. What is measured and how is in the
-//! library's `bench` module; here are the arguments, the progress and the files.
+//! `liquidgemm bench`: measures the GPU backend and records the results.
+//! The measurements are in `liquidgemm-bench`; this file has the arguments, the progress and the files.
 
 use std::io::Write;
 use std::path::PathBuf;
@@ -7,99 +7,110 @@ use std::path::PathBuf;
 use anyhow::{Context, bail};
 use clap::ValueEnum;
 use indicatif::{ProgressBar, ProgressStyle};
-use liquidgemm::bench::ablation::Ablation;
-use liquidgemm::bench::circumstances::Circumstances;
-use liquidgemm::bench::plots::Pictures;
-use liquidgemm::bench::record::{Baseline, Run};
-use liquidgemm::bench::replay::Pace;
-use liquidgemm::bench::run::{Observer, Options};
-use liquidgemm::bench::shapes::{self, Case, Matrix};
-use liquidgemm::bench::sweep::Sweep;
-use liquidgemm::bench::{self, markdown, monotone, plots, table, targets};
 use liquidgemm::gpu::Gpu;
 use liquidgemm::{Error, Group};
+use liquidgemm_bench::ablation::Ablation;
+use liquidgemm_bench::circumstances::Circumstances;
+use liquidgemm_bench::plots::Pictures;
+use liquidgemm_bench::record::{Baseline, Run};
+use liquidgemm_bench::replay::Pace;
+use liquidgemm_bench::run::{Observer, Options};
+use liquidgemm_bench::shapes::{self, Case, Matrix};
+use liquidgemm_bench::sweep::Sweep;
+use liquidgemm_bench::{markdown, monotone, plots, table, targets};
 use liquidgemm_format::tile::{TILE_SHAPES, TileShape};
 
 use super::Report;
 
 /// Measure the GPU backend against the hardware's limits and cuBLASLt
 ///
-/// Without options: the linear layers of LLaMA-2-7B, -13B, -70B, LLaMA-3-8B, Mistral-7B and Yi-34B at
-/// M = 1, 2, 4 … 8192. cuBLASLt is loaded if it is installed; LIQUIDGEMM_CUBLASLT names the library or its
-/// directory where the loader doesn't find it. A result that is not bit for bit that of the CPU backend fails the run.
+/// A problem is Y[M, N] = X[M, K] · W[N, K]ᵀ: M tokens, N output channels, K elements per channel.
+/// By default, the problems are the linear layers of LLaMA-2-7B, -13B, -70B, LLaMA-3-8B, -70B, Mistral-7B
+/// and Yi-34B at M = 1, 2, 4 … 8192.
+/// The lists --peers, --between, --shards and --curve replace them and can be combined.
+///
+/// cuBLASLt is measured if it is installed.
+/// If the system's loader doesn't find it, set LIQUIDGEMM_CUBLASLT to the library or its directory.
+/// Outputs of every point are compared with the CPU backend's; the exit code is 1 if any bit differs.
 #[derive(clap::Args)]
 #[command(group = clap::ArgGroup::new("problems").multiple(true))]
 pub(super) struct Arguments {
-    /// A dozen points over all batch sizes
+    /// Twelve points that cover all batch sizes
     #[arg(long, group = "problems", conflicts_with_all = ["peers", "between", "shards", "curve", "monotone", "shapes"])]
     quick: bool,
-    /// The ten matrices that peers were measured on, at M = 1, 4, 8, 16 … 4096, and M = N = K = 8192
+    /// The ten matrices that other kernels ("peers") were measured on, at M = 1, 4, 8, 16 … 4096,
+    /// and M = N = K = 8192
     #[arg(long, group = "problems")]
     peers: bool,
-    /// The peers' matrices at 26 batch sizes between the powers of two, 24 … 3072
+    /// The matrices of --peers at 26 batch sizes between the powers of two, 24 … 3072
     #[arg(long, group = "problems")]
     between: bool,
-    /// LLaMA-3-70B's layers cut for tensor parallelism over 4 and 8 GPUs, at M = 1, 2, 4 … 1024 and ten between
+    /// LLaMA-3-70B's layers sharded for tensor parallelism over 4 and 8 GPUs,
+    /// at M = 1, 2, 4 … 1024 and ten batch sizes between
     #[arg(long, group = "problems")]
     shards: bool,
-    /// Four matrices at M = 1, 8, 16 … 512, for plots of time against M; by default without int8 and bf16
+    /// Four matrices at M = 1, 8, 16 … 512, for plots of time against M;
+    /// of the baselines only fp8, unless --baselines is given
     #[arg(long, group = "problems")]
     curve: bool,
-    /// Our kernel alone on the peers' matrices at M = 1, 8, 16 … 512 and odd ones up to 1025; lists every M that takes over 3 %
-    /// longer than a larger M does, once a second measurement confirms it
+    /// Only our kernel, on the matrices of --peers at M = 1, 8, 16 … 512 and a few irregular M up to 1025;
+    /// lists every M that takes over 3 % longer than a larger M, once a second measurement confirms it
     #[arg(long, group = "problems", conflicts_with_all = ["peers", "between", "shards", "curve", "baselines", "algorithms", "sweep"])]
     monotone: bool,
-    /// Weight matrices, NxK, with commas between; with the lists above, instead of theirs
+    /// Weight matrices as NxK, separated by commas; with the lists above, instead of the lists' matrices
     #[arg(long, value_name = "NxK", value_delimiter = ',', group = "problems")]
     shapes: Vec<Matrix>,
-    /// Batch sizes: numbers, or a..b for the powers of two, with commas between; with the lists above, instead of theirs
-    /// [default: 1..8192]
+    /// Batch sizes, separated by commas: numbers, or a..b for the powers of two from a to b;
+    /// with the lists above, instead of the lists' batch sizes [default: 1..8192]
     #[arg(long, value_name = "M", value_parser = parse_tokens)]
     m: Option<Tokens>,
-    /// Which of cuBLASLt's products to measure: int8, fp8 and bf16, with commas between, or none [default: all three]
+    /// Types of cuBLASLt to measure: int8, fp8 and bf16, separated by commas, or none; if given, a missing cuBLASLt is an error
+    /// [default: all three, if cuBLASLt is installed]
     #[arg(long, value_name = "TYPES", value_parser = parse_baselines)]
     baselines: Option<Baselines>,
-    /// Measure without the probes; the points have no floor and no score
+    /// Leave out the probes; the points then have no floor and no score
     #[arg(long)]
     no_probes: bool,
-    /// How long to measure each kernel; brief takes a third of the time [default: thorough, and brief with --monotone]
+    /// How long to measure each kernel; brief takes a third of the time
+    /// [default: thorough; with --monotone, brief]
     #[arg(long)]
     pace: Option<PaceChoice>,
-    /// Try this many of the algorithms that cuBLASLt's heuristics propose; the fastest counts
+    /// Try this many of the algorithms that cuBLASLt's heuristics propose, and keep the fastest
     #[arg(long, value_name = "COUNT", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=64))]
     algorithms: u8,
-    /// Use this token tile for every problem
+    /// Use a kernel with this many tokens per tile for every problem, instead of the planner's choice
     #[arg(long, value_name = "TOKENS", value_parser = parse_tile)]
     tile: Option<TileShape>,
-    /// How many weights share a pair: a multiple of 64, or channel
+    /// Number of weights along K that share one pair (scale and offset): a multiple of 64, or "channel"
     #[arg(long, value_name = "K", default_value_t, conflicts_with = "sweep")]
     group: Group,
-    /// The number of the GPU, 0 for the first [default: LIQUIDGEMM_DEVICE, or the first that can be used]
+    /// Index of the GPU, 0 for the first [default: LIQUIDGEMM_DEVICE, or the first usable GPU]
     #[arg(long, value_name = "NUMBER")]
     device: Option<u32>,
-    /// Instead measure every plan of each problem, without cuBLASLt, and say what the planner's choices lose; with --from, what
-    /// today's planner would lose
+    /// Measure every plan of each problem instead, without cuBLASLt, and report how much longer
+    /// the planner's choices take than the fastest plans; with --from, judge the planner by an earlier sweep
     #[arg(long, conflicts_with_all = ["tile", "plots", "markdown", "baselines", "no_probes", "pace"])]
     sweep: bool,
-    /// Instead measure what each idea of the kernel is worth: the arms of the paper's figure 13, by default on the
-    /// feed-forward matrices of LLaMA-2-7B and -70B at M = 1 … 1024
+    /// Measure the value of each idea of the kernel instead: the variants of figure 13 of the paper,
+    /// by default on the feed-forward matrices of LLaMA-2-7B and -70B at M = 1, 2, 4 … 1024
     #[arg(long, conflicts_with_all = ["tile", "group", "device", "sweep", "quick", "peers", "between", "shards", "curve", "monotone", "algorithms", "baselines", "no_probes", "pace"])]
     ablation: bool,
-    /// Measure nothing; read the results of an earlier run, or of several: give the option again, or put commas between
+    /// Measure nothing; read the results of earlier runs from these files;
+    /// separate several by commas or repeat the option
     #[arg(long, value_name = "JSON", value_delimiter = ',', conflicts_with_all = ["problems", "m", "tile", "json", "baselines", "no_probes", "pace"])]
     from: Vec<PathBuf>,
-    /// Write the results here, after every point
+    /// Write the results to this JSON file; it is updated after every point
     #[arg(long, value_name = "PATH")]
     json: Option<PathBuf>,
-    /// Draw the results into this directory
+    /// Draw plots of the results into this directory
     #[arg(long, value_name = "DIR")]
     plots: Option<PathBuf>,
-    /// Write a page with the results and, if there are any, the pictures
+    /// Write a Markdown page with the results, and with the plots if --plots is given
     #[arg(long, value_name = "PATH")]
     markdown: Option<PathBuf>,
 }
 
-/// A list in one argument.
+/// Batch sizes from one argument.
 #[derive(Clone)]
 struct Tokens(Vec<usize>);
 
@@ -107,7 +118,7 @@ fn parse_tokens(text: &str) -> anyhow::Result<Tokens> {
     shapes::parse_tokens(text).map(Tokens)
 }
 
-/// A list in one argument.
+/// Baselines from one argument.
 #[derive(Clone)]
 struct Baselines(Vec<Baseline>);
 
@@ -118,17 +129,17 @@ fn parse_baselines(text: &str) -> anyhow::Result<Baselines> {
     let names: Vec<&str> = text.split(',').map(str::trim).collect();
     if let Some(unknown) = names.iter().find(|name| Baseline::ALL.iter().all(|known| known.name() != **name))
     {
-        bail!("there is no baseline {unknown:?}; there are int8, fp8 and bf16, or none");
+        bail!("unknown baseline {unknown:?}; expected int8, fp8 and bf16, separated by commas, or none");
     }
     Ok(Baselines(Baseline::ALL.into_iter().filter(|baseline| names.contains(&baseline.name())).collect()))
 }
 
-/// How long to measure each kernel.
+/// The choice of how long to measure each kernel.
 #[derive(Clone, Copy, ValueEnum)]
 enum PaceChoice {
-    /// Two turns of one replay that doesn't count and two that do, each after 20 ms of rest
+    /// Two turns, each after 20 ms of rest, with one warm-up replay and two timed replays
     Brief,
-    /// Two turns of two replays that don't count and six that do, each after 60 ms of rest
+    /// Two turns, each after 60 ms of rest, with two warm-up replays and six timed replays
     Thorough,
 }
 
@@ -136,7 +147,9 @@ fn parse_tile(text: &str) -> anyhow::Result<TileShape> {
     let shape = text.parse().ok().and_then(TileShape::with_tokens);
     let mut known = TILE_SHAPES.map(|shape| shape.tokens.to_string()).to_vec();
     known.dedup();
-    shape.with_context(|| format!("there is no kernel with that tile; there are {}", known.join(", ")))
+    shape.with_context(|| {
+        format!("there is no kernel with this many tokens per tile; available: {}", known.join(", "))
+    })
 }
 
 impl Arguments {
@@ -155,7 +168,7 @@ impl Arguments {
             lists.into_iter().filter(|(chosen, _)| *chosen).map(|(_, list)| list()).collect();
         let mut cases = if chosen.is_empty() { shapes::default_cases() } else { shapes::merged(chosen) };
         if !self.shapes.is_empty() {
-            // A matrix that no list has gets the batch sizes of all of them.
+            // A matrix that is in none of the lists gets the batch sizes of all of them.
             let all: Vec<usize> = cases.iter().flat_map(|case| case.tokens.clone()).collect();
             let of = |&matrix: &Matrix| {
                 let listed = cases.iter().find(|case| case.matrix == matrix);
@@ -174,6 +187,7 @@ impl Arguments {
         self.device.map_or_else(Gpu::new, Gpu::with_device)
     }
 
+    /// The options of a run, with the defaults of the lists that were chosen.
     fn options(&self) -> Options {
         Options {
             cases: self.cases(),
@@ -183,6 +197,7 @@ impl Arguments {
                 None if self.curve => vec![Baseline::Fp8],
                 None => Baseline::ALL.to_vec(),
             },
+            baselines_are_required: self.baselines.is_some(),
             probes: !self.no_probes && !self.monotone,
             algorithms: self.algorithms.into(),
             pace: match self.pace {
@@ -248,8 +263,8 @@ fn measure(arguments: &Arguments) -> anyhow::Result<Run> {
     let options = arguments.options();
     let mut screen = Screen::new(&options.cases, arguments.json.clone());
     screen.print(&format!("{}\n{}", gpu.description(), table::heading()));
-    let run = bench::run::run(&gpu, &options, &mut screen)?;
-    // Once more, now complete.
+    let run = liquidgemm_bench::run::run(&gpu, &options, &mut screen)?;
+    // The run is marked as complete only now.
     screen.save(&run)?;
     screen.bar.finish_and_clear();
     Ok(run)
@@ -268,7 +283,7 @@ fn sweep(arguments: &Arguments) -> anyhow::Result<Report> {
     if sweeps.iter().flat_map(|sweep| &sweep.plans).any(|plan| plan.mismatch.is_some()) {
         bail!("results differ from the CPU backend's");
     }
-    text += &bench::sweep::verdict(&sweeps);
+    text += &liquidgemm_bench::sweep::verdict(&sweeps);
     text.push('\n');
     Ok(Report { text, success: true })
 }
@@ -278,14 +293,17 @@ fn measure_sweep(arguments: &Arguments) -> anyhow::Result<Vec<Sweep>> {
     let cases = arguments.cases();
     let mut screen = Screen::new(&cases, None);
     let bar = screen.bar.clone();
-    screen.print(&format!("{}\n*: the planner's choice; ~: far behind, estimated", gpu.description()));
+    screen.print(&format!(
+        "{}\n*: the planner's choice; ~: estimated only, far slower than the fastest",
+        gpu.description()
+    ));
     let mut sweeps = Vec::new();
-    bench::sweep::sweep(&gpu, &cases, &mut screen, |sweep| {
+    liquidgemm_bench::sweep::sweep(&gpu, &cases, &mut screen, |sweep| {
         print(&bar, sweep.report().trim_end());
         bar.inc(1);
         sweeps.push(sweep);
         if let Some(path) = &arguments.json {
-            bench::record::write_json(path, &sweeps)?;
+            liquidgemm_bench::record::write_json(path, &sweeps)?;
         }
         Ok(())
     })?;
@@ -301,7 +319,7 @@ fn ablation(arguments: &Arguments) -> anyhow::Result<Report> {
     };
     let mut text = String::new();
     if !arguments.from.is_empty() {
-        text += &format!("{}\n{}\n", run.circumstances.device, bench::ablation::heading());
+        text += &format!("{}\n{}\n", run.circumstances.device, liquidgemm_bench::ablation::heading());
         run.points.iter().for_each(|point| text += &format!("{}\n", point.row()));
     }
     let pictures = match &arguments.plots {
@@ -309,7 +327,7 @@ fn ablation(arguments: &Arguments) -> anyhow::Result<Report> {
         None => Vec::new(),
     };
     if let Some(path) = &arguments.markdown {
-        bench::ablation::write_page(&run, &pictures, path)?;
+        liquidgemm_bench::ablation::write_page(&run, &pictures, path)?;
     }
     let wrong = run.mismatches();
     if wrong > 0 {
@@ -323,22 +341,22 @@ fn measure_ablation(arguments: &Arguments) -> anyhow::Result<Ablation> {
     let cases = arguments.cases();
     let mut screen = Screen::new(&cases, None);
     let bar = screen.bar.clone();
-    screen.print(&format!("{}\n{}", gpu.description(), bench::ablation::heading()));
+    screen.print(&format!("{}\n{}", gpu.description(), liquidgemm_bench::ablation::heading()));
     let save = |run: &Ablation| arguments.json.as_deref().map_or(Ok(()), |path| run.save(path));
-    let run = bench::ablation::run(&gpu, &cases, &mut screen, |run| {
+    let run = liquidgemm_bench::ablation::run(&gpu, &cases, &mut screen, |run| {
         if let Some(point) = run.points.last() {
             print(&bar, &point.row());
         }
         bar.inc(1);
         save(run)
     })?;
-    // Once more, now complete.
+    // The run is marked as complete only now.
     save(&run)?;
     bar.finish_and_clear();
     Ok(run)
 }
 
-/// Shows rows on stdout as they come, progress on stderr, and keeps the file up to date.
+/// Prints rows to stdout as they are measured, shows progress on stderr, and keeps the JSON file up to date.
 struct Screen {
     bar: ProgressBar,
     json: Option<PathBuf>,
@@ -361,7 +379,8 @@ impl Screen {
     }
 }
 
-/// Prints above the bar. A reader that has gone is no reason to stop: results may go to a file as well.
+/// Prints above the progress bar.
+/// A closed stdout does not end the run, because results may go to a file as well.
 fn print(bar: &ProgressBar, text: &str) {
     bar.suspend(|| {
         let mut out = std::io::stdout();
@@ -405,7 +424,7 @@ mod tests {
     }
 
     #[test]
-    fn shapes_and_batch_sizes_multiply() {
+    fn every_shape_is_combined_with_every_batch_size() {
         let cases = parse("--shapes 64x128,4096x4096 --m 1,8..32").unwrap().cases();
         assert_eq!(cases.len(), 2);
         assert_eq!(cases[1], Case { matrix: Matrix { n: 4096, k: 4096 }, tokens: vec![1, 8, 16, 32] });
@@ -416,7 +435,7 @@ mod tests {
     }
 
     #[test]
-    fn arguments_that_contradict_one_another_are_refused() {
+    fn invalid_and_conflicting_arguments_are_refused() {
         for wrong in [
             "--quick --peers",
             "--shapes 1",
@@ -445,7 +464,7 @@ mod tests {
     }
 
     #[test]
-    fn lists_of_problems_are_joined_and_narrowed() {
+    fn lists_of_problems_can_be_combined_and_restricted() {
         let points =
             |line| -> usize { parse(line).unwrap().cases().iter().map(|case| case.tokens.len()).sum() };
         assert_eq!(points("--between"), 260);
@@ -460,7 +479,7 @@ mod tests {
     }
 
     #[test]
-    fn what_runs_beside_our_kernel_can_be_chosen() {
+    fn baselines_probes_and_pace_can_be_chosen() {
         let options = |line| parse(line).unwrap().options();
         assert_eq!(options("--between").baselines, Baseline::ALL);
         assert_eq!(options("--between --baselines bf16,int8").baselines, [Baseline::Int8, Baseline::Bf16]);

@@ -1,33 +1,34 @@
-//! Is the result right, and how good is it? The first question is answered bit for bit against an oracle, the
-//! second by the distance to the product of the floating-point originals.
+//! Checks a result in two ways: bit for bit against an oracle, and by its distance to the product of the
+//! floating-point originals.
 //!
-//! Both look at whole tokens. Where all of them would take too long, they take evenly spaced ones, and say so.
+//! Both checks cover whole tokens.
+//! If all tokens would take too long, the checks cover evenly spaced ones and report how many.
 
 use half::f16;
 use liquidgemm::{Backend, Error, Output, PackedWeights, QuantizedActivations};
 use rayon::prelude::*;
 
-use super::problem::Problem;
+use super::layer::Layer;
 use super::progress::Progress;
 
-/// Multiply-adds that the scalar loops and the floating-point product may take: about a second on two cores.
+/// Most multiply-adds of the scalar loops and of the floating-point product: about a second on two cores.
 const SLOW_BUDGET: usize = 8_000_000_000;
 
-/// Multiply-adds that the CPU backend may take as the GPU's oracle: 8192³ is compared in full.
+/// Most multiply-adds of the CPU backend as the oracle of the GPU: 8192³ is compared in full.
 const FAST_BUDGET: usize = 600_000_000_000;
 
-/// Whether the result equals the oracle.
+/// The outcome of the comparison with the oracle.
 pub(super) struct Exactness {
-    /// What computed the same independently.
+    /// Name of the oracle, which computes the product independently.
     pub(super) oracle: &'static str,
-    /// Outputs that were compared.
+    /// Number of compared outputs.
     pub(super) compared: usize,
-    /// Outputs among them whose bits differ.
+    /// Number of compared outputs that differ in any bit.
     pub(super) different: usize,
 }
 
-/// Computes the product again, independently, and compares every bit: a GPU's result with the CPU backend, the CPU
-/// backend's with plain loops over unpacked codes.
+/// Computes the product again with an independent oracle and compares every bit.
+/// The oracle of a GPU is the CPU backend; that of the CPU backend is plain loops over unpacked codes.
 pub(super) fn exactness<T: Output>(
     backend: &Backend,
     result: &[T],
@@ -53,14 +54,14 @@ pub(super) fn exactness<T: Output>(
         .iter()
         .zip(expected.chunks_exact(n))
         .flat_map(|(&token, expected)| result[token * n..][..n].iter().zip(expected))
-        // Bytes, because == on floats takes 0 for -0 and no NaN for itself.
+        // Compare bytes, because for floats `==` makes 0 equal to -0 and NaN different from itself.
         .filter(|(a, b)| bytemuck::bytes_of(*a) != bytemuck::bytes_of(*b))
         .count();
     Ok(Exactness { oracle, compared: expected.len(), different })
 }
 
-/// The product by definition: three loops over plain codes, one i64 accumulator an output. It shares the
-/// arithmetic of one element with the backends, and nothing of their layout, order or vectorization.
+/// The product by definition: three loops over plain codes, with one i64 accumulator per output.
+/// It shares the arithmetic of one output element with the backends, but not layout, order or vectorization.
 fn scalar_product<T: Output>(
     weights: &PackedWeights,
     activations: &QuantizedActivations,
@@ -105,19 +106,19 @@ fn scalar_product<T: Output>(
     (0..m).flat_map(|token| columns.iter().map(move |column| column[token])).collect()
 }
 
-/// Distance between the result and the product of the originals.
+/// The distance between the result and the product of the floating-point originals.
 pub(super) struct Accuracy {
-    /// ‖result − (product + bias)‖ / ‖product‖, Frobenius norms. The bias is not in the denominator, where it
-    /// would only make the error look smaller.
+    /// ‖result − (product + bias)‖ / ‖product‖ in Frobenius norms.
+    /// The denominator leaves out the bias, which would make the error look smaller.
     pub(super) relative_frobenius: f64,
-    /// The largest |result − product|.
+    /// The largest |result − (product + bias)|.
     pub(super) largest: f64,
-    /// Tokens that were looked at.
+    /// Number of tokens that were compared.
     pub(super) tokens: usize,
 }
 
 impl Accuracy {
-    /// The same relative error as a signal-to-noise ratio.
+    /// The relative error as a signal-to-noise ratio in dB.
     pub(super) fn decibels(&self) -> f64 {
         -20.0 * self.relative_frobenius.log10()
     }
@@ -125,11 +126,11 @@ impl Accuracy {
 
 /// Compares `result(token, channel)` with the product of the floating-point weights and activations.
 pub(super) fn accuracy(
-    problem: &Problem,
+    problem: &Layer,
     with_bias: bool,
     result: impl Fn(usize, usize) -> f32 + Sync,
 ) -> Accuracy {
-    let Problem { m, n, k, .. } = *problem;
+    let Layer { m, n, k, .. } = *problem;
     let tokens = sample(m, SLOW_BUDGET / (n * k));
     let widen = |row: &[f16]| row.iter().map(|x| x.to_f32()).collect::<Vec<f32>>();
     let chosen: Vec<Vec<f32>> =
@@ -157,7 +158,9 @@ fn add(a: (f64, f64, f64), b: (f64, f64, f64)) -> (f64, f64, f64) {
     (a.0 + b.0, a.1 + b.1, a.2.max(b.2))
 }
 
-/// Sums of 16 in f32, which vectorizes, and their sum in f64, which is exact enough for any length.
+/// The dot product of two rows.
+/// It adds blocks of 256 products in 16 f32 lanes, which vectorizes, and adds the blocks in f64.
+/// This is accurate enough for any length.
 fn dot(a: &[f32], b: &[f32]) -> f64 {
     let blocks = a.chunks(256).zip(b.chunks(256));
     blocks
@@ -176,7 +179,8 @@ fn dot(a: &[f32], b: &[f32]) -> f64 {
         .sum()
 }
 
-/// At most `most` (and at least one) of the `m` tokens, evenly spaced from the first to the last.
+/// At most `most` and at least one of the `m` tokens, evenly spaced from the first to the last.
+/// A single one is the last token.
 fn sample(m: usize, most: usize) -> Vec<usize> {
     let count = most.clamp(1, m);
     if count == 1 {
@@ -202,7 +206,7 @@ mod tests {
 
     #[test]
     fn one_flipped_bit_is_found() {
-        let problem = Problem::generate(3, 70, 130, 1);
+        let problem = Layer::generate(3, 70, 130, 1);
         let weights = PackedWeights::quantize(&problem.weights, 70, 130, Group::K(64)).unwrap();
         let activations = QuantizedActivations::quantize(&problem.activations, 3, 130).unwrap();
         let backend = Backend::cpu();
@@ -216,8 +220,8 @@ mod tests {
     }
 
     #[test]
-    fn accuracy_measures_the_distance_that_was_put_in() {
-        let problem = Problem::generate(4, 33, 100, 2);
+    fn accuracy_measures_a_known_error() {
+        let problem = Layer::generate(4, 33, 100, 2);
         let product = |token: usize, channel: usize| {
             let row = |all: &[f16], index: usize| all[index * 100..][..100].to_vec();
             let (w, x) = (row(&problem.weights, channel), row(&problem.activations, token));

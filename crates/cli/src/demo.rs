@@ -1,42 +1,46 @@
-//! `liquidgemm demo`: quantize, pack, multiply, and show what that costs and what it is worth.
+//! `liquidgemm demo`: quantizes, packs and multiplies a layer, and reports time, memory, error and exactness.
+//! The operands come from `layer`, the time from `timing`, and the comparison with an oracle from `check`.
 
 use std::fmt::Write;
 use std::time::{Duration, Instant};
 
 use clap::ValueEnum;
 use half::{bf16, f16};
-use liquidgemm::{Backend, Group, Output, OutputType, PackedWeights, Plan, QuantizedActivations};
+use liquidgemm::{Backend, Group, Output, OutputType, PackedWeights, Plan, Problem, QuantizedActivations};
 
 use super::check::{self, Accuracy, Exactness};
-use super::problem::{self, Problem};
+use super::layer::{self, Layer};
 use super::progress::Progress;
 use super::timing::{self, Timing};
+use super::units::{bytes, digits, duration};
 use super::{Place, Report};
 
-/// Multiply a real layer (or a generated one), and show time, error, memory and exactness
+/// Multiply a real or a generated layer, and show time, memory, error and exactness
 ///
-/// Without --m, --n and --k the weights are one feed-forward matrix of all-MiniLM-L6-v2 (1536×384), and the
-/// activations are what enters it while the model reads five sentences. With any of the three, a problem of
-/// that size is generated. The exit code is 1 if one output differs from the oracle in one bit.
+/// Without --m, --n and --k, the weights are a feed-forward matrix of all-MiniLM-L6-v2 (1536×384),
+/// and the activations are the inputs of this matrix for five sentences (106 tokens).
+/// With any of the three options, a problem of that size is generated.
+/// The exit code is 1 if any compared output differs in any bit from the oracle's.
 #[derive(clap::Args)]
 pub(super) struct Arguments {
-    /// Generate a problem with this many tokens [default then: 16]
+    /// Generate a problem with this many tokens [default if --n or --k is given: 16]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..), value_name = "TOKENS")]
     m: Option<u32>,
 
-    /// Generate a problem with this many output channels [default then: 4096]
+    /// Generate a problem with this many output channels [default if --m or --k is given: 4096]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..), value_name = "CHANNELS")]
     n: Option<u32>,
 
-    /// Generate a problem with this many elements in a channel, at most 131072 [default then: 4096]
+    /// Generate a problem with this many elements per channel, at most 131072
+    /// [default if --m or --n is given: 4096]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=131_072), value_name = "ELEMENTS")]
     k: Option<u32>,
 
-    /// How many weights of a channel share one 4-bit scale: a multiple of 64, or "channel"
+    /// Number of weights along K that share one pair (scale and offset): a multiple of 64, or "channel"
     #[arg(long, default_value_t)]
     group: Group,
 
-    /// What the generated numbers start from
+    /// Seed of the generated numbers
     #[arg(long, default_value_t = 0)]
     seed: u64,
 
@@ -67,15 +71,15 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<Report> {
     }
 }
 
-/// Everything that the report shows.
+/// The figures of the report.
 struct Figures {
-    problem: Problem,
+    problem: Layer,
     backend: Backend,
     group: Group,
     output: OutputType,
     with_bias: bool,
     quantize: Duration,
-    /// How the GPU cuts the problem.
+    /// The plan of the GPU. `None` on the CPU.
     plan: Option<Plan>,
     multiply: Timing,
     accuracy: Accuracy,
@@ -83,12 +87,12 @@ struct Figures {
     packed_bytes: usize,
 }
 
-/// Runs the demo with outputs of type `T`; `value` turns one of them, with its channel's and its token's scale,
-/// into the number that it stands for.
+/// Runs the demo with outputs of type `T`.
+/// `value` converts an output to the number that it stands for, given its channel's and its token's scale.
 fn run_as<T: Output>(arguments: &Arguments, value: fn(T, [f32; 2]) -> f32) -> anyhow::Result<Report> {
     let backend = arguments.place.open()?;
     let problem = problem(arguments)?;
-    let Problem { m, n, k, .. } = problem;
+    let Layer { m, n, k, .. } = problem;
 
     let start = Instant::now();
     let weights = {
@@ -103,7 +107,7 @@ fn run_as<T: Output>(arguments: &Arguments, value: fn(T, [f32; 2]) -> f32) -> an
     let result = backend.multiply::<T>(&weights, &activations, bias)?;
     let multiply = timing::time::<T>(&backend, &weights, &activations, bias)?;
 
-    let plan = backend.as_gpu().map(|gpu| gpu.plan(m, n, k)).transpose()?;
+    let plan = backend.as_gpu().map(|gpu| gpu.plan(Problem { m, n, k })).transpose()?;
     let exactness = check::exactness(&backend, &result, &weights, &activations, bias)?;
     let accuracy = check::accuracy(&problem, with_bias, |token, channel| {
         value(result[token * n + channel], [weights.channel_scales()[channel], activations.scales()[token]])
@@ -124,19 +128,19 @@ fn run_as<T: Output>(arguments: &Arguments, value: fn(T, [f32; 2]) -> f32) -> an
     Ok(Report { success: figures.exactness.different == 0, text: figures.render() })
 }
 
-fn problem(arguments: &Arguments) -> anyhow::Result<Problem> {
+fn problem(arguments: &Arguments) -> anyhow::Result<Layer> {
     let Arguments { m, n, k, seed, .. } = *arguments;
     if m.is_none() && n.is_none() && k.is_none() {
-        return Problem::minilm();
+        return Layer::minilm();
     }
     let [m, n, k] = [(m, 16), (n, 4096), (k, 4096)].map(|(given, default)| given.unwrap_or(default) as usize);
-    problem::check_memory(m, n, k)?;
-    Ok(Problem::generate(m, n, k, seed))
+    layer::check_memory(m, n, k)?;
+    Ok(Layer::generate(m, n, k, seed))
 }
 
 impl Figures {
     fn render(&self) -> String {
-        let Problem { m, n, k, ref description, .. } = self.problem;
+        let Layer { m, n, k, ref description, .. } = self.problem;
         let bias = if self.with_bias { " + bias" } else { "" };
         let mut text =
             format!("Y[{m}, {n}] = X[{m}, {k}] · W[{n}, {k}]ᵀ{bias}, W4A8, {} output\n\n", self.output);
@@ -148,7 +152,7 @@ impl Figures {
         line("because", self.backend.reason().into());
         let group = match self.group {
             Group::K(group) => format!("groups of {group}"),
-            Group::Channel => "one group a channel".into(),
+            Group::Channel => "one group per channel".into(),
         };
         line("quantize", format!("{} for the weights, {group}", duration(self.quantize)));
 
@@ -203,61 +207,5 @@ impl Figures {
         };
         line("exact", verdict);
         text
-    }
-}
-
-/// A number with three significant digits.
-fn digits(value: f64) -> String {
-    if value == 0.0 || !value.is_finite() {
-        return value.to_string();
-    }
-    let scientific = format!("{value:.2e}");
-    let (_, exponent) = scientific.split_once('e').expect("the format has an exponent");
-    match 2 - exponent.parse::<i32>().expect("an exponent is a number") {
-        decimals @ 0..=8 => format!("{value:.*}", decimals as usize),
-        ..0 => format!("{value:.0}"),
-        _ => scientific,
-    }
-}
-
-fn duration(time: Duration) -> String {
-    let seconds = time.as_secs_f64();
-    match seconds {
-        1.0.. => format!("{} s", digits(seconds)),
-        1e-3.. => format!("{} ms", digits(seconds * 1e3)),
-        _ => format!("{} µs", digits(seconds * 1e6)),
-    }
-}
-
-/// A size in memory, in binary units.
-pub(super) fn bytes(size: f64) -> String {
-    let units = ["B", "KiB", "MiB", "GiB", "TiB"];
-    let mut size = size;
-    let mut unit = 0;
-    while size >= 1024.0 && unit + 1 < units.len() {
-        size /= 1024.0;
-        unit += 1;
-    }
-    format!("{} {}", digits(size), units[unit])
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn numbers_keep_three_digits_whatever_their_size() {
-        let shown = [0.0, 0.012345, 0.99951, 1.0, 9.996, 12.345, 999.4, 123_456.0, 1.5e-12].map(digits);
-        assert_eq!(shown, ["0", "0.0123", "1.00", "1.00", "10.0", "12.3", "999", "123456", "1.50e-12"]);
-    }
-
-    #[test]
-    fn times_and_sizes_take_the_unit_that_fits() {
-        assert_eq!(duration(Duration::from_nanos(1_500)), "1.50 µs");
-        assert_eq!(duration(Duration::from_micros(1_500)), "1.50 ms");
-        assert_eq!(duration(Duration::from_millis(61_500)), "61.5 s");
-        assert_eq!(bytes(1023.0), "1023 B");
-        assert_eq!(bytes(1024.0 * 1024.0), "1.00 MiB");
-        assert_eq!(bytes(2.5 * 1024.0_f64.powi(5)), "2560 TiB");
     }
 }

@@ -1,4 +1,5 @@
-//! `liquidgemm info`: what this machine has and what would be used of it.
+//! `liquidgemm info`: shows the machine's driver, GPU and CPU kernels, and the backend that would be used.
+//! Everything shown comes from the library and from `cuda_driver`.
 
 use std::fmt::Write;
 
@@ -6,7 +7,7 @@ use liquidgemm::cpu::Kernel;
 
 use super::{Place, Report};
 
-/// Show driver, GPU, the backend that would be used and why, and what the kernels were built from
+/// Show the backend that would be used and why, driver, GPU, CPU kernels, and the hash of the kernel sources
 #[derive(clap::Args)]
 pub(super) struct Arguments {
     #[command(flatten)]
@@ -40,7 +41,7 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<Report> {
         line(
             "figures",
             format!(
-                "{:.2} TB/s, {:.2} GHz, {:?} clusters of 1, 2, 4 and 8 blocks",
+                "{:.2} TB/s, {:.2} GHz, {:?} resident clusters of 1, 2, 4 and 8 thread blocks",
                 figures.memory_bytes_per_second as f64 / 1e12,
                 figures.clock_hz as f64 / 1e9,
                 figures.clusters,
@@ -53,7 +54,7 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<Report> {
     };
     line("CPU", format!("{}, kernels: {}", std::env::consts::ARCH, kernels(true)));
     if !kernels(false).is_empty() {
-        line("lacking", format!("instructions for the CPU kernels: {}", kernels(false)));
+        line("unusable", format!("CPU kernels whose instructions this CPU lacks: {}", kernels(false)));
     }
     line("PTX", format!("built from sources {}", liquidgemm::gpu::ptx_hash()));
     Ok(Report { text, success: true })

@@ -1,18 +1,19 @@
-//! What `demo` multiplies: a real layer of all-MiniLM-L6-v2 that is compiled into the program, or a generated
-//! problem of any size.
+//! The operands of `demo`: a built-in layer of all-MiniLM-L6-v2, or a generated problem of any size.
+//! `assets/minilm/README.md` says where the layer comes from.
 
 use anyhow::{Context, bail};
 use half::f16;
-use rand::{Rng, SeedableRng};
+use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rand_distr::StandardNormal;
 use rayon::prelude::*;
 use safetensors::{Dtype, SafeTensors};
 
 use super::progress::Progress;
+use super::units::bytes;
 
 /// Floating-point weights, activations and bias of one product.
-pub(super) struct Problem {
+pub(super) struct Layer {
     pub(super) description: String,
     pub(super) m: usize,
     pub(super) n: usize,
@@ -25,19 +26,19 @@ pub(super) struct Problem {
     pub(super) bias: Vec<f32>,
 }
 
-/// One in so many channels of a generated problem is an outlier: that is what makes quantizing language models
-/// hard, and plain Gaussian noise has none.
+/// One in this many channels of a generated problem is an outlier.
+/// Outliers are what makes language models hard to quantize, and plain Gaussian noise has none.
 const OUTLIER_EVERY: usize = 128;
 
-/// How much larger an outlier channel is.
+/// Factor by which an outlier channel is larger than the others.
 const OUTLIER_FACTOR: f32 = 8.0;
 
-impl Problem {
-    /// A feed-forward layer of all-MiniLM-L6-v2 and what enters it while the model reads five sentences.
+impl Layer {
+    /// Loads the built-in layer: a feed-forward matrix of all-MiniLM-L6-v2 and its inputs for five sentences.
     pub(super) fn minilm() -> anyhow::Result<Self> {
-        let weights = SafeTensors::deserialize(include_bytes!("../../assets/minilm/weights.safetensors"))?;
+        let weights = SafeTensors::deserialize(include_bytes!("../assets/minilm/weights.safetensors"))?;
         let activations =
-            SafeTensors::deserialize(include_bytes!("../../assets/minilm/activations.safetensors"))?;
+            SafeTensors::deserialize(include_bytes!("../assets/minilm/activations.safetensors"))?;
         let ([n, k], weight) = matrix(&weights, "weight")?;
         let ([m, activations_k], activations) = matrix(&activations, "activations")?;
         if activations_k != k {
@@ -59,11 +60,12 @@ impl Problem {
         })
     }
 
-    /// Gaussian weights, activations and bias, with a few outlier channels: output channels of the weights, and
-    /// input channels of the activations. The same seed gives the same problem on every machine.
+    /// Generates Gaussian weights, activations and bias with a few outlier channels.
+    /// The outliers are output channels of the weights and input channels of the activations.
+    /// The same seed gives the same problem on every machine.
     pub(super) fn generate(m: usize, n: usize, k: usize, seed: u64) -> Self {
         let progress = Progress::bar("generating", n + m);
-        // With this deviation the outputs are about as large as the activations, so f16 holds them at any k.
+        // With this standard deviation, outputs are about as large as activations and fit in f16 at any k.
         let deviation = (k as f32).sqrt().recip();
         let outlier =
             |index: usize| if index % OUTLIER_EVERY == OUTLIER_EVERY / 2 { OUTLIER_FACTOR } else { 1.0 };
@@ -85,7 +87,7 @@ impl Problem {
     }
 }
 
-/// Which random numbers are drawn; each has its own key, and each row its own stream.
+/// What random numbers are drawn for. Each purpose and each row has its own random stream.
 #[derive(Clone, Copy)]
 enum Stream {
     Weights,
@@ -102,38 +104,38 @@ fn fill<T>(row: &mut [T], stream: Stream, index: usize, seed: u64, value: impl F
     }
 }
 
-/// An f16 matrix of a safetensors file, with its shape.
+/// Reads an f16 matrix from a safetensors file, with its shape.
 fn matrix(file: &SafeTensors<'_>, name: &str) -> anyhow::Result<([usize; 2], Vec<f16>)> {
     let tensor = file.tensor(name)?;
-    let shape: [usize; 2] = tensor.shape().try_into().with_context(|| format!("{name} is no matrix"))?;
+    let shape: [usize; 2] = tensor.shape().try_into().with_context(|| format!("{name} is not a matrix"))?;
     if tensor.dtype() != Dtype::F16 {
         bail!("{name} is {:?}, not f16", tensor.dtype());
     }
     Ok((shape, tensor.data().as_chunks().0.iter().map(|&bytes| f16::from_le_bytes(bytes)).collect()))
 }
 
-/// Refuses a generated problem that the machine's memory cannot hold, before anything is allocated.
+/// Refuses a problem that does not fit in memory, before anything is allocated.
 pub(super) fn check_memory(m: usize, n: usize, k: usize) -> anyhow::Result<()> {
     let [m_, n_, k_] = [m, n, k].map(|dimension| dimension as f64);
-    // f16 and packed weights; f16 and int8 activations; the output, the oracle's, and what they are compared with.
+    // f16 and packed weights; f16 and int8 activations; the output and the oracle's output.
     let padded = |dimension: usize, multiple: usize| dimension.div_ceil(multiple) as f64 * multiple as f64;
     let packed = padded(n, 64) * padded(k, 64) * 2176.0 / 4096.0;
     let quantized = m_ * padded(k, 16);
     let needed = n_ * k_ * 2.0 + packed + m_ * k_ * 2.0 + quantized + m_ * n_ * (4.0 + 4.0);
-    // Where the system does not say, at least no size may overflow.
+    // If the available memory is unknown, only sizes that overflow the address space are refused.
     let available = available_memory().unwrap_or(isize::MAX as u64) as f64;
     if needed > available {
         bail!(
             "m = {m}, n = {n}, k = {k} needs about {} of memory, but only {} are available",
-            super::demo::bytes(needed),
-            super::demo::bytes(available),
+            bytes(needed),
+            bytes(available),
         );
     }
     Ok(())
 }
 
-/// Bytes that this process can still allocate, where the system says so (Linux): what the machine has free or
-/// what its control group leaves, whichever is less.
+/// Bytes that this process can still allocate: the machine's available memory or the remainder of its control
+/// group's limit, whichever is less. `None` if the system does not report either; only Linux does.
 fn available_memory() -> Option<u64> {
     let read = |path: &str| std::fs::read_to_string(path).ok();
     let machine = read("/proc/meminfo").and_then(|text| {
@@ -152,13 +154,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn built_in_layer_has_its_shape_and_real_numbers() {
-        let problem = Problem::minilm().unwrap();
+    fn built_in_layer_has_its_shape_and_plausible_values() {
+        let problem = Layer::minilm().unwrap();
         assert_eq!((problem.m, problem.n, problem.k), (106, 1536, 384));
         assert_eq!(problem.weights.len(), 1536 * 384);
         assert_eq!(problem.activations.len(), 106 * 384);
         assert_eq!(problem.bias.len(), 1536);
-        // Trained weights: none infinite, none repeated all over, and of the size that this layer has.
+        // Trained weights are finite, vary, and have the magnitude of this layer.
         let mean_square =
             problem.weights.iter().map(|w| f64::from(*w).powi(2)).sum::<f64>() / (1536.0 * 384.0);
         assert!((0.02..0.2).contains(&mean_square.sqrt()), "{}", mean_square.sqrt());
@@ -166,12 +168,9 @@ mod tests {
     }
 
     #[test]
-    fn seed_alone_decides_the_generated_problem() {
-        let (a, b, c) = (
-            Problem::generate(3, 200, 70, 7),
-            Problem::generate(3, 200, 70, 7),
-            Problem::generate(3, 200, 70, 8),
-        );
+    fn generated_problem_depends_on_the_seed_alone() {
+        let (a, b, c) =
+            (Layer::generate(3, 200, 70, 7), Layer::generate(3, 200, 70, 7), Layer::generate(3, 200, 70, 8));
         assert_eq!(a.weights, b.weights);
         assert_eq!(a.activations, b.activations);
         assert_ne!(a.weights, c.weights);
@@ -182,7 +181,7 @@ mod tests {
 
     #[test]
     fn outlier_channel_is_larger_than_its_neighbours() {
-        let problem = Problem::generate(1, 128, 512, 1);
+        let problem = Layer::generate(1, 128, 512, 1);
         let norm = |channel: usize| {
             problem.weights[channel * 512..][..512].iter().map(|w| f32::from(*w).powi(2)).sum::<f32>().sqrt()
         };
@@ -190,7 +189,7 @@ mod tests {
     }
 
     #[test]
-    fn more_memory_than_any_machine_has_is_refused_by_name() {
+    fn a_problem_larger_than_any_memory_is_refused_with_its_size() {
         let text = check_memory(4_000_000_000, 4_000_000_000, 64).unwrap_err().to_string();
         assert!(text.contains("m = 4000000000, n = 4000000000, k = 64"), "{text}");
         check_memory(1, 1, 1).unwrap();

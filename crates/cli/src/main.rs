@@ -1,16 +1,19 @@
-//! Command-line interface: arguments, exit codes and what the subcommands share.
+//! The command `liquidgemm`: arguments, exit codes and what the subcommands share. Each subcommand is a file.
+//! The computations are in the library `liquidgemm`, the measurements in `liquidgemm-bench`.
 //!
-//! Exit codes: 0 for success, 1 for a failure at work (one line on stderr) or a result that is not bit-exact,
-//! 2 for arguments that make no sense. Results go to stdout, progress and errors to stderr.
+//! Exit codes: 0 for success; 1 for a failure (one line on stderr) or a result that is not bit-exact;
+//! 2 for invalid arguments.
+//! Results go to stdout, progress and errors to stderr.
 
 #[cfg(feature = "bench")]
 mod bench;
 mod check;
 mod demo;
 mod info;
-mod problem;
+mod layer;
 mod progress;
 mod timing;
+mod units;
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -18,7 +21,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand, ValueEnum};
 use liquidgemm::{Backend, Error};
 
-/// W4A8 matrix products for NVIDIA Hopper: 4-bit weights, 8-bit activations, exact integer accumulation.
+/// W4A8 matrix multiplication for NVIDIA Hopper: 4-bit weights, 8-bit activations, exact integer accumulation
 #[derive(Parser)]
 #[command(version)]
 struct Arguments {
@@ -34,30 +37,31 @@ enum Command {
     Info(info::Arguments),
 }
 
-/// Where to compute.
+/// The choice of a backend.
 #[derive(Clone, Copy, ValueEnum)]
 enum BackendChoice {
-    /// The GPU if one can be used, otherwise the CPU
+    /// The GPU if a usable one is found, otherwise the CPU
     Auto,
     /// The CPU
     Cpu,
-    /// The GPU; an error where none can be used
+    /// The GPU; an error if no usable one is found
     Gpu,
 }
 
-/// The options that say where to compute.
+/// The options that choose the backend and the GPU.
 #[derive(Clone, Copy, clap::Args)]
 struct Place {
-    /// Where to compute
+    /// Backend that computes the product
     #[arg(long, value_enum, default_value = "auto")]
     backend: BackendChoice,
 
-    /// The number of the GPU, 0 for the first [default: LIQUIDGEMM_DEVICE, or the first that can be used]
+    /// Index of the GPU, 0 for the first [default: LIQUIDGEMM_DEVICE, or the first usable GPU]
     #[arg(long, value_name = "NUMBER")]
     device: Option<u32>,
 }
 
 impl Place {
+    /// Opens the chosen backend. With a GPU index, `auto` is an error if that GPU can't be used.
     fn open(self) -> Result<Backend, Error> {
         match (self.backend, self.device) {
             (BackendChoice::Cpu, _) => Ok(Backend::cpu()),
@@ -68,14 +72,13 @@ impl Place {
     }
 }
 
-/// What a subcommand has to say, and whether it is good news.
+/// The output of a subcommand, and whether it succeeded.
 struct Report {
     text: String,
     success: bool,
 }
 
-/// Runs the command that the process was started with.
-pub fn run() -> ExitCode {
+fn main() -> ExitCode {
     let outcome = match Arguments::parse().command {
         #[cfg(feature = "bench")]
         Command::Bench(arguments) => bench::run(&arguments),
@@ -87,7 +90,7 @@ pub fn run() -> ExitCode {
             let mut stdout = std::io::stdout();
             let written = stdout.write_all(report.text.as_bytes()).and_then(|()| stdout.flush());
             match written {
-                // A reader that has gone has read enough (`liquidgemm demo | head -1`).
+                // A closed pipe is no failure: the reader has read enough, as in `liquidgemm demo | head -1`.
                 Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
                     eprintln!("error: cannot write the result: {error}");
                     ExitCode::FAILURE

@@ -1,18 +1,19 @@
-//! Progress on stderr for work that takes longer than a second. Quicker work shows nothing, and neither does
-//! any where stderr is no terminal.
+//! Progress on stderr for work that takes longer than a second, drawn with `indicatif`.
+//! Quicker work shows nothing, and nothing is shown if stderr is not a terminal.
 
 use std::thread;
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
+/// Time until progress is shown.
 const PATIENCE: Duration = Duration::from_secs(1);
 
-/// A running piece of work; what it has drawn goes away when it is dropped.
+/// The progress of running work. Dropping it clears what it has drawn.
 pub(super) struct Progress(ProgressBar);
 
 impl Progress {
-    /// Work of `steps` equal steps, each reported through [`step`](Self::step).
+    /// Starts a bar for work of `steps` equal steps, each reported through [`step`](Self::step).
     pub(super) fn bar(what: &'static str, steps: usize) -> Self {
         let style = ProgressStyle::with_template("{msg:12} {wide_bar} {percent:>3} %  {eta} left")
             .expect("the template is valid");
@@ -23,13 +24,14 @@ impl Progress {
         )
     }
 
-    /// Work that cannot tell how far it is.
+    /// Starts a spinner for work whose progress is unknown.
     pub(super) fn spinner(what: &'static str) -> Self {
         let style =
             ProgressStyle::with_template("{msg:12} {spinner} {elapsed}").expect("the template is valid");
         Self::start(ProgressBar::with_draw_target(None, ProgressDrawTarget::hidden()), what, style)
     }
 
+    /// Shows the bar after [`PATIENCE`], unless the work has finished by then.
     fn start(bar: ProgressBar, what: &'static str, style: ProgressStyle) -> Self {
         bar.set_style(style);
         bar.set_message(what);
@@ -44,6 +46,7 @@ impl Progress {
         Self(bar)
     }
 
+    /// Reports one finished step.
     pub(super) fn step(&self) {
         self.0.inc(1);
     }

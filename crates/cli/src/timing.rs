@@ -1,7 +1,8 @@
-//! How long a product takes: the median of repeated runs.
+//! Times a product: the median of repeated runs.
 //!
-//! On the CPU a run is one call. On the GPU it is a row of launches with everything on the device already, as in a
-//! server, timed by the device's own clock.
+//! A run on the CPU is one call.
+//! A run on the GPU is a series of launches, timed by CUDA events.
+//! As in a server, all operands are on the device already.
 
 use std::time::{Duration, Instant};
 
@@ -9,24 +10,25 @@ use cust::event::{Event, EventFlags};
 use cust::memory::DeviceBuffer;
 use cust::stream::{Stream, StreamFlags};
 use liquidgemm::gpu::{DeviceSpan, Gpu, Operands};
-use liquidgemm::{Backend, Output, PackedWeights, QuantizedActivations};
+use liquidgemm::{Backend, Output, PackedWeights, Problem, QuantizedActivations};
 
 use super::progress::Progress;
 
-/// Runs are repeated for about this long …
+/// Runs are repeated for about this long.
 const ENOUGH: Duration = Duration::from_millis(500);
-/// … at least so often …
+/// Least number of runs.
 const FEWEST: usize = 3;
-/// … and at most so often.
+/// Greatest number of runs.
 const MOST: usize = 200;
 
-/// Launches in a run on the GPU, back to back, so that the clock's own cost and the first launch's delay are shared.
+/// Launches per run on the GPU.
+/// Several launches back to back share the cost of the events and the delay of the first launch.
 const LAUNCHES: u32 = 20;
 
 /// The median of several runs.
 pub(super) struct Timing {
     pub(super) median: Duration,
-    /// What it is the median of.
+    /// What the median is over, as text, such as `200 calls`.
     pub(super) runs: String,
 }
 
@@ -58,8 +60,8 @@ fn time_on_gpu<T: Output>(
     bias: Option<&[f32]>,
 ) -> anyhow::Result<Timing> {
     let (m, n) = (activations.m(), weights.n());
-    let plan = gpu.plan(m, n, weights.k())?;
-    // For the stream, the events and the buffers below.
+    let plan = gpu.plan(Problem::new(m, n, weights.k()))?;
+    // The stream, the events and the buffers below are created in the current context.
     gpu.make_current()?;
     let device_weights = gpu.upload(weights)?;
     let workspace = gpu.workspace()?;
@@ -82,7 +84,8 @@ fn time_on_gpu<T: Output>(
     let launch = || {
         start.record(&stream)?;
         for _ in 0..LAUNCHES {
-            // SAFETY: buffers, weights and workspace live until the wait below, and nothing else uses them.
+            // SAFETY: buffers, weights and workspace live until the synchronization below.
+            // Nothing else uses them.
             unsafe { gpu.gemm_with_plan(&device_weights, &operands, &plan, &workspace, &stream) }?;
         }
         end.record(&stream)?;
@@ -92,10 +95,10 @@ fn time_on_gpu<T: Output>(
     // The first launch compiles the kernel.
     launch()?;
     let (median, runs) = repeat(launch)?;
-    Ok(Timing { median, runs: format!("{runs} rows of {LAUNCHES} launches, data on the device") })
+    Ok(Timing { median, runs: format!("{runs} series of {LAUNCHES} launches, data on the device") })
 }
 
-/// The median of what `run` returns, and how often it ran.
+/// Calls `run` repeatedly. Returns the median of the times that it returns, and the number of calls.
 fn repeat(mut run: impl FnMut() -> anyhow::Result<Duration>) -> anyhow::Result<(Duration, usize)> {
     let mut times = Vec::new();
     let start = Instant::now();
@@ -111,7 +114,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn median_is_of_what_the_runs_report() {
+    fn median_is_over_the_times_that_the_runs_return() {
         let mut reported = [9, 1, 5].into_iter().cycle().map(Duration::from_micros);
         let (median, runs) = repeat(|| Ok(reported.next().unwrap())).unwrap();
         assert_eq!(median, Duration::from_micros(5));

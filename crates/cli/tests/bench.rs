@@ -1,13 +1,14 @@
-//! `liquidgemm bench` from outside, as far as it needs no GPU: reading an earlier run, and what it refuses.
-#![cfg(all(feature = "cli", feature = "bench"))]
+//! Tests of the command `liquidgemm bench` that need no GPU: reading earlier runs, refusing bad arguments.
+//! The runs that they read are made up here, except for the recorded run in `docs/benchmarks`.
+#![cfg(feature = "bench")]
 
 use assert_cmd::Command;
 use liquidgemm::Group;
-use liquidgemm::bench::circumstances::Circumstances;
-use liquidgemm::bench::record::{Point, Run};
-use liquidgemm::bench::statistics::Timing;
+use liquidgemm_bench::circumstances::Circumstances;
+use liquidgemm_bench::record::{Point, Run};
+use liquidgemm_bench::statistics::Timing;
 
-/// Exit code, stdout and stderr.
+/// Runs `liquidgemm bench`. Returns exit code, stdout and stderr.
 fn bench(arguments: &[&str]) -> (i32, String, String) {
     let mut command = Command::cargo_bin("liquidgemm").unwrap();
     let output = command.arg("bench").args(arguments).output().unwrap();
@@ -93,7 +94,7 @@ fn several_runs_become_one_page() {
 
 #[test]
 fn recorded_run_of_the_repository_can_still_be_read() {
-    let json = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/benchmarks/h100.json");
+    let json = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/benchmarks/h100.json");
     let directory = tempfile::tempdir().unwrap();
     let plots = directory.path().to_str().unwrap();
     let (code, out, errors) = bench(&["--from", json, "--plots", plots]);
@@ -106,7 +107,7 @@ fn files_that_cannot_be_read_are_refused_with_the_reason() {
     let (code, _, errors) = bench(&["--from", "/no/such/file"]);
     assert_eq!(code, 1);
     assert!(errors.starts_with("error: cannot read /no/such/file: No such file or directory"), "{errors}");
-    // A time of 0 would have no place on a logarithmic axis.
+    // A time of 0 can't be drawn on a logarithmic axis.
     let directory = tempfile::tempdir().unwrap();
     let path = |name| directory.path().join(name).to_str().unwrap().to_owned();
     let mut zero = run(None);
@@ -118,7 +119,7 @@ fn files_that_cannot_be_read_are_refused_with_the_reason() {
 }
 
 #[test]
-fn nonsense_is_refused_in_one_line_or_with_the_usage() {
+fn invalid_arguments_are_refused_in_one_line_or_with_the_usage() {
     for (arguments, expected) in [
         (&["--from", "/no/such/file"] as &[&str], 1),
         (&["--ablation", "--from", "a,b"], 1),

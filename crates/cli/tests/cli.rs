@@ -1,10 +1,9 @@
-//! The `liquidgemm` command from outside: what it prints where, its exit codes, and that no argument makes it
-//! panic. Nothing here depends on whether the machine has a GPU.
-#![cfg(feature = "cli")]
+//! Tests of the command `liquidgemm`: output, exit codes, and that no argument makes it panic.
+//! They give the same results with and without a GPU.
 
 use assert_cmd::Command;
 
-/// The command's exit code, stdout and stderr.
+/// Runs the command. Returns exit code, stdout and stderr.
 fn run(arguments: &[&str]) -> (i32, String, String) {
     finish(Command::cargo_bin("liquidgemm").unwrap().args(arguments))
 }
@@ -15,7 +14,7 @@ fn finish(command: &mut Command) -> (i32, String, String) {
     (output.status.code().expect("not killed by a signal"), text(output.stdout), text(output.stderr))
 }
 
-/// The value behind a label of the report.
+/// The value that follows a label in the report.
 fn field<'a>(report: &'a str, label: &str) -> &'a str {
     let line = report.lines().find_map(|line| line.trim_start().strip_prefix(label));
     line.unwrap_or_else(|| panic!("no {label:?} in:\n{report}")).trim()
@@ -30,9 +29,9 @@ fn demo_multiplies_the_real_layer_exactly() {
     assert!(field(&report, "backend").starts_with("CPU, "));
     assert_eq!(field(&report, "because"), "asked for");
     assert!(field(&report, "exact").starts_with("yes: all 162816 outputs compared are bit for bit those of"));
-    // 4.25 bits and a scale a channel, against 16 bits.
+    // 4.25 bits per weight and one scale per channel, against 16 bits per weight.
     assert!(field(&report, "memory").contains("(3.69 × less)"), "{report}");
-    // What 4-bit weights in groups of 64 cost on this layer; a wrong scale or layout would be near 100 %.
+    // The quantization error of 4-bit weights in groups of 64; a wrong scale or layout gives about 100 %.
     let percent: f64 = field(&report, "error").split(' ').next().unwrap().parse().unwrap();
     assert!((1.0..15.0).contains(&percent), "{report}");
 }
@@ -59,12 +58,12 @@ fn smallest_problem_works() {
     let (code, report, errors) = run(&["demo", "--m", "1", "--n", "1", "--k", "1"]);
     assert_eq!(code, 0, "{report}{errors}");
     assert!(field(&report, "exact").starts_with("yes: the one output compared is"), "{report}");
-    // One weight takes a whole brick, and the report does not call that a saving.
+    // One weight takes a whole brick, so the report must not call that a saving.
     assert!(field(&report, "memory").contains("padded"), "{report}");
 }
 
 #[test]
-fn finer_groups_lose_less() {
+fn smaller_groups_give_a_smaller_error() {
     let error = |group| {
         let (_, report, _) = run(&["demo", "--backend", "cpu", "--group", group]);
         field(&report, "error").split(' ').next().unwrap().parse::<f64>().unwrap()
@@ -103,7 +102,7 @@ fn problem_beyond_memory_is_refused_on_one_line() {
     assert_eq!(errors.lines().count(), 1);
 }
 
-/// A driver that is there but cannot be opened, in front of any real one.
+/// Runs the command with a driver library that can't be opened, ahead of any real one.
 #[cfg(target_os = "linux")]
 fn run_with_broken_driver(arguments: &[&str]) -> (i32, String, String) {
     let folder = tempfile::tempdir().unwrap();
@@ -114,7 +113,7 @@ fn run_with_broken_driver(arguments: &[&str]) -> (i32, String, String) {
 
 #[test]
 #[cfg(target_os = "linux")]
-fn without_a_working_driver_auto_says_why_and_takes_the_cpu() {
+fn without_a_working_driver_auto_gives_the_reason_and_uses_the_cpu() {
     let (code, report, errors) = run_with_broken_driver(&["demo"]);
     assert_eq!((code, errors.as_str()), (0, ""), "{report}");
     assert!(field(&report, "backend").starts_with("CPU, "));
@@ -158,7 +157,7 @@ fn help_names_every_option() {
 }
 
 #[test]
-fn reader_that_leaves_early_is_no_panic() {
+fn a_closed_stdout_causes_no_panic() {
     use std::process::Stdio;
     let program = env!("CARGO_BIN_EXE_liquidgemm");
     let mut child = std::process::Command::new(program)

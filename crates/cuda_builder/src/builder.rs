@@ -1,4 +1,6 @@
-//! The builder itself: from a crate's directory to one PTX file for each of its kernels.
+//! The builder: takes a device crate's directory and writes one PTX file for each kernel.
+//!
+//! The steps are in `toolchain.rs`, `compile.rs`, `finish.rs` and `hash.rs`.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -11,14 +13,14 @@ use crate::finish::{Kernel, finish};
 use crate::hash::Sources;
 use crate::toolchain::Toolchain;
 
-/// What precedes the sources' hash on the header line of a PTX file.
+/// The start of the header line with the sources' hash in a PTX file.
 pub const SOURCES_KEY: &str = "// sources: ";
 
 /// A compute architecture.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum NvvmArch {
-    /// Hopper, without what only Hopper has.
+    /// Hopper, without the features that no other architecture has.
     Compute90,
     /// Hopper with wgmma and `setmaxnreg`.
     #[default]
@@ -26,7 +28,7 @@ pub enum NvvmArch {
 }
 
 impl NvvmArch {
-    /// PTX's name for it.
+    /// Returns PTX's name of the architecture.
     pub fn target(self) -> &'static str {
         match self {
             Self::Compute90 => "sm_90",
@@ -38,11 +40,11 @@ impl NvvmArch {
 /// One kernel as PTX.
 #[derive(Clone, Debug)]
 pub struct PtxFile {
-    /// The name by which the kernel is launched.
+    /// The kernel's name, by which it is launched.
     pub entry: String,
-    /// The PTX, header included.
+    /// The PTX with its header.
     pub text: String,
-    /// Where it was written, if the builder was told to.
+    /// The file's path, if the builder was told to write it.
     pub path: Option<PathBuf>,
 }
 
@@ -53,59 +55,76 @@ pub struct CudaBuilder {
     dependencies: Vec<PathBuf>,
     arch: NvvmArch,
     target_dir: Option<PathBuf>,
-    copy_to: Option<PathBuf>,
+    /// Prefixes of kernel names, and the folder for kernels with such names. The first match counts.
+    copies: Vec<(Vec<String>, PathBuf)>,
     deny_warnings: bool,
 }
 
 impl CudaBuilder {
-    /// A builder for the device crate in `crate_dir`, which holds a `rust-toolchain.toml`.
+    /// Returns a builder for the device crate in `crate_dir`, which must have a `rust-toolchain.toml`.
     pub fn new(crate_dir: impl Into<PathBuf>) -> Self {
         Self {
             crate_dir: crate_dir.into(),
             dependencies: Vec::new(),
             arch: NvvmArch::default(),
             target_dir: None,
-            copy_to: None,
+            copies: Vec::new(),
             deny_warnings: false,
         }
     }
 
-    /// Names a crate of the same repository that the device crate depends on; its sources count in the hash.
+    /// Names a crate of the same repository that the device crate depends on.
+    /// Its sources are part of the hash.
     pub fn path_dependency(mut self, crate_dir: impl Into<PathBuf>) -> Self {
         self.dependencies.push(crate_dir.into());
         self
     }
 
-    /// Sets the architecture; [`NvvmArch::Compute90a`] if never called.
+    /// Sets the architecture. The default is [`NvvmArch::Compute90a`].
     pub fn arch(mut self, arch: NvvmArch) -> Self {
         self.arch = arch;
         self
     }
 
-    /// Sets the directory for build products and a fetched toolchain; the crate's `target` if never called.
+    /// Sets the directory for build products and a fetched toolchain. The default is the crate's `target`.
     pub fn target_dir(mut self, directory: impl Into<PathBuf>) -> Self {
         self.target_dir = Some(directory.into());
         self
     }
 
-    /// Writes the kernels to `directory`, each as `ENTRY.ptx`, and removes other `.ptx` files there.
-    pub fn copy_to(mut self, directory: impl Into<PathBuf>) -> Self {
-        self.copy_to = Some(directory.into());
+    /// Writes each kernel to `directory` as `ENTRY.ptx`, and removes other `.ptx` files there.
+    ///
+    /// Leaves out kernels that an earlier call of this or [`copy_matching_to`](Self::copy_matching_to) takes.
+    pub fn copy_to(self, directory: impl Into<PathBuf>) -> Self {
+        self.copy_matching_to(&[""], directory)
+    }
+
+    /// Writes the kernels whose names start with one of the prefixes, as [`copy_to`](Self::copy_to) does.
+    pub fn copy_matching_to(mut self, prefixes: &[&str], directory: impl Into<PathBuf>) -> Self {
+        let prefixes = prefixes.iter().map(|prefix| (*prefix).to_owned()).collect();
+        self.copies.push((prefixes, directory.into()));
         self
     }
 
-    /// Makes compiler warnings about the device code an error.
+    /// Turns compiler warnings about the device code into an error.
     pub fn deny_warnings(mut self, deny: bool) -> Self {
         self.deny_warnings = deny;
         self
     }
 
-    /// The hash of the sources as they are now: what the header of a PTX that was built from them says.
+    /// Returns the hash of the sources as they are now.
+    /// The header of a PTX that is built from them holds the same.
+    ///
+    /// # Errors
+    /// [`Error::File`] if a source cannot be read.
     pub fn sources_hash(&self) -> Result<String, Error> {
         Sources::find(&self.crate_dir, &self.dependencies)?.hash(self.arch.target())
     }
 
-    /// Builds and returns the kernels, sorted by name.
+    /// Builds the kernels and returns them, sorted by name.
+    ///
+    /// # Errors
+    /// [`Error`] says which step failed.
     pub fn build(&self) -> Result<Vec<PtxFile>, Error> {
         let crate_dir = self.crate_dir.canonicalize().map_err(Error::file("find", &self.crate_dir))?;
         let target_dir = self.target_dir.clone().unwrap_or_else(|| crate_dir.join("target"));
@@ -130,21 +149,33 @@ impl CudaBuilder {
         let mut files: Vec<PtxFile> = kernels
             .map(|Kernel { entry, text }| PtxFile { entry, text: format!("{header}{text}"), path: None })
             .collect();
-        if let Some(directory) = &self.copy_to {
-            write_all(&mut files, directory)?;
-        }
+        self.write(&mut files)?;
         Ok(files)
+    }
+
+    /// Writes each kernel to the first folder that takes its name.
+    fn write(&self, files: &mut [PtxFile]) -> Result<(), Error> {
+        let place = |entry: &str| {
+            let takes =
+                |(prefixes, _): &(Vec<String>, _)| prefixes.iter().any(|prefix| entry.starts_with(prefix));
+            self.copies.iter().position(takes)
+        };
+        for (index, (_, directory)) in self.copies.iter().enumerate() {
+            write_all(files.iter_mut().filter(|file| place(&file.entry) == Some(index)), directory)?;
+        }
+        Ok(())
     }
 }
 
-/// The lines that say what a PTX file is.
+/// Returns the header of a PTX file: compiler, target, and hash of the sources.
 fn header(compiler: &str, arch: NvvmArch, hash: &str) -> String {
     format!("// compiler: {compiler}\n// target: {}\n{SOURCES_KEY}{hash}\n\n", arch.target())
 }
 
-/// Makes `directory` hold exactly these kernels. Files that are right already stay untouched, so that nothing
-/// that embeds them is rebuilt.
-fn write_all(files: &mut [PtxFile], directory: &Path) -> Result<(), Error> {
+/// Makes these kernels the only `.ptx` files in `directory`.
+///
+/// Leaves files with the right contents untouched, so that crates that embed them are not rebuilt.
+fn write_all<'a>(files: impl IntoIterator<Item = &'a mut PtxFile>, directory: &Path) -> Result<(), Error> {
     fs::create_dir_all(directory).map_err(Error::file("create", directory))?;
     let mut current = BTreeSet::new();
     for file in files {
@@ -164,12 +195,12 @@ fn write_all(files: &mut [PtxFile], directory: &Path) -> Result<(), Error> {
     Ok(())
 }
 
-/// Writes a file so that a reader sees the old text or the new one, never a part.
+/// Writes a file atomically: a reader sees the old text or the new one, never a part.
 fn write_atomically(path: &Path, directory: &Path, text: &str) -> Result<(), Error> {
     let mut options = tempfile::Builder::new();
     #[cfg(unix)]
     {
-        // A temporary file is private unless told otherwise; the umask still applies.
+        // Temporary files are private by default. The umask still applies.
         use std::os::unix::fs::PermissionsExt;
         options.permissions(fs::Permissions::from_mode(0o666));
     }
@@ -205,6 +236,22 @@ mod tests {
         names.sort();
         assert_eq!(names, ["README.md", "a.ptx", "b.ptx"]);
         assert_eq!(fs::read_to_string(directory.path().join("a.ptx")).unwrap(), "A");
+    }
+
+    #[test]
+    fn a_kernel_goes_to_the_first_directory_that_takes_its_name() {
+        let root = tempfile::tempdir().unwrap();
+        let [probes, others] = ["probes", "others"].map(|name| root.path().join(name));
+        let builder =
+            CudaBuilder::new("crate").copy_matching_to(&["probe_", "test_"], &probes).copy_to(&others);
+        let mut files = [kernel("gemm", "G"), kernel("probe_stream", "P"), kernel("test_x", "T")];
+        builder.write(&mut files).unwrap();
+        let paths = files.map(|file| file.path.unwrap());
+        assert_eq!(
+            paths,
+            [others.join("gemm.ptx"), probes.join("probe_stream.ptx"), probes.join("test_x.ptx")]
+        );
+        assert_eq!(fs::read_dir(&others).unwrap().count(), 1);
     }
 
     #[test]

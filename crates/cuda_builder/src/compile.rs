@@ -1,7 +1,8 @@
-//! cargo's command line and environment for a device crate.
+//! Compiles a device crate with cargo.
 //!
-//! What the caller's environment says about flags, targets, wrappers and profiles is kept out: the same sources
-//! give the same PTX in every shell and inside every other cargo.
+//! Removes the caller's flags, targets, wrappers and profiles from the environment.
+//! The same sources therefore give the same PTX in every shell and inside every other cargo.
+//! `toolchain.rs` finds the compiler. This file's text is part of the sources' hash (`hash.rs`).
 
 use std::ffi::OsStr;
 use std::fs;
@@ -14,37 +15,38 @@ use serde_json::Value;
 use crate::error::Error;
 use crate::toolchain::Toolchain;
 
-/// rustc's name for the device.
+/// rustc's name of the device target.
 const TARGET: &str = "nvptx64-nvidia-cuda";
 
-/// The PTX version that the kernels' instructions ask for.
+/// The PTX version that the kernels' instructions need.
 const PTX_FEATURE: &str = "+ptx81";
 
-/// What rustc says about that feature, once a crate. It is as stable as the pinned compiler.
+/// The start of rustc's warning about that feature, which it gives for every crate.
+/// The pinned compiler keeps it stable.
 const KNOWN_WARNING: &str = "unstable feature specified for `-Ctarget-feature`";
 
-/// rustc's flags for the device code.
+/// Returns rustc's flags for the device code.
 pub(crate) fn flags(target: &str) -> Vec<String> {
     vec![
         format!("-Ctarget-cpu={target}"),
         format!("-Ctarget-feature={PTX_FEATURE}"),
         "--emit=asm".to_owned(),
-        // The assembly is the product; nothing has to be linked.
+        // The assembly is the product, so replace the linker by `true`.
         "-Clinker=true".to_owned(),
     ]
 }
 
-/// What cargo left behind.
+/// The results of cargo's build.
 pub(crate) struct Assembly {
     /// The PTX as the compiler wrote it.
     pub(crate) text: String,
-    /// The files of this repository that went into it.
+    /// The files of this repository that it was compiled from.
     pub(crate) sources: Vec<PathBuf>,
-    /// How many warnings the compiler had for them.
+    /// The number of compiler warnings.
     pub(crate) warnings: usize,
 }
 
-/// Compiles a device crate with everything that it depends on, `core` included, to one PTX text.
+/// Compiles a device crate and all its dependencies, including `core`, to one PTX text.
 pub(crate) fn compile(
     toolchain: &Toolchain,
     crate_dir: &Path,
@@ -60,7 +62,8 @@ pub(crate) fn compile(
         .arg(&manifest)
         .arg("--target-dir")
         .arg(target_dir);
-    // Not in the device crate itself, whose toolchain file is not meant for whatever `cargo` resolves to.
+    // Run beside the device crate, because its toolchain file could redirect a `cargo`
+    // that is rustup's proxy.
     command.current_dir(crate_dir.parent().unwrap_or(crate_dir));
     for (name, _) in std::env::vars_os().filter(|(name, _)| is_about_another_build(name)) {
         command.env_remove(name);
@@ -106,7 +109,7 @@ pub(crate) fn compile(
     Ok(Assembly { text, sources: listed_sources(&list), warnings: messages.warnings })
 }
 
-/// Whether an environment variable was meant for the build around this one.
+/// Returns whether an environment variable configures the surrounding build and must not reach this one.
 fn is_about_another_build(name: &OsStr) -> bool {
     let name = name.to_string_lossy();
     let exact =
@@ -117,16 +120,16 @@ fn is_about_another_build(name: &OsStr) -> bool {
     exact.contains(&&*name) || families.iter().chain(&caller).any(|family| name.starts_with(family))
 }
 
-/// What is of interest in cargo's messages.
+/// The facts read from cargo's messages.
 #[derive(Default)]
 struct Messages {
-    /// The file name, less its extension, of the crate's own output.
+    /// The file name of the crate's own output, without its extension.
     library: Option<String>,
     warnings: usize,
 }
 
 impl Messages {
-    /// Takes one line; passes the compiler's diagnostics on to the user.
+    /// Reads one message and prints the compiler's diagnostics.
     fn read(&mut self, line: &str, manifest: &Path) {
         let Ok(message) = serde_json::from_str::<Value>(line) else {
             eprintln!("{line}");
@@ -141,7 +144,7 @@ impl Messages {
                 if let Some(rendered) = diagnostic["rendered"].as_str() {
                     eprint!("{rendered}");
                 }
-                // The line that sums up the warnings is one itself, with nothing to point at.
+                // The summary of the warnings is a warning, too, but has no source location.
                 let points_somewhere = diagnostic["spans"].as_array().is_some_and(|spans| !spans.is_empty());
                 if diagnostic["level"] == "warning" && points_somewhere {
                     self.warnings += 1;
@@ -161,7 +164,8 @@ impl Messages {
     }
 }
 
-/// The sources in a dependency file: after the colon, separated by spaces; spaces in names are escaped.
+/// Returns the sources in a dependency file. They follow the colon, separated by spaces.
+/// Spaces in names are escaped.
 fn listed_sources(list: &str) -> Vec<PathBuf> {
     let Some((_, sources)) = list.lines().next().unwrap_or_default().split_once(": ") else {
         return Vec::new();
@@ -175,7 +179,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_surrounding_builds_variables_are_recognized_and_network_settings_are_kept() {
+    fn variables_of_the_surrounding_build_are_recognized_and_network_settings_are_kept() {
         for name in [
             "RUSTFLAGS",
             "CARGO_TARGET_DIR",
@@ -193,7 +197,7 @@ mod tests {
     }
 
     #[test]
-    fn sources_are_listed_with_their_spaces() {
+    fn listed_sources_keep_spaces_in_their_names() {
         let list = "/t/release/kernels.ptx: /a\\ b/lib.rs /a\\ b/ptx/mod.rs\n";
         assert_eq!(listed_sources(list), [PathBuf::from("/a b/lib.rs"), PathBuf::from("/a b/ptx/mod.rs")]);
     }

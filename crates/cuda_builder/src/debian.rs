@@ -1,7 +1,7 @@
-//! Debian's packages of the compiler, unpacked without root.
+//! Fetches Debian's packages of the compiler and unpacks them without root.
 //!
-//! Debian builds recent compilers for its browsers (`rustc-web`) and ships them with their library source. The
-//! packages work from any directory, so a machine with apt needs neither rustup's download nor root.
+//! Debian builds recent compilers for its browsers (`rustc-web`) and ships them with their library source.
+//! The packages work from any directory, so a machine with apt needs neither rustup nor root.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -10,12 +10,13 @@ use std::process::Command;
 
 use crate::error::{Error, output_of};
 
-/// The packages whose version is the compiler's. `MINOR` stands for its first two numbers.
+/// The packages that have the compiler's version. `MINOR` stands for its first two numbers.
 const COMPILER_PACKAGES: [&str; 4] =
     ["rustc-web", "libstd-rust-web-MINOR", "libstd-rust-web-dev", "rust-web-src"];
 
-/// What the packages above depend on, as far as a machine that builds Rust may lack it: the start of a shared
-/// library's name, and the package that has it.
+/// Dependencies of these packages that a machine that builds Rust may lack.
+///
+/// Each entry has the start of a shared library's name and the package that contains it.
 const LIBRARY_PACKAGES: [(&str, &str); 16] = [
     ("libLLVM.so.22", "libllvm22"),
     ("libLLVM.so.21", "libllvm21"),
@@ -35,7 +36,8 @@ const LIBRARY_PACKAGES: [(&str, &str); 16] = [
     ("libgcc_s.so.1", "libgcc-s1"),
 ];
 
-/// The directory below `target_dir` with the unpacked packages of compiler `channel`; fetches them if need be.
+/// Returns the directory below `target_dir` with the unpacked compiler `channel`,
+/// and fetches it if it is missing.
 pub(crate) fn unpacked(channel: &str, target_dir: &Path) -> Result<PathBuf, Error> {
     let parent = target_dir.join("device-toolchain");
     let root = parent.join(format!("debian-{channel}"));
@@ -44,7 +46,8 @@ pub(crate) fn unpacked(channel: &str, target_dir: &Path) -> Result<PathBuf, Erro
     }
     fs::create_dir_all(&parent).map_err(Error::file("create", &parent))?;
 
-    // Unpacked beside its place and moved there when whole, so that what was cut short is never taken for it.
+    // Unpack to a temporary directory and rename it when complete,
+    // so that an interrupted run leaves no partial toolchain.
     let scratch = tempfile::Builder::new().prefix("unpacking-").tempdir_in(&parent);
     let scratch = scratch.map_err(Error::file("create a directory in", &parent))?;
     let content = scratch.path().join("content");
@@ -52,32 +55,32 @@ pub(crate) fn unpacked(channel: &str, target_dir: &Path) -> Result<PathBuf, Erro
 
     let system = Apt { options: Vec::new(), scratch: scratch.path() };
     if let Err(error) = system.unpack_compiler(channel, &content) {
-        eprintln!("The system's package lists will not do ({error}); fetching fresh ones");
+        eprintln!("The system's package lists are not usable ({error}); fetching fresh ones");
         Apt::with_private_lists(scratch.path())?.unpack_compiler(channel, &content)?;
     }
 
     match fs::rename(&content, &root) {
-        // Another build was quicker.
+        // Another build has finished first.
         Err(_) if root.is_dir() => Ok(root),
         Err(source) => Err(Error::File { action: "move the toolchain to", path: root, source }),
         Ok(()) => Ok(root),
     }
 }
 
-/// Where an unpacked toolchain has its shared libraries.
+/// Returns the directories with an unpacked toolchain's shared libraries.
 pub(crate) fn library_dirs(root: &Path) -> Vec<PathBuf> {
     let multiarch = format!("{}-linux-gnu", std::env::consts::ARCH);
     ["usr/lib", "lib"].map(|directory| root.join(directory).join(&multiarch)).to_vec()
 }
 
-/// apt, with the package lists of the system or with its own.
+/// apt with the system's package lists or with private ones.
 struct Apt<'a> {
     options: Vec<String>,
     scratch: &'a Path,
 }
 
 impl<'a> Apt<'a> {
-    /// apt with freshly fetched lists that live in `scratch`; needs no root.
+    /// Fetches private package lists into `scratch`. Needs no root.
     fn with_private_lists(scratch: &'a Path) -> Result<Self, Error> {
         let (lists, cache) = (scratch.join("lists"), scratch.join("cache"));
         for directory in [lists.join("partial"), cache.join("archives/partial")] {
@@ -94,12 +97,12 @@ impl<'a> Apt<'a> {
 
     fn command(&self, program: &str) -> Command {
         let mut command = Command::new(program);
-        // apt's own user may not write where we do.
+        // Run as the current user: apt's sandbox user may not write to our directories.
         command.args(["-q", "-oAPT::Sandbox::User=root"]).args(&self.options).env("LC_ALL", "C");
         command
     }
 
-    /// Fetches and unpacks the compiler, its library source and every shared library that is missing.
+    /// Fetches and unpacks the compiler, its library source, and the shared libraries that are missing.
     fn unpack_compiler(&self, channel: &str, content: &Path) -> Result<(), Error> {
         let table = output_of(self.command("apt-cache").args(["madison", COMPILER_PACKAGES[0]]))?;
         let version = version_in(&table, channel)
@@ -111,22 +114,24 @@ impl<'a> Apt<'a> {
             let package = format!("{}={version}", package.replace("MINOR", minor));
             self.unpack_package(&package, &format!("{} of {count}", index + 1), content)?;
         }
-        // A library that is missing hides what it needs itself: look again after each.
+        // A missing library hides its own dependencies, so look again after each package.
         let mut fetched = BTreeSet::new();
         while let Some(library) = missing_libraries(content)?.pop_first() {
             let package = LIBRARY_PACKAGES.iter().find(|(start, _)| library.starts_with(start));
             let Some((_, package)) = package else {
-                return Err(Error::Packages(format!("the compiler needs {library}, of an unknown package")));
+                return Err(Error::Packages(format!(
+                    "the compiler needs {library}, and no known package contains it"
+                )));
             };
             if !fetched.insert(*package) {
-                return Err(Error::Packages(format!("{package} did not bring {library}")));
+                return Err(Error::Packages(format!("{package} does not contain {library}")));
             }
             self.unpack_package(package, &format!("for {library}"), content)?;
         }
         Ok(())
     }
 
-    /// Fetches one package, checked by apt against its signed lists, and unpacks it.
+    /// Fetches one package and unpacks it. apt checks the package against its signed lists.
     fn unpack_package(&self, package: &str, note: &str, content: &Path) -> Result<(), Error> {
         let uris = output_of(self.command("apt-get").args(["download", "--print-uris", package]))?;
         let megabytes = bytes_in(&uris).unwrap_or(0) as f64 / 1e6;
@@ -143,7 +148,7 @@ impl<'a> Apt<'a> {
     }
 }
 
-/// The shared libraries that the unpacked compiler needs and the loader does not find.
+/// Returns the shared libraries that the unpacked compiler needs and the loader does not find.
 fn missing_libraries(content: &Path) -> Result<BTreeSet<String>, Error> {
     let directories = library_dirs(content);
     let mut command = Command::new("ldd");
@@ -154,13 +159,14 @@ fn missing_libraries(content: &Path) -> Result<BTreeSet<String>, Error> {
     Ok(not_found_in(&output_of(&mut command)?))
 }
 
-/// The names that ldd could not resolve.
+/// Returns the names that ldd could not resolve.
 fn not_found_in(ldd: &str) -> BTreeSet<String> {
     let names = ldd.lines().filter_map(|line| line.trim().strip_suffix("=> not found"));
     names.map(|name| name.trim().to_owned()).collect()
 }
 
-/// The newest version of compiler `channel` in what `apt-cache madison` prints, which lists the newest first.
+/// Returns the newest version of compiler `channel` in the output of `apt-cache madison`,
+/// which lists the newest first.
 fn version_in(table: &str, channel: &str) -> Option<String> {
     table.lines().find_map(|line| {
         let version = line.split('|').nth(1)?.trim();
@@ -169,7 +175,8 @@ fn version_in(table: &str, channel: &str) -> Option<String> {
     })
 }
 
-/// The size in what `apt-get download --print-uris` prints: an address, a file name, the size, a checksum.
+/// Returns the size in the output of `apt-get download --print-uris`:
+/// an address, a file name, the size, and a checksum.
 fn bytes_in(uris: &str) -> Option<u64> {
     uris.lines().last()?.split_whitespace().nth(2)?.parse().ok()
 }

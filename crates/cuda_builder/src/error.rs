@@ -1,4 +1,6 @@
-//! What can go wrong between a device crate and its PTX.
+//! The errors of a build, from a device crate to its PTX, and running programs.
+//!
+//! `finish.rs` has the errors of PTX that cannot be finished.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -6,18 +8,18 @@ use std::process::{Command, ExitStatus};
 
 use crate::finish::FinishError;
 
-/// A build that failed. Every message says what was wrong and what to do about it.
+/// A failed build. Every message says what went wrong and, where possible, what to do.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
     /// A file or directory could not be read or written.
     #[error("cannot {action} {}: {source}", path.display())]
     File {
-        /// What was tried, as a verb.
+        /// The action that failed, as a verb.
         action: &'static str,
         /// The file or directory.
         path: PathBuf,
-        /// The operating system's answer.
+        /// The operating system's error.
         source: io::Error,
     },
 
@@ -26,18 +28,18 @@ pub enum Error {
     Start {
         /// The program.
         program: String,
-        /// The operating system's answer.
+        /// The operating system's error.
         source: io::Error,
     },
 
     /// A program ran and failed.
     #[error("`{command}` failed ({status}): {stderr}")]
     Failed {
-        /// Program and arguments.
+        /// The program and its arguments.
         command: String,
-        /// How it ended.
+        /// The exit status.
         status: ExitStatus,
-        /// The end of what it wrote to its error stream.
+        /// The last lines of its error stream.
         stderr: String,
     },
 
@@ -48,7 +50,7 @@ pub enum Error {
         path: PathBuf,
     },
 
-    /// No place holds a usable compiler.
+    /// No usable compiler was found.
     #[error(
         "no device toolchain: the kernels need rustc {channel} with its library source.\n{}\n\
          Run `rustup toolchain install {channel} --profile minimal --component rust-src` and try again.",
@@ -57,11 +59,11 @@ pub enum Error {
     NoToolchain {
         /// The version that is needed.
         channel: String,
-        /// Each place that was looked at, with the reason why it will not do.
+        /// Each place that was searched, with the reason why it is not usable.
         tried: Vec<String>,
     },
 
-    /// Debian's packages do not hold what is needed.
+    /// Debian's packages lack something that is needed.
     #[error("{0}")]
     Packages(String),
 
@@ -70,7 +72,7 @@ pub enum Error {
     Compile {
         /// The device crate.
         crate_dir: PathBuf,
-        /// How cargo ended.
+        /// cargo's exit status.
         status: ExitStatus,
     },
 
@@ -79,11 +81,11 @@ pub enum Error {
     Warnings {
         /// The device crate.
         crate_dir: PathBuf,
-        /// How many.
+        /// The number of warnings.
         count: usize,
     },
 
-    /// cargo succeeded and left no assembly.
+    /// cargo succeeded but wrote no assembly.
     #[error(
         "cargo built {} but left no {}: delete {} and build again",
         crate_dir.display(),
@@ -99,7 +101,7 @@ pub enum Error {
         target_dir: PathBuf,
     },
 
-    /// A source went into the PTX but not into the hash.
+    /// A source is compiled into the PTX but not part of the hash.
     #[error(
         "{} is compiled into the PTX but not covered by the sources' hash: name its crate with `path_dependency`",
         path.display()
@@ -119,13 +121,13 @@ pub enum Error {
 }
 
 impl Error {
-    /// Adds the action and the path to an I/O error.
+    /// Returns a function that adds the action and the path to an I/O error.
     pub(crate) fn file(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error {
         move |source| Error::File { action, path: path.to_owned(), source }
     }
 }
 
-/// Runs a command to its end and returns what it wrote to its output stream.
+/// Runs a command to its end and returns its output stream.
 pub(crate) fn output_of(command: &mut Command) -> Result<String, Error> {
     let program = command.get_program().to_string_lossy().into_owned();
     let output = command.output().map_err(|source| Error::Start { program, source })?;
@@ -141,7 +143,7 @@ pub(crate) fn output_of(command: &mut Command) -> Result<String, Error> {
     })
 }
 
-/// A command as a person would type it.
+/// Returns a command as a person would type it.
 fn display(command: &Command) -> String {
     let arguments = command.get_args().map(|argument| argument.to_string_lossy().into_owned());
     let program = command.get_program().to_string_lossy().into_owned();

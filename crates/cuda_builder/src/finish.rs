@@ -1,13 +1,16 @@
-//! From the compiler's PTX to finished kernels: pure functions on text.
+//! Turns the compiler's PTX into finished kernels. All functions are pure functions on text.
 //!
-//! rustc has no attribute for launch bounds, cluster shapes or aligned parameters. `cuda_std_macros` leaves notes
-//! about them in the PTX, which become directives here; each note must apply exactly once. Then every entry gets
-//! a text of its own, so that a driver compiles only what is launched. Calls and local memory are refused: no
-//! kernel here is meant to have either.
+//! rustc has no attribute for launch bounds, cluster shapes or aligned parameters.
+//! `cuda_std_macros` leaves notes about them in the PTX, and this file turns the notes into directives.
+//! Each note must apply exactly once.
+//!
+//! Every entry then gets a module of its own, so that the driver compiles only the kernels that are launched.
+//! Calls and local memory are errors, because no kernel may have either.
+//! This file's text is part of the sources' hash (`hash.rs`).
 
 use std::collections::BTreeSet;
 
-/// Marks a note of `cuda_std_macros`.
+/// The start of a note from `cuda_std_macros`.
 const NOTE: &str = "//@";
 
 /// One kernel's finished PTX.
@@ -15,7 +18,7 @@ const NOTE: &str = "//@";
 pub struct Kernel {
     /// The entry's name.
     pub entry: String,
-    /// The whole module: directives, module-level variables, the one entry.
+    /// The whole module: directives, module-level variables, and the one entry.
     pub text: String,
 }
 
@@ -23,57 +26,55 @@ pub struct Kernel {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum FinishError {
-    /// A note that does not follow the form.
+    /// A malformed note.
     #[error("the note `{note}` is malformed: {reason}")]
     MalformedNote {
-        /// The line.
+        /// The note's line.
         note: String,
-        /// What is wrong with it.
+        /// The reason.
         reason: &'static str,
     },
-    /// A note about a kernel that the PTX does not have.
-    #[error(
-        "the note `{note}` is about no kernel of this PTX: does `#[kernel]` stand on a generic or unused item?"
-    )]
+    /// A note about a kernel that the PTX does not contain.
+    #[error("the note `{note}` names no kernel of this PTX: is `#[kernel]` on a generic or unused function?")]
     UnknownKernel {
-        /// The line.
+        /// The note's line.
         note: String,
     },
-    /// Two notes, or a note and the compiler, say the same.
-    #[error("the note `{note}` applies a second time: a kernel takes it once")]
+    /// Two notes, or a note and the compiler, set the same directive.
+    #[error("the note `{note}` sets a directive that is already set: remove one of the two")]
     RepeatedNote {
-        /// The line.
+        /// The note's line.
         note: String,
     },
-    /// A note about a parameter that is missing or is no array of bytes.
+    /// A note about a parameter that is missing or not an array of bytes.
     #[error("the note `{note}` needs one parameter `.param .align N .b8 {parameter}[..]`")]
     NoSuchParameter {
-        /// The line.
+        /// The note's line.
         note: String,
         /// The parameter's symbol.
         parameter: String,
     },
-    /// The `.target` is missing, repeated or another architecture's.
+    /// The `.target` directive is missing, repeated, or names another architecture.
     #[error("the PTX has the target directives {found:?}: expected exactly one, `.target {expected}`")]
     Target {
-        /// What it should be, without a suffix.
+        /// The expected target, without a suffix.
         expected: String,
-        /// What there is.
+        /// The directives in the PTX.
         found: Vec<String>,
     },
-    /// A function besides the kernels.
+    /// A function that is not a kernel.
     #[error(
-        "the PTX has a function besides its kernels: `{signature}`. Write the kernel so that nothing is called: \
-         no bounds check, division or panic may remain, and helpers are #[inline(always)]"
+        "the PTX has a function that is not a kernel: `{signature}`. Kernels must not call functions: \
+         leave no bounds check, division or panic in them, and mark helpers #[inline(always)]"
     )]
     Function {
-        /// Its first line.
+        /// The function's first line.
         signature: String,
     },
-    /// Local memory: an array or a register that lives in device memory.
+    /// A kernel uses local memory: an array or a spilled register that lives in device memory.
     #[error(
-        "kernel {entry} uses local memory: `{line}`. Index arrays by constants only, and take no reference to one \
-         that outlives inlining"
+        "kernel {entry} uses local memory: `{line}`. Index arrays by constants only, and pass no reference to one \
+         to code that is not inlined"
     )]
     LocalMemory {
         /// The kernel.
@@ -81,20 +82,25 @@ pub enum FinishError {
         /// The line.
         line: String,
     },
-    /// Text that is no PTX module.
+    /// The text is not a PTX module.
     #[error("cannot read the PTX from line {line} on: {reason}")]
     Syntax {
-        /// Counted from 1.
+        /// The line, counted from 1.
         line: usize,
-        /// What is wrong.
+        /// The reason.
         reason: &'static str,
     },
-    /// No kernel at all.
+    /// The PTX has no kernel.
     #[error("the PTX has no kernel: the device crate needs a function marked `#[kernel]`")]
     NoKernel,
 }
 
-/// Finishes the compiler's PTX for `target` (`sm_90a`): one module for each kernel, sorted by name.
+/// Finishes the compiler's PTX for `target` (such as `sm_90a`) and returns one module per kernel,
+/// sorted by name.
+///
+/// # Errors
+/// [`FinishError`] if a note cannot be applied exactly once,
+/// or if the PTX holds something that no kernel may have.
 pub fn finish(text: &str, target: &str) -> Result<Vec<Kernel>, FinishError> {
     let mut module = Module::parse(text)?;
     module.set_target(target)?;
@@ -123,10 +129,10 @@ pub fn finish(text: &str, target: &str) -> Result<Vec<Kernel>, FinishError> {
         .collect()
 }
 
-/// A PTX module, taken apart.
+/// A parsed PTX module.
 #[derive(Default)]
 struct Module {
-    /// Directives and variables, in their order.
+    /// Directives and variables, in their original order.
     preamble: Vec<String>,
     notes: Vec<Note>,
     entries: Vec<Entry>,
@@ -135,9 +141,9 @@ struct Module {
 /// A kernel in the PTX.
 struct Entry {
     name: String,
-    /// Linkage, name and parameters, then performance directives.
+    /// Linkage, name, parameters, and performance directives.
     head: String,
-    /// From the opening brace to the closing one.
+    /// The body, including its braces.
     body: String,
 }
 
@@ -156,7 +162,7 @@ impl Module {
                 module.preamble.push(code.to_owned());
                 continue;
             }
-            // A function or a variable: runs to the brace or the semicolon that closes it.
+            // This is a function or a variable. It ends at its closing brace or semicolon.
             let is_function = has_word(code, ".entry") || has_word(code, ".func");
             let mut item = vec![line];
             let mut depth = depth_change(code);
@@ -185,7 +191,7 @@ impl Module {
         Ok(module)
     }
 
-    /// Replaces rustc's target, which has no suffix, by the one that the instructions need.
+    /// Replaces rustc's target, which has no suffix, by the target that the instructions need.
     fn set_target(&mut self, target: &str) -> Result<(), FinishError> {
         let expected = target.trim_end_matches(|suffix: char| suffix.is_ascii_lowercase());
         let is_target = |line: &&mut String| line.starts_with(".target");
@@ -201,7 +207,7 @@ impl Module {
 }
 
 impl Entry {
-    /// Reads an entry whose first line is line `line` of the module.
+    /// Parses an entry that begins at line `line` of the module.
     fn parse(item: &str, line: usize) -> Result<Self, FinishError> {
         let error = |reason| FinishError::Syntax { line, reason };
         let (head, body) = item.split_once('{').ok_or(error("an entry has no body"))?;
@@ -214,7 +220,7 @@ impl Entry {
         Ok(Self { name: name.to_owned(), head: head.trim_end().to_owned(), body: format!("{{{body}") })
     }
 
-    /// Turns a note into what it stands for.
+    /// Applies a note: adds its directives or sets its alignment.
     fn apply(&mut self, note: &Note) -> Result<(), FinishError> {
         match note.kind {
             NoteKind::LaunchBounds { max_threads, min_blocks } => {
@@ -275,7 +281,7 @@ impl Entry {
     }
 }
 
-/// A note of `cuda_std_macros`.
+/// A note from `cuda_std_macros`.
 struct Note {
     line: String,
     entry: String,
@@ -299,13 +305,13 @@ impl Note {
         let kind = match (*name, values.map_err(|_| error("expected integers after the name"))?.as_slice()) {
             ("launch_bounds", &[max_threads, min_blocks]) => {
                 if !(1..=1024).contains(&max_threads) {
-                    return Err(error("a block has 1 to 1024 threads"));
+                    return Err(error("a thread block has 1 to 1024 threads"));
                 }
                 NoteKind::LaunchBounds { max_threads, min_blocks }
             }
             ("cluster", &[blocks]) => {
                 if !(1..=16).contains(&blocks) {
-                    return Err(error("a cluster has 1 to 16 blocks"));
+                    return Err(error("a cluster has 1 to 16 thread blocks"));
                 }
                 NoteKind::Cluster { blocks }
             }
@@ -323,7 +329,7 @@ impl Note {
         Ok(Self { line: line.to_owned(), entry: (*entry).to_owned(), kind })
     }
 
-    /// What no second note may be about.
+    /// Returns a key of the directive that the note sets. No two notes may have the same.
     fn subject(&self) -> (&str, u8, u32) {
         match self.kind {
             NoteKind::LaunchBounds { .. } => (&self.entry, 0, 0),
@@ -333,31 +339,33 @@ impl Note {
     }
 }
 
-/// A line without its comment.
+/// Returns a line without its comment.
 fn code_of(line: &str) -> &str {
     line.split("//").next().unwrap_or_default().trim()
 }
 
-/// How far a line's braces and parentheses lead in.
+/// Returns the line's change in nesting depth, by braces and parentheses.
 fn depth_change(code: &str) -> i32 {
     let count = |wanted: &[char]| code.chars().filter(|c| wanted.contains(c)).count() as i32;
     count(&['{', '(']) - count(&['}', ')'])
 }
 
-/// Whether `text` has `word` between spaces or parentheses.
+/// Returns whether `text` contains `word`, delimited by white space or opening parentheses.
 fn has_word(text: &str, word: &str) -> bool {
     text.split(|c: char| c.is_whitespace() || c == '(').any(|part| part == word)
 }
 
-/// Leaves out what the assembler does not read and the library would carry: lines of comments, of which the compiler puts
-/// two around every inline assembly, and white space before and between words beyond one space, and behind commas.
+/// Removes text that the assembler ignores, to keep the embedded PTX small.
+///
+/// Removes comment lines (the compiler puts two around every inline assembly), indentation, repeated spaces,
+/// and spaces behind commas.
 fn compact(body: &str) -> String {
     let lines = body.lines().map(str::trim).filter(|line| !line.starts_with("//"));
     let words = |line: &str| line.split_whitespace().collect::<Vec<_>>().join(" ").replace(", ", ",");
     lines.map(words).collect::<Vec<_>>().join("\n")
 }
 
-/// Takes the function's number, which depends on the other kernels, out of the labels `$L__BB7_12`.
+/// Removes the function's number from labels such as `$L__BB7_12`, because it depends on the other kernels.
 fn stable_labels(body: &str) -> String {
     const LABEL: &str = "$L__BB";
     let mut parts = body.split(LABEL);
@@ -370,8 +378,10 @@ fn stable_labels(body: &str) -> String {
     result
 }
 
-/// Takes the `%` out of the names of the virtual registers that the kernel declares, as in `.reg .b32 %r<9>;`: a register's name is most
-/// of the text. Other names keep theirs, and so the special registers do.
+/// Removes the `%` from the names of virtual registers, because register names are most of the text.
+///
+/// Changes only registers that the kernel declares, as in `.reg .b32 %r<9>;`.
+/// Special registers keep their `%`.
 fn short_registers(body: &str) -> String {
     let declared: BTreeSet<&str> = body
         .lines()

@@ -1,6 +1,7 @@
-//! The hash that ties a PTX to what it was built from: the crates' sources and manifests, the compiler's pin and
-//! this builder's own part in the result. It is the same on every system, whatever its path separators and line
-//! endings.
+//! The hash of everything that a PTX is built from.
+//!
+//! It covers the crates' sources and manifests, the pinned compiler, and this builder's own files and flags.
+//! It does not depend on the system's path separators or line endings.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -11,13 +12,13 @@ use sha2::{Digest, Sha256};
 use crate::compile;
 use crate::error::Error;
 
-/// This crate's files that decide what the PTX looks like.
+/// The files of this crate that determine the PTX.
 const BUILDER: [(&str, &str); 2] = [
     ("cuda_builder/compile.rs", include_str!("compile.rs")),
     ("cuda_builder/finish.rs", include_str!("finish.rs")),
 ];
 
-/// The sources of a device crate, under names that do not depend on where they lie.
+/// The sources of a device crate, by names that do not depend on the checkout's location.
 pub(crate) struct Sources {
     files: BTreeMap<String, PathBuf>,
 }
@@ -48,7 +49,7 @@ impl Sources {
             let file_name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
             let name = format!("{name}/{file_name}");
             if file_name.starts_with('.') {
-                // Editors' swap files and the like.
+                // Skip hidden files, such as editors' swap files.
                 continue;
             } else if path.is_dir() {
                 self.add_directory(&name, &path)?;
@@ -59,13 +60,14 @@ impl Sources {
         Ok(())
     }
 
-    /// Whether a file is one of the sources.
+    /// Returns whether a file is one of the sources.
     pub(crate) fn contain(&self, path: &Path) -> bool {
         let path = path.canonicalize().unwrap_or_else(|_| path.to_owned());
         self.files.values().any(|file| *file == path)
     }
 
-    /// The hash of all sources as they are now, and of the builder's flags, in hexadecimal.
+    /// Returns the SHA-256 of all sources as they are now and of the builder's files and flags,
+    /// in hexadecimal.
     pub(crate) fn hash(&self, target: &str) -> Result<String, Error> {
         let mut contents = BTreeMap::new();
         for (name, path) in &self.files {
@@ -79,7 +81,9 @@ impl Sources {
     }
 }
 
-/// The hash of named contents. Lengths go in as well, so that no two sets of files run into one another.
+/// Returns the hash of named contents.
+///
+/// It includes the lengths of names and contents, so that different sets of files cannot look alike.
 fn digest(contents: &BTreeMap<&str, Vec<u8>>) -> String {
     let mut hasher = Sha256::new();
     for (name, bytes) in contents {
@@ -91,7 +95,7 @@ fn digest(contents: &BTreeMap<&str, Vec<u8>>) -> String {
     hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// A line without the carriage return of a Windows checkout.
+/// Returns a line without the carriage return of a Windows checkout.
 fn without_return(line: &[u8]) -> &[u8] {
     line.strip_suffix(b"\r").unwrap_or(line)
 }
@@ -100,7 +104,7 @@ fn without_return(line: &[u8]) -> &[u8] {
 mod tests {
     use super::*;
 
-    /// A crate directory with the given files below it.
+    /// Returns a directory that contains a crate `device` with the given files.
     fn crate_with(files: &[(&str, &str)]) -> tempfile::TempDir {
         let directory = tempfile::tempdir().unwrap();
         for (name, text) in files {
@@ -120,7 +124,7 @@ mod tests {
     }
 
     #[test]
-    fn the_hash_does_not_depend_on_place_or_line_endings() {
+    fn the_hash_does_not_depend_on_location_or_line_endings() {
         let unix = hash_with(&[("src/lib.rs", "fn a() {}\nfn b() {}\n"), ("src/ptx/mod.rs", "")]);
         let windows = hash_with(&[("src/lib.rs", "fn a() {}\r\nfn b() {}\r\n"), ("src/ptx/mod.rs", "")]);
         assert_eq!(unix, windows);
@@ -128,7 +132,7 @@ mod tests {
     }
 
     #[test]
-    fn the_hash_follows_every_change() {
+    fn every_change_changes_the_hash() {
         let original = hash_with(&[("src/lib.rs", "a"), ("src/b.rs", "b")]);
         assert_ne!(original, hash_with(&[("src/lib.rs", "a"), ("src/b.rs", "c")]), "content");
         assert_ne!(original, hash_with(&[("src/lib.rs", "a"), ("src/c.rs", "b")]), "name");

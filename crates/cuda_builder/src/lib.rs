@@ -1,16 +1,19 @@
-//! Builds a Rust device crate to PTX, with rust-cuda's names and shape, on rustc's own NVPTX backend.
+//! Builds a Rust device crate to PTX with rustc's own NVPTX backend.
+//! Its interface follows rust-cuda's crate of this name.
 //!
-//! [`CudaBuilder`] finds a compiler together with the library source of exactly that compiler ([`Toolchain`]),
-//! runs cargo for `nvptx64-nvidia-cuda`, and writes into the PTX text what rustc has no attribute for: launch
-//! bounds, cluster shapes, aligned parameters. The notes that it reads for that come from `cuda_std_macros`.
+//! [`CudaBuilder`] finds a compiler and the library source of exactly that compiler ([`Toolchain`]).
+//! It then runs cargo for `nvptx64-nvidia-cuda`.
+//! Last, it adds directives that rustc has no attribute for:
+//! launch bounds, cluster shapes and aligned parameters.
+//! `cuda_std_macros` leaves notes about these in the PTX.
 //!
 //! | module | purpose |
 //! |---|---|
-//! | [`toolchain`] | where a usable compiler may be, and in which order to look |
-//! | `debian` | Debian's packages, unpacked without root |
-//! | `compile` | cargo's command line and environment |
-//! | [`finish`] | compiler output to one finished PTX text per kernel |
-//! | `hash` | which sources a PTX was built from |
+//! | [`toolchain`] | finds a usable compiler |
+//! | `debian` | fetches Debian's packages of the compiler and unpacks them without root |
+//! | `compile` | runs cargo with the right arguments and environment |
+//! | [`finish`] | turns the compiler's output into one finished PTX text per kernel |
+//! | `hash` | computes the hash of the sources that a PTX was built from |
 //!
 //! ```no_run
 //! use cuda_builder::{CudaBuilder, NvvmArch};

@@ -1,8 +1,8 @@
 //! Finds the compiler for device code.
 //!
-//! `core` is compiled along with the kernels, and only the library source of exactly the same compiler will do.
-//! Three places may hold such a pair; they are looked at in the order in which they cost the user least:
-//! rustup's toolchain, Debian's installed packages, Debian's packages unpacked below the target directory.
+//! `core` is compiled along with the kernels, which needs the library source of exactly the same compiler.
+//! This file looks in three places, and first where it costs the user least: rustup's toolchain,
+//! Debian's installed packages, and Debian's packages unpacked below the target directory (`debian.rs`).
 
 use std::env;
 use std::fs;
@@ -17,19 +17,24 @@ use crate::error::{Error, output_of};
 pub struct Toolchain {
     /// The compiler.
     pub rustc: PathBuf,
-    /// The cargo that runs it; never rustup's proxy, which would act on the device crate's toolchain file.
+    /// The cargo that runs it. Never rustup's proxy, which would follow the device crate's toolchain file.
     pub cargo: PathBuf,
-    /// Directories that hold the compiler's shared libraries, where the system's loader does not know them.
+    /// Directories with the compiler's shared libraries that the system's loader does not search.
     pub library_dirs: Vec<PathBuf>,
-    /// What the compiler answers to `--version`.
+    /// The compiler's output for `--version`.
     pub version: String,
-    /// Where it was found, in words.
+    /// The place where it was found, for messages.
     pub origin: &'static str,
 }
 
 impl Toolchain {
-    /// Finds the toolchain that `crate_dir`'s `rust-toolchain.toml` pins, fetching Debian's packages into
-    /// `target_dir` if nothing else will do.
+    /// Finds the toolchain that `crate_dir`'s `rust-toolchain.toml` pins.
+    ///
+    /// Fetches Debian's packages into `target_dir` if no installed toolchain is usable.
+    ///
+    /// # Errors
+    /// [`Error::NoToolchain`] with the reason for each place,
+    /// or an error if the toolchain file is not usable.
     pub fn find(crate_dir: &Path, target_dir: &Path) -> Result<Self, Error> {
         let channel = pinned_channel(crate_dir)?;
         let mut tried = Vec::new();
@@ -56,7 +61,7 @@ impl Toolchain {
         Err(Error::NoToolchain { channel, tried })
     }
 
-    /// The toolchain below `root`, or the reason why it is none.
+    /// Returns the toolchain below `root`, or the reason why it is not usable.
     fn at(
         root: &Path,
         channel: &str,
@@ -83,7 +88,7 @@ impl Toolchain {
         Ok(toolchain)
     }
 
-    /// Lets a command that starts the compiler find the compiler's libraries.
+    /// Sets a command's library search path so that the compiler finds its shared libraries.
     pub(crate) fn set_library_path(&self, command: &mut Command) {
         if self.library_dirs.is_empty() {
             return;
@@ -97,14 +102,17 @@ impl Toolchain {
     }
 }
 
-/// The version that a crate's toolchain file pins.
+/// Returns the version that a crate's toolchain file pins.
+///
+/// # Errors
+/// [`Error::File`] if there is no readable file, and [`Error::NoPinnedChannel`] if it pins no version.
 pub fn pinned_channel(crate_dir: &Path) -> Result<String, Error> {
     let path = crate_dir.join("rust-toolchain.toml");
     let text = fs::read_to_string(&path).map_err(Error::file("read", &path))?;
     channel_in(&text).ok_or(Error::NoPinnedChannel { path })
 }
 
-/// The `channel` of a toolchain file's text.
+/// Returns the `channel` in a toolchain file's text.
 fn channel_in(text: &str) -> Option<String> {
     text.lines().find_map(|line| {
         let (key, value) = line.split_once('=')?;
@@ -114,7 +122,7 @@ fn channel_in(text: &str) -> Option<String> {
     })
 }
 
-/// The directory of rustup's toolchain `channel`, if it is installed. Never downloads anything.
+/// Returns the directory of rustup's toolchain `channel` if it is installed. Never downloads anything.
 fn rustup_toolchain(channel: &str) -> Result<PathBuf, String> {
     let mut command = Command::new("rustup");
     command.args(["toolchain", "list", "-v"]).env("RUSTUP_AUTO_INSTALL", "0").env_remove("RUSTUP_TOOLCHAIN");
@@ -122,7 +130,8 @@ fn rustup_toolchain(channel: &str) -> Result<PathBuf, String> {
     listed_path(&list, channel).ok_or_else(|| format!("toolchain {channel} is not installed"))
 }
 
-/// Finds a toolchain in what `rustup toolchain list -v` prints: a name, notes in parentheses, a path.
+/// Finds a toolchain's path in the output of `rustup toolchain list -v`:
+/// a name, notes in parentheses, and a path.
 fn listed_path(list: &str, channel: &str) -> Option<PathBuf> {
     list.lines().find_map(|line| {
         let (name, mut rest) = line.split_once(char::is_whitespace)?;
@@ -137,13 +146,13 @@ fn listed_path(list: &str, channel: &str) -> Option<PathBuf> {
     })
 }
 
-/// The cargo of the host's toolchain.
+/// Returns the cargo of the host's toolchain.
 fn host_cargo(crate_dir: &Path) -> PathBuf {
-    // cargo names itself to what it runs; that is the program proper.
+    // cargo sets this variable for the programs that it runs. It names the real program, not rustup's proxy.
     if let Some(cargo) = env::var_os("CARGO") {
         return cargo.into();
     }
-    // Asked beside the device crate, not in it, where its own toolchain file would be the answer.
+    // Ask beside the device crate: inside it, rustup would follow the device crate's toolchain file.
     let mut command = Command::new("rustup");
     command.args(["which", "cargo"]).env("RUSTUP_AUTO_INSTALL", "0");
     if let Some(parent) = crate_dir.parent().filter(|parent| parent.is_dir()) {

@@ -1,7 +1,9 @@
-//! One symbol for each driver function that `cust_raw 0.11` declares, so that nothing needs `libcuda` to
-//! link. Each is a jump through a slot of its own; [`crate::load`] fills the slots from the real library, and
-//! until then they hold [`unavailable`]. A jump leaves registers and stack as the caller set them up, which is
-//! why no signature appears here.
+//! Defines a symbol for each driver function that `cust_raw 0.11` declares,
+//! so that programs link without `libcuda`.
+//!
+//! Each symbol jumps through a slot of its own.
+//! The slots hold [`unavailable`] until [`crate::load`] fills them from the real library.
+//! A jump leaves the caller's registers and stack unchanged, so no signatures are needed here.
 
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::sync::atomic::{AtomicPtr, Ordering};
@@ -10,42 +12,45 @@ use std::{mem, ptr};
 /// `CUDA_ERROR_STUB_LIBRARY`: "the CUDA driver that the application has loaded is a stub library".
 const STUB_LIBRARY: c_int = 34;
 
-/// What an entry point does while there is no driver function behind it. It reads no argument, so any
-/// call reaches it soundly.
+/// The function behind an entry point that has no driver function.
+///
+/// It reads no argument, so a call with any signature is sound.
 extern "C" fn unavailable() -> c_int {
     STUB_LIBRARY
 }
 
-/// Stands for `cuGetErrorString` and `cuGetErrorName`. `cust` formats its errors through the first, and a
-/// failing one makes `to_string` panic, so these two answer even without a driver.
+/// Replaces `cuGetErrorString` and `cuGetErrorName` while no driver is loaded.
+///
+/// `cust` formats its errors with `cuGetErrorString`, and its `to_string` panics if that call fails.
+/// These two functions therefore succeed even without a driver.
 ///
 /// # Safety
 /// `text` must be null or valid for a write.
 unsafe extern "C" fn describe_any_error(_error: c_int, text: *mut *const c_char) -> c_int {
     const TEXT: &CStr = c"the NVIDIA driver is not loaded";
     if !text.is_null() {
-        // SAFETY: the caller, as the driver's own contract demands, passes a pointer to write to.
+        // SAFETY: the pointer is not null, so the caller guarantees that it is valid for a write.
         unsafe { text.write(TEXT.as_ptr()) };
     }
     0
 }
 
-/// What `cuGetErrorString` has to say about a status; nothing about a number that it does not know.
+/// Returns the text of `cuGetErrorString` for a status, or `None` for an unknown status.
 pub(crate) fn error_string(status: c_int) -> Option<&'static CStr> {
     type GetErrorString = unsafe extern "C" fn(c_int, *mut *const c_char) -> c_int;
     let function = slots::cuGetErrorString.load(Ordering::Acquire);
-    // SAFETY: the slot holds the driver's function or `describe_any_error`, both of this type.
+    // SAFETY: the slot holds the driver's function or `describe_any_error`, and both have this type.
     let function = unsafe { mem::transmute::<*mut c_void, GetErrorString>(function) };
     let mut text = ptr::null();
-    // SAFETY: any number may be asked about, and the pointer is valid for a write. What is written is null or a string
-    // that lives as long as the driver, which is never unloaded.
+    // SAFETY: the function accepts any number, and the pointer is valid for a write.
+    // It writes null or a string that lives as long as the driver, which is never unloaded.
     unsafe {
         function(status, &mut text);
         if text.is_null() { None } else { Some(CStr::from_ptr(text)) }
     }
 }
 
-/// A driver function's name and the slot that its symbol jumps through.
+/// A driver function's name, and the slot that its symbol jumps through.
 pub(crate) struct EntryPoint {
     pub(crate) name: &'static str,
     pub(crate) slot: &'static AtomicPtr<c_void>,
@@ -63,8 +68,9 @@ macro_rules! initial {
     };
 }
 
-/// The jump: one per architecture that has an NVIDIA driver, and a constant answer on the others. Only
-/// x16, which the AArch64 calling convention reserves for such veneers, is overwritten.
+/// The jump through a slot, for each architecture that has an NVIDIA driver.
+///
+/// It overwrites no register except x16, which the AArch64 calling convention reserves for such veneers.
 macro_rules! jump_through {
     ($slot:path) => {
         #[cfg(target_arch = "x86_64")]
@@ -88,21 +94,21 @@ macro_rules! jump_through {
 
 macro_rules! entry_points {
     ($($name:ident)*) => {
-        /// One slot per driver function, named like it.
+        /// The slots, one for each driver function, with the function's name.
         #[allow(non_upper_case_globals)]
         mod slots {
             use super::*;
             $(pub(super) static $name: AtomicPtr<c_void> = AtomicPtr::new(initial!($name));)*
         }
 
-        /// The symbols that `cust` links against. They are reached by name only, never through this module.
+        /// The symbols that `cust` links against. Nothing refers to them through this module.
         #[allow(non_snake_case)]
         mod symbols {
             use super::*;
             $(
-                // SAFETY: the names are the CUDA driver's, which this crate exists to define, and each
-                // hands its arguments untouched to a function of the same signature (or to one that
-                // reads none of them).
+                // SAFETY: these are names of the CUDA driver, and this crate is the one that defines them.
+                // Each symbol passes its arguments unchanged to a function of the same signature,
+                // or to one that reads none of them.
                 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
                 #[unsafe(no_mangle)]
                 #[unsafe(naked)]
@@ -110,7 +116,7 @@ macro_rules! entry_points {
                     jump_through!(slots::$name);
                 }
 
-                // SAFETY: as above; nothing is forwarded.
+                // SAFETY: as above, but the function reads no argument and forwards none.
                 #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
                 #[unsafe(no_mangle)]
                 extern "C" fn $name() -> c_int {
@@ -119,7 +125,7 @@ macro_rules! entry_points {
             )*
         }
 
-        /// Every entry point, in the order of their names.
+        /// All entry points, sorted by name.
         pub(crate) static ENTRY_POINTS: &[EntryPoint] =
             &[$(EntryPoint { name: stringify!($name), slot: &slots::$name }),*];
     };

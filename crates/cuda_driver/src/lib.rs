@@ -1,21 +1,22 @@
 //! The CUDA driver's entry points, resolved from `libcuda.so.1` (`nvcuda.dll`) when the program runs.
 //!
-//! `cust` calls the driver through symbols that are normally linked from `libcuda`. This crate defines those
-//! symbols itself, so a program that uses `cust` builds without a CUDA toolkit and starts without a driver:
+//! `cust` calls the driver through symbols that are normally linked from `libcuda`.
+//! This crate defines those symbols itself (`entry_points.rs`).
+//! A program that uses `cust` therefore builds without a CUDA toolkit and starts without a driver:
 //!
-//! - before [`load`] succeeds, every driver call returns `CUDA_ERROR_STUB_LIBRARY` (34);
-//! - afterwards each goes straight to the driver's function, through one indirect jump.
+//! - Before [`load`] succeeds, driver calls return `CUDA_ERROR_STUB_LIBRARY` (34).
+//! - Afterwards, each call goes straight to the driver's function, through one indirect jump.
 //!
 //! ```no_run
 //! let driver = cuda_driver::load()?;
 //! println!("CUDA driver {}", driver.version());
-//! // From here on, cust works; what cust lacks is found by name.
+//! // From here on, cust works. Functions that cust lacks are looked up by name.
 //! let encode = driver.lookup("cuTensorMapEncodeTiled");
 //! # Ok::<(), cuda_driver::LoadError>(())
 //! ```
 //!
-//! A crate that only uses `cust`'s types must still name this one (`use cuda_driver as _;`), or the linker never sees
-//! its symbols.
+//! A crate that only uses `cust` must still name this crate (`use cuda_driver as _;`),
+//! so that the linker sees its symbols.
 
 mod entry_points;
 
@@ -32,31 +33,31 @@ use entry_points::ENTRY_POINTS;
 /// The driver library's file name, as the system's loader looks it up.
 pub const LIBRARY: &str = if cfg!(windows) { "nvcuda.dll" } else { "libcuda.so.1" };
 
-/// Why there is no driver to call.
+/// The reasons why no driver could be loaded.
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
-    /// The system's loader does not know the library.
+    /// The system's loader did not find the library.
     #[error(
         "no NVIDIA driver: {library} not found (on a host install NVIDIA's driver; in a container \
          start it with the NVIDIA Container Toolkit)"
     )]
     NotFound {
-        /// The library that was looked for.
+        /// The library's name or path.
         library: String,
-        /// What the loader said.
+        /// The loader's error.
         source: libloading::Error,
     },
-    /// The library opened but is not a working driver.
+    /// The library exists but is not a working driver.
     #[error("{library} is not a working NVIDIA driver: {reason}")]
     NotADriver {
-        /// The library that was opened.
+        /// The library's name or path.
         library: String,
-        /// What is wrong with it.
+        /// The problem with it.
         reason: String,
     },
 }
 
-/// The newest CUDA version that the driver supports: 13.0 for the 580 series, for example.
+/// The newest CUDA version that a driver supports, such as 13.0 for the 580 series.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct CudaVersion {
     /// The number before the dot.
@@ -71,7 +72,7 @@ impl fmt::Display for CudaVersion {
     }
 }
 
-/// The loaded driver. It stays loaded for as long as the process lives.
+/// The loaded driver. It stays loaded until the process ends.
 #[derive(Debug)]
 pub struct Driver {
     library: Library,
@@ -81,22 +82,25 @@ pub struct Driver {
 
 static DRIVER: OnceLock<Driver> = OnceLock::new();
 
-/// Opens the driver and connects the entry points to it; once that has succeeded, later calls return the same
-/// driver at once.
+/// Loads the driver and connects the entry points to it.
+///
+/// Once this has succeeded, later calls return the same driver at once.
 ///
 /// # Errors
-/// [`LoadError`] where the machine has no driver. The entry points then go on returning 34.
+/// [`LoadError`] if the machine has no working driver. The entry points then still return 34.
 pub fn load() -> Result<&'static Driver, LoadError> {
-    // SAFETY: this is NVIDIA's own library under its own name, made to be opened like this.
+    // SAFETY: this name belongs to NVIDIA's driver library, which is made to be loaded like this
+    // and whose functions have the driver's signatures.
     unsafe { load_from(LIBRARY) }
 }
 
-/// As [`load`], from a given library: for a driver outside the loader's search path, and for tests. If a driver is already
-/// loaded, that one is returned and `library` is left alone.
+/// Loads the driver from a given library: for a driver outside the loader's search path, and for tests.
+///
+/// If a driver is already loaded, returns that one and does not open `library`.
 ///
 /// # Safety
-/// `library` runs its initialisers in this process, and the functions that it exports under the names of
-/// driver functions must have those functions' signatures.
+/// It must be sound to run the library's initialisers in this process.
+/// Functions that it exports under the names of driver functions must have those functions' signatures.
 ///
 /// # Errors
 /// As [`load`].
@@ -106,40 +110,51 @@ pub unsafe fn load_from(library: impl AsRef<OsStr>) -> Result<&'static Driver, L
     if let Some(driver) = DRIVER.get() {
         return Ok(driver);
     }
-    // SAFETY: handed on to the caller.
+    // SAFETY: the caller guarantees what `Driver::open` requires.
     let driver = unsafe { Driver::open(library.as_ref()) }?;
     Ok(DRIVER.get_or_init(|| driver.connect()))
 }
 
-/// What the driver says about a status that one of its functions returned: a line of text, or nothing where it does not
-/// know the number. Unlike `cust`'s error type this takes any number, also one of a newer driver.
+/// Returns the driver's description of a status in one line,
+/// or `None` if the driver does not know the status.
+///
+/// Unlike `cust`'s error type, this accepts any number, including those of newer drivers.
 pub fn describe_status(status: c_int) -> Option<Cow<'static, str>> {
     entry_points::error_string(status).map(CStr::to_string_lossy)
 }
 
+/// Returns what the system's loader says, which is the source of the error if it has one.
+fn loader_message(error: &libloading::Error) -> String {
+    std::error::Error::source(error).map_or_else(|| error.to_string(), ToString::to_string)
+}
+
 impl Driver {
+    /// Opens a library and checks that it is a working driver.
+    ///
     /// # Safety
     /// As [`load_from`].
     unsafe fn open(path: &OsStr) -> Result<Self, LoadError> {
         let name = || path.to_string_lossy().into_owned();
         let not_a_driver = |reason: String| LoadError::NotADriver { library: name(), reason };
-        // SAFETY: handed on to the caller.
+        // SAFETY: the caller guarantees that the library may be opened.
         let library = unsafe { Library::new(path) }.map_err(|source| {
-            // A file that is there but does not open (the wrong architecture, say) is another problem than none.
-            if cfg!(windows) || source.to_string().to_ascii_lowercase().contains("no such file") {
+            // Distinguish a missing file from one that does not open,
+            // for example one of another architecture.
+            let reason = loader_message(&source);
+            if cfg!(windows) || reason.to_ascii_lowercase().contains("no such file") {
                 LoadError::NotFound { library: name(), source }
             } else {
-                not_a_driver(source.to_string())
+                not_a_driver(reason)
             }
         })?;
 
         type GetVersion = unsafe extern "C" fn(*mut c_int) -> c_int;
         let mut driver = Self { library, version: CudaVersion { major: 0, minor: 0 }, missing: Vec::new() };
-        // SAFETY: that is the signature of `cuDriverGetVersion` in every CUDA release.
+        // SAFETY: `cuDriverGetVersion` has this signature in every CUDA release.
         let get_version = unsafe { driver.symbol::<GetVersion>("cuDriverGetVersion") }
             .ok_or_else(|| not_a_driver("it has no cuDriverGetVersion".into()))?;
         let mut version = 0;
-        // SAFETY: the one argument is valid for a write; this function needs no `cuInit`.
+        // SAFETY: the pointer is valid for a write, and this function needs no `cuInit`.
         let status = unsafe { get_version(&mut version) };
         if status != 0 || version <= 0 {
             return Err(not_a_driver(format!(
@@ -151,7 +166,7 @@ impl Driver {
         Ok(driver)
     }
 
-    /// Points every entry point at this driver. Those that the driver lacks keep what they had.
+    /// Connects every entry point to this driver. Those that the driver lacks stay as they are.
     fn connect(mut self) -> Self {
         for entry in ENTRY_POINTS {
             match self.lookup(entry.name) {
@@ -162,28 +177,29 @@ impl Driver {
         self
     }
 
-    /// The CUDA version of the driver, as `cuDriverGetVersion` gives it.
+    /// Returns the driver's CUDA version, as `cuDriverGetVersion` reports it.
     pub fn version(&self) -> CudaVersion {
         self.version
     }
 
-    /// The entry points known to this crate that the driver lacks; calling them returns 34.
+    /// Returns the entry points of this crate that the driver lacks. Calls to them return 34.
     pub fn missing(&self) -> &[&'static str] {
         &self.missing
     }
 
-    /// The address of an exported function, `None` if the driver has none of that name.
+    /// Returns the address of an exported function, or `None` if the driver has none of this name.
     pub fn lookup(&self, name: &str) -> Option<*const c_void> {
-        // SAFETY: a symbol may be read as a plain address whatever its type.
+        // SAFETY: any symbol may be read as a plain address, whatever its type.
         unsafe { self.symbol::<*const c_void>(name) }.filter(|address| !address.is_null())
     }
 
-    /// An exported function as a function pointer, `None` if the driver has none of that name.
+    /// Returns an exported function as a function pointer, or `None` if the driver has none of this name.
     ///
     /// # Safety
-    /// `T` must be a function pointer type (or a pointer) that fits what `name` is in the driver.
+    /// `T` must be a function pointer type, or a pointer type, that matches the driver's symbol `name`.
     pub unsafe fn symbol<T: Copy>(&self, name: &str) -> Option<T> {
-        // SAFETY: the caller vouches for the type; the library is never closed once it is public.
+        // SAFETY: the caller guarantees the type. A driver that callers can reach is never unloaded,
+        // so the pointer stays valid.
         unsafe { self.library.get::<T>(name.as_bytes()) }.ok().map(|symbol| *symbol)
     }
 }

@@ -1,5 +1,7 @@
-//! Calls through the entry points once a driver is loaded. The driver is a library compiled here from
-//! `fake/libcuda.rs`; one test function holds everything, because loading changes the whole process.
+//! Calls through the entry points after a driver is loaded.
+//!
+//! The driver is a library that this test compiles from `fake/libcuda.rs`.
+//! One test function holds all checks, because loading changes the whole process.
 
 use std::ffi::{c_int, c_uint, c_void};
 use std::path::{Path, PathBuf};
@@ -24,10 +26,10 @@ fn compile(source: &Path, into: &Path) -> PathBuf {
 }
 
 #[test]
-fn loaded_entry_points_hand_every_argument_to_the_driver() {
+fn loaded_entry_points_pass_every_argument_to_the_driver() {
     let folder = tempfile::tempdir().unwrap();
 
-    // A library that opens but has no driver functions is refused, and nothing is connected to it.
+    // A library without driver functions is refused, and no entry point is connected to it.
     let empty = folder.path().join("empty.rs");
     std::fs::write(&empty, "").unwrap();
     let not_a_driver = compile(&empty, folder.path());
@@ -43,10 +45,10 @@ fn loaded_entry_points_hand_every_argument_to_the_driver() {
     let driver = unsafe { cuda_driver::load_from(&library) }.unwrap();
     assert_eq!(driver.version().to_string(), "12.9");
 
-    // Loading is once for the process: whatever is asked for later, the first driver answers.
+    // A process loads one driver: later calls return the first one.
     assert!(ptr::eq(driver, cuda_driver::load().unwrap()));
 
-    // SAFETY: the fake driver takes any value here, and writes through no pointer but those to locals.
+    // SAFETY: the fake driver accepts any value here, and writes only through pointers to locals.
     unsafe {
         assert_eq!(sys::cuInit(0) as c_int, 0);
         assert_eq!(sys::cuInit(5) as c_int, 1);
@@ -93,23 +95,23 @@ fn loaded_entry_points_hand_every_argument_to_the_driver() {
         assert_eq!(sum, (0..64).map(|i| i * (i + 1)).sum::<u64>());
     }
 
-    // cust's own calls arrive too.
+    // cust's safe calls reach the driver, too.
     assert_eq!(cust::device::Device::num_devices().unwrap(), 7);
 
-    // What the driver lacks keeps answering that it is not there.
+    // Functions that the driver lacks still return the stub error.
     assert!(driver.missing().contains(&"cuMemGetInfo_v2"));
     assert!(!driver.missing().contains(&"cuLaunchKernel"));
     assert_eq!(cust::memory::mem_get_info().unwrap_err(), cust::error::CudaError::UnknownError);
 
-    // Statuses are described by the driver, also those that cust has no name for.
+    // The driver describes statuses, including those that cust has no name for.
     assert_eq!(cuda_driver::describe_status(912).unwrap(), "invalid cluster size");
     assert_eq!(cuda_driver::describe_status(-5), None);
 
-    // Entry points unknown to cust are found by name.
+    // Functions unknown to cust are found by name.
     type Encode = unsafe extern "C" fn(c_uint) -> c_int;
-    // SAFETY: the signature is the fake's.
+    // SAFETY: the fake's function has this signature.
     let encode = unsafe { driver.symbol::<Encode>("cuTensorMapEncodeTiled") }.unwrap();
-    // SAFETY: the fake has no requirement.
+    // SAFETY: the fake's function has no requirements.
     assert_eq!(unsafe { encode(4) }, 5);
     assert_eq!(driver.lookup("cuTensorMapEncodeTiled"), Some(encode as *const c_void));
     assert_eq!(driver.lookup("cuNoSuchFunction"), None);

@@ -1,5 +1,7 @@
-//! What a program that uses `cust` sees while no driver is loaded. That this test starts at all shows that
-//! linking and loading need no `libcuda`. It never calls `load()`, so it shows the same on machines with a driver.
+//! Behaviour of a program that uses `cust` while no driver is loaded.
+//!
+//! That this test starts at all shows that linking and starting need no `libcuda`.
+//! It never loads a driver, so it tests the same on machines that have one.
 
 use std::ffi::{CStr, c_char, c_int};
 use std::ptr;
@@ -27,7 +29,7 @@ fn cust_returns_errors_that_can_be_printed() {
 
 #[test]
 fn entry_points_return_stub_library() {
-    // SAFETY: without a driver the arguments are not looked at, and the null pointers not followed.
+    // SAFETY: without a driver the calls ignore their arguments and dereference no pointer.
     unsafe {
         assert_eq!(raw(sys::cuInit(0)), STUB_LIBRARY);
         assert_eq!(raw(sys::cuCtxSynchronize()), STUB_LIBRARY);
@@ -51,9 +53,9 @@ fn entry_points_return_stub_library() {
 }
 
 #[test]
-fn error_names_are_answered_without_a_driver() {
+fn error_names_are_available_without_a_driver() {
     let mut name: *const c_char = ptr::null();
-    // SAFETY: the pointer is valid for a write, and what is written there is a C string that is never freed.
+    // SAFETY: the pointer is valid for a write, and the call writes a C string there that is never freed.
     let name = unsafe {
         assert_eq!(raw(sys::cuGetErrorName(sys::cudaError_enum::CUDA_ERROR_NO_DEVICE, &mut name)), 0);
         assert_eq!(raw(sys::cuGetErrorString(sys::cudaError_enum::CUDA_ERROR_NO_DEVICE, ptr::null_mut())), 0);
@@ -70,8 +72,8 @@ fn any_status_is_described_without_a_driver() {
 }
 
 #[test]
-fn missing_library_is_named_with_what_to_do() {
-    // SAFETY: there is no such library, so nothing of it runs.
+fn a_missing_library_is_named_with_the_remedy() {
+    // SAFETY: there is no such library, so no code of it runs.
     let error = unsafe { cuda_driver::load_from("libcuda-absent.so.1") }.unwrap_err();
     assert!(matches!(error, cuda_driver::LoadError::NotFound { .. }));
     let text = error.to_string();
@@ -80,17 +82,17 @@ fn missing_library_is_named_with_what_to_do() {
 }
 
 #[test]
-fn file_that_is_no_library_is_told_from_a_missing_one() {
+fn a_file_that_is_no_library_is_not_reported_as_missing() {
     let file = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(file.path(), "not a shared object").unwrap();
-    // SAFETY: the loader refuses the file before anything of it runs.
+    // SAFETY: the loader refuses the file before any code of it runs.
     let error = unsafe { cuda_driver::load_from(file.path()) }.unwrap_err();
     assert!(matches!(error, cuda_driver::LoadError::NotADriver { .. }), "{error}");
 }
 
 #[test]
 #[cfg(target_os = "linux")]
-fn process_has_not_loaded_libcuda() {
+fn the_process_has_not_loaded_libcuda() {
     let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
     assert!(!maps.contains("libcuda.so"), "{maps}");
 }

@@ -1,11 +1,13 @@
-//! Device-side standard library for kernels written in Rust.
+//! The device-side standard library for kernels written in Rust.
 //!
-//! The names and shapes follow rust-cuda's crate of the same name, on rustc's own NVPTX backend: `#[kernel]`
-//! functions, [`thread`], [`warp`] and [`cluster`] indices and barriers, [`shared`] memory. `cuda_builder`
-//! compiles a crate that uses it and finishes in the PTX text what rustc has no attribute for.
+//! It has `#[kernel]` functions, indices and barriers ([`thread`], [`warp`], [`cluster`])
+//! and [`shared`] memory.
+//! Names and signatures follow rust-cuda's crate of the same name, but the backend is rustc's own for NVPTX.
+//! `cuda_builder` compiles a crate that uses it.
+//! The builder also adds to the PTX text the directives for which rustc has no attribute.
 //!
-//! On any other target than `nvptx64` the crate is empty but for the macros, so that a workspace which holds
-//! device code still builds and documents itself everywhere.
+//! On targets other than `nvptx64`, the crate contains only the macros and [`TensorMap`].
+//! A workspace with device code therefore builds, and generates its documentation, everywhere.
 
 #![no_std]
 #![cfg_attr(target_arch = "nvptx64", feature(asm_experimental_arch, stdarch_nvptx))]
@@ -27,6 +29,6 @@ pub use tensor_map::TensorMap;
 #[cfg(target_arch = "nvptx64")]
 #[panic_handler]
 fn panic(_: &core::panic::PanicInfo) -> ! {
-    // SAFETY: `trap` stops the grid with a launch error; nothing runs after it.
+    // SAFETY: `trap` stops the grid with a launch error, so nothing runs after it.
     unsafe { core::arch::nvptx::trap() }
 }

@@ -1,9 +1,12 @@
-//! The 128-byte descriptor of a tensor that the TMA unit copies from or to, as the driver encodes it.
+//! The 128-byte descriptor of a tensor that TMA copies from or to, as the driver encodes it.
+//!
+//! The host encodes it in `host/src/gpu/tensor_map.rs`.
 
-/// An opaque tensor map, filled on the host by `cuTensorMapEncodeTiled` and given to a kernel by value.
+/// An opaque tensor map.
+/// The host fills it by `cuTensorMapEncodeTiled` and passes it to a kernel by value.
 ///
-/// In a kernel's signature it stands behind `#[grid_constant]`, and the body sees a `*const TensorMap` that
-/// points into the parameter bank, where TMA instructions want it.
+/// In the signature of a kernel, the parameter has the attribute `#[grid_constant]`.
+/// The kernel's body sees a `*const TensorMap` into the parameter bank, where TMA instructions need it.
 #[repr(C, align(64))]
 #[derive(Clone, Copy)]
 pub struct TensorMap {

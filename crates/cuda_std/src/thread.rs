@@ -1,56 +1,59 @@
-//! Where a thread stands in its block and grid, and the barriers of a block.
+//! The position of a thread in its thread block and grid, and the barriers of a thread block.
+//!
+//! These wrap the intrinsics of `core::arch::nvptx` and a few PTX instructions.
 
 use core::arch::{asm, nvptx};
 
-/// The thread's x index in its block.
+/// Returns the x index of the thread in its thread block.
 #[inline(always)]
 pub fn thread_idx_x() -> u32 {
-    // SAFETY: reads a special register.
+    // SAFETY: only reads a special register.
     unsafe { nvptx::_thread_idx_x() as u32 }
 }
 
-/// The block's x index in the grid.
+/// Returns the x index of the thread block in the grid.
 #[inline(always)]
 pub fn block_idx_x() -> u32 {
-    // SAFETY: reads a special register.
+    // SAFETY: only reads a special register.
     unsafe { nvptx::_block_idx_x() as u32 }
 }
 
-/// The number of threads in a block along x.
+/// Returns the number of threads in a thread block along x.
 #[inline(always)]
 pub fn block_dim_x() -> u32 {
-    // SAFETY: reads a special register.
+    // SAFETY: only reads a special register.
     unsafe { nvptx::_block_dim_x() as u32 }
 }
 
-/// The number of blocks in the grid along x.
+/// Returns the number of thread blocks in the grid along x.
 #[inline(always)]
 pub fn grid_dim_x() -> u32 {
-    // SAFETY: reads a special register.
+    // SAFETY: only reads a special register.
     unsafe { nvptx::_grid_dim_x() as u32 }
 }
 
-/// Waits for every thread of the block; their earlier memory accesses are visible afterwards.
+/// Waits for every thread of the thread block.
+/// Their earlier memory accesses are visible afterwards.
 #[inline(always)]
 pub fn sync_threads() {
-    // SAFETY: the barrier touches no memory of its own.
+    // SAFETY: the barrier itself accesses no memory.
     unsafe { nvptx::_syncthreads() }
 }
 
-/// Waits at named barrier `ID` until `THREADS` threads, whole warps, have come to it.
+/// Waits at the named barrier `id` until `THREADS` threads, in whole warps, have arrived there.
 ///
-/// Barrier 0 is the one of [`sync_threads`].
+/// Barrier 0 is that of [`sync_threads`].
 #[inline(always)]
 pub fn sync_named<const THREADS: u32>(id: u32) {
     // SAFETY: as for `sync_threads`.
     unsafe { asm!("bar.sync {}, {};", in(reg32) id, const THREADS, options(nostack)) }
 }
 
-/// The multiprocessor's clock, in cycles.
+/// Returns the clock of the SM, in cycles.
 #[inline(always)]
 pub fn clock64() -> u64 {
     let cycles;
-    // SAFETY: reads a special register.
+    // SAFETY: only reads a special register.
     unsafe { asm!("mov.u64 {}, %clock64;", out(reg64) cycles, options(nomem, nostack)) }
     cycles
 }
@@ -58,6 +61,6 @@ pub fn clock64() -> u64 {
 /// Stops the grid with a launch error.
 #[inline(always)]
 pub fn trap() -> ! {
-    // SAFETY: nothing runs after it.
+    // SAFETY: it stops the grid, so nothing runs after it.
     unsafe { nvptx::trap() }
 }

@@ -1,8 +1,9 @@
 //! The `#[kernel]` attribute of `cuda_std`.
 //!
-//! rustc's NVPTX backend knows kernels (`extern "ptx-kernel"`) but neither launch bounds, cluster shapes nor
-//! the 64-byte alignment that a tensor map needs as a parameter. The macro writes those down as comment lines
-//! in the PTX, which `cuda_builder` turns into directives. The lines are:
+//! rustc's NVPTX backend supports kernels (`extern "ptx-kernel"`), but it lacks attributes
+//! for launch bounds, cluster dimensions and the 64-byte alignment of a tensor map as a parameter.
+//! The macro writes these into the PTX as comment lines, and `cuda_builder` turns the lines into directives.
+//! They are:
 //!
 //! ```text
 //! //@ launch_bounds NAME MAX_THREADS MIN_BLOCKS
@@ -15,7 +16,7 @@ use proc_macro2::TokenStream as TokenStream2;
 use quote::quote;
 use syn::{FnArg, Ident, ItemFn, LitInt, Pat, Token, parse::Parse, parse::ParseStream, parse_macro_input};
 
-/// `key = integer` pairs between the attribute's parentheses.
+/// The `key = integer` pairs between the parentheses of the attribute.
 struct Bounds {
     max_threads: Option<LitInt>,
     min_blocks: Option<LitInt>,
@@ -46,11 +47,14 @@ impl Parse for Bounds {
     }
 }
 
-/// Makes an `unsafe fn` a kernel that the host can launch by the function's name.
+/// Makes an `unsafe fn` a kernel that the host launches by the function's name.
 ///
-/// `#[kernel(max_threads = 384, min_blocks = 1, cluster = 2)]` sets launch bounds and the cluster's size along
-/// x; each may be left out. A parameter marked `#[grid_constant]` must be a `TensorMap`: the caller passes it
-/// by value, the body sees a `*const TensorMap` into the parameter bank.
+/// `#[kernel(max_threads = 384, min_blocks = 1, cluster = 2)]` sets launch bounds
+/// and the cluster size along x.
+/// Each of them is optional, but `min_blocks` needs `max_threads`.
+///
+/// A parameter marked `#[grid_constant]` must be a `TensorMap`.
+/// The caller passes it by value. The body sees a `*const TensorMap` into the parameter bank.
 #[proc_macro_attribute]
 pub fn kernel(attribute: TokenStream, item: TokenStream) -> TokenStream {
     let bounds = parse_macro_input!(attribute as Bounds);
@@ -99,7 +103,7 @@ fn expand(bounds: Bounds, mut function: ItemFn) -> syn::Result<TokenStream2> {
                 );
             }
         });
-        // rustc can't pass an over-aligned aggregate by value yet; the builder restores the alignment.
+        // rustc cannot yet pass an over-aligned aggregate by value. `cuda_builder` restores the alignment.
         let declared = syn::parse_quote!([u64; 16]);
         *parameter.ty = declared;
         *parameter.pat = syn::parse_quote!(_);

@@ -1,11 +1,14 @@
-//! What the host passes to the GEMM kernels by value.
+//! The arguments that the host passes to the GEMM kernels by value.
+//!
+//! `host/src/gpu/gemm.rs` and `host/src/gpu/skinny.rs` fill them.
+//! `kernels-gpu/src/gemm` and `kernels-gpu/src/skinny` read them.
 
 use crate::brick::BRICK_CHANNELS;
 use crate::schedule::Schedule;
-use crate::skinny::UnitShares;
+use crate::skinny::TileRuns;
 use crate::stream::WeightStream;
 
-/// The type of the result, as the kernel's `output_type` says it.
+/// The values of the arguments' `output_type`: the element type of the output.
 pub mod output_type {
     /// bfloat16.
     pub const BF16: u32 = 0;
@@ -13,58 +16,63 @@ pub mod output_type {
     pub const F16: u32 = 1;
     /// IEEE single precision.
     pub const F32: u32 = 2;
-    /// The raw accumulator.
+    /// The raw int32 accumulator.
     pub const I32: u32 = 3;
 }
 
-/// Packed weights as the kernels find them. Pointers are device addresses.
+/// Packed weights in device memory. Pointers are device addresses.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct WeightsArguments {
-    /// The strips, as [`WeightStream`] has them.
+    /// The strips of packed weights, laid out as [`WeightStream`] describes.
     pub strips: u64,
-    /// f32 `[n]`, level-1 scale of each channel.
+    /// f32 `[n]`: the scale of each channel's int8 weights.
     pub channel_scales: u64,
-    /// How the strips are laid out.
+    /// The layout of the strips.
     pub stream: WeightStream,
 }
 
-/// Arguments of the GEMM kernels. Pointers are device addresses.
+/// Arguments of the tiled GEMM kernels. Pointers are device addresses.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct GemmArguments {
-    /// The weights of the n channels.
+    /// The packed weights of the n channels.
     pub weights: WeightsArguments,
-    /// f32 `[m]`, scale of each token.
+    /// f32 `[m]`: the scale of each token.
     pub token_scales: u64,
-    /// f32 `[n]`, or 0 for none.
+    /// f32 `[n]`, or 0 for no bias.
     pub bias: u64,
-    /// `[m, n]`, row-major with `output_stride` elements from row to row.
+    /// The output `[m, n]`, row-major with `output_stride` elements between the starts of rows.
     pub output: u64,
-    /// One slot of [`crate::tile::TileShape::partial_bytes`] for each worker.
+    /// Partial sums for stream-K.
+    /// There is one slot of [`crate::tile::TileShape::partial_bytes`] for each thread block.
     pub partials: u64,
-    /// One u32 for each worker and consumer, zero between launches.
+    /// Flags for stream-K: one u32 for each consumer of each thread block.
+    /// They are zero between launches.
     pub flags: u64,
-    /// Tokens.
+    /// Number of tokens.
     pub m: u32,
-    /// Output channels.
+    /// Number of output channels.
     pub n: u32,
-    /// Cycles from one stage of the ring's first turn to the next, in which memory delivers all blocks' weights of a stage. What the launch
-    /// asked for sooner would only stand in the way of the first activations.
+    /// Clock cycles from one stage to the next in the ring's first turn.
+    /// In this time memory delivers one stage of weights to all thread blocks.
+    /// Faster loads would only delay the first activations.
     pub first_turn_cycles: u32,
-    /// Elements from one row of the output to the next.
+    /// Elements from the start of one output row to the start of the next.
     pub output_stride: u32,
-    /// One of [`output_type`].
+    /// One of the constants in [`output_type`].
     pub output_type: u32,
-    /// Who computes what. From an offset that is a multiple of 8 the compiler would copy parts of it through local memory, which
-    /// `cargo xtask ptx` refuses.
+    /// Assigns the tiles and their k-iterations to persistent clusters.
+    /// The offset of this field must not be a multiple of 8.
+    /// Otherwise the compiler copies parts of it through local memory, which `cargo xtask ptx` rejects.
     pub schedule: Schedule,
-    /// Whether the kernel's map of the output may be used: 16-bit elements in rows on 16 bytes.
+    /// Nonzero if the kernel may use its tensor map of the output.
+    /// The output then has 16-bit elements, and its rows start at multiples of 16 bytes.
     pub output_is_mapped: u32,
 }
 
 impl GemmArguments {
-    /// 64-channel strips of the output.
+    /// Returns the number of 64-channel strips of the output.
     #[inline(always)]
     #[must_use]
     pub const fn strips(&self) -> u32 {
@@ -72,26 +80,26 @@ impl GemmArguments {
     }
 }
 
-/// Arguments of the kernels for few tokens. Pointers are device addresses.
+/// Arguments of the skinny kernels (up to 32 tokens). Pointers are device addresses.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct SkinnyArguments {
-    /// The weights of the n channels.
+    /// The packed weights of the n channels.
     pub weights: WeightsArguments,
-    /// f32 `[m]`, scale of each token.
+    /// f32 `[m]`: the scale of each token.
     pub token_scales: u64,
-    /// f32 `[n]`, or 0 for none.
+    /// f32 `[n]`, or 0 for no bias.
     pub bias: u64,
-    /// `[m, n]`, row-major with `output_stride` elements from row to row.
+    /// The output `[m, n]`, row-major with `output_stride` elements between the starts of rows.
     pub output: u64,
-    /// Tokens.
+    /// Number of tokens.
     pub m: u32,
-    /// Output channels.
+    /// Number of output channels.
     pub n: u32,
-    /// Elements from one row of the output to the next.
+    /// Elements from the start of one output row to the start of the next.
     pub output_stride: u32,
-    /// One of [`output_type`].
+    /// One of the constants in [`output_type`].
     pub output_type: u32,
-    /// Who computes which channels.
-    pub shares: UnitShares,
+    /// The m16 tiles of each thread block.
+    pub runs: TileRuns,
 }

@@ -1,11 +1,12 @@
-//! The brick: the unit in which packed weights are stored, 64 channels × 64 K with its own scales.
+//! The brick: a packed tile of 64 channels × 64 K of 4-bit codes, and the pairs that belong to its channels.
 //!
-//! The maps here are the only definition of the layout. The order of the codes is the one in which wgmma's A
-//! operand (`m64nNk32`, from registers) wants them: each of a warpgroup's 128 threads finds its 32 codes for
-//! the brick's two `k32` MMAs in 16 contiguous bytes.
+//! The functions here are the only definition of the layout, for host and device.
+//! The codes lie in the order of wgmma's A operand (`m64nNk32`, from registers).
+//! Each of a warpgroup's 128 threads finds its A fragment in 16 contiguous bytes:
+//! the 32 codes for the brick's two `k32` MMAs.
 //!
-//! With warp `w`, `g = lane / 4` and `c = lane % 4`, thread `t` owns bytes `16 t .. 16 t + 16`, read as four
-//! little-endian words:
+//! With warp `w`, `g = lane / 4` and `c = lane % 4`, thread `t` owns bytes `16 t .. 16 t + 16`.
+//! They are four little-endian words:
 //!
 //! | word | MMA | channel | k in low nibbles | k in high nibbles |
 //! |---|---|---|---|---|
@@ -14,20 +15,23 @@
 //! | 2 | 1 | `16 w + g` | `32 + 4 c ..` | `48 + 4 c ..` |
 //! | 3 | 1 | `16 w + g + 8` | `32 + 4 c ..` | `48 + 4 c ..` |
 //!
-//! The pairs of a group are stored apart from the codes, once for each group and channel: 128 bytes for the 64 channels of a strip. For each
-//! warp and each `g` they hold the four bytes `[s, a]` of channel `16 w + g` and `[s, a]` of channel `16 w + g + 8`.
+//! Pairs are stored apart from the codes, once per group and channel.
+//! Those of a group take 128 bytes for the 64 channels of a strip.
+//! For each warp and each `g` they hold four bytes:
+//! `[s, a]` of channel `16 w + g`, then `[s, a]` of channel `16 w + g + 8`.
 
-/// Output channels (rows of W) in a brick; also the height of a strip.
+/// Output channels (rows of W) per brick. This is also the height of a strip.
 pub const BRICK_CHANNELS: usize = 64;
-/// Elements along K in a brick, which is also the smallest quantization group.
+/// Elements along K per brick. This is also the smallest quantization group.
 pub const BRICK_K: usize = 64;
-/// Bytes of 4-bit codes in a brick.
+/// Bytes of 4-bit codes per brick.
 pub const CODE_BYTES: usize = BRICK_CHANNELS * BRICK_K / 2;
-/// Bytes of a strip's `(s, a)` pairs for one group.
+/// Bytes of the `(s, a)` pairs of one group, for the 64 channels of a strip.
 pub const PAIR_BYTES: usize = BRICK_CHANNELS * 2;
-/// Bytes of a brick's codes and their pairs.
+/// Bytes of a brick's codes and one set of pairs.
 pub const BRICK_BYTES: usize = CODE_BYTES + PAIR_BYTES;
-/// The largest K: up to here sums of products of int8 weights and activations fit int32, but for the one in which all are 128 · 128.
+/// The largest K whose sums of products of int8 weights and int8 activations fit int32.
+/// One sum does not fit: that of 131,072 products (−128) · (−128).
 pub const MAX_K: usize = 131_072;
 
 const _: () = assert!(
@@ -36,24 +40,26 @@ const _: () = assert!(
 );
 const _: () = assert!((MAX_K as u64) * 128 * 128 <= 1 << 31, "int32 accumulators must not wrap");
 
-/// Strips of 64 channels that hold `n` channels, the last one padded.
+/// Returns the number of 64-channel strips that hold `n` channels. The last strip is padded.
 pub const fn strips(n: usize) -> usize {
     n.div_ceil(BRICK_CHANNELS)
 }
 
-/// Blocks of 64 along K that hold `k` elements, the last one padded.
+/// Returns the number of blocks of 64 along K that hold `k` elements. The last block is padded.
 pub const fn k_blocks(k: usize) -> usize {
     k.div_ceil(BRICK_K)
 }
 
-/// Bytes of the codes `[strips, k_blocks, 2048]` of `[n, k]` weights, or `None` where that exceeds `usize`.
+/// Returns the bytes of the codes `[strips, k_blocks, 2048]` of `[n, k]` weights.
+/// Returns `None` if the size exceeds `usize`.
 ///
-/// Bricks lie k-fastest, so the codes of a strip are contiguous.
+/// Bricks are ordered with K fastest, so the codes of a strip are contiguous.
 pub const fn codes_bytes(n: usize, k: usize) -> Option<usize> {
     bytes(strips(n), k_blocks(k), CODE_BYTES)
 }
 
-/// Bytes of the pairs `[strips, groups, 128]` of `n` channels with so many groups each, or `None` where that exceeds `usize`.
+/// Returns the bytes of the pairs `[strips, groups, 128]` of `n` channels with `groups` groups each.
+/// Returns `None` if the size exceeds `usize`.
 pub const fn pairs_bytes(n: usize, groups: usize) -> Option<usize> {
     bytes(strips(n), groups, PAIR_BYTES)
 }
@@ -65,9 +71,10 @@ const fn bytes(strips: usize, count: usize, each: usize) -> Option<usize> {
     }
 }
 
-/// Where the code of (`channel`, `k`) lies inside its brick: the byte, and whether it is the high nibble.
+/// Returns the position of the code of (`channel`, `k`) in its brick:
+/// the byte, and whether the code is in the high nibble.
 ///
-/// Both arguments are positions inside the brick, below 64.
+/// Both arguments are positions in the brick, below 64.
 pub const fn code_position(channel: usize, k: usize) -> (usize, bool) {
     debug_assert!(channel < BRICK_CHANNELS && k < BRICK_K);
     let (warp, row_half, g) = (channel / 16, channel / 8 % 2, channel % 8);
@@ -77,8 +84,8 @@ pub const fn code_position(channel: usize, k: usize) -> (usize, bool) {
     (thread * 16 + word * 4 + byte_in_word, high == 1)
 }
 
-/// The (`channel`, `k`) inside the brick whose code lies at `byte` in the given nibble: [`code_position`]
-/// backwards.
+/// Returns the position (`channel`, `k`) in the brick of the code at `byte`, in the high or the low nibble.
+/// It is the inverse of [`code_position`].
 pub const fn code_at(byte: usize, high: bool) -> (usize, usize) {
     debug_assert!(byte < CODE_BYTES);
     let (thread, word, byte_in_word) = (byte / 16, byte / 4 % 4, byte % 4);
@@ -87,7 +94,8 @@ pub const fn code_at(byte: usize, high: bool) -> (usize, usize) {
     (warp * 16 + row_half * 8 + g, mma * 32 + (high as usize) * 16 + c * 4 + byte_in_word)
 }
 
-/// Byte among a group's pairs at which the pair of `channel` (below 64) lies: `s` there, `a` right behind it.
+/// Returns the byte offset of the pair of `channel` (below 64) among a group's pairs.
+/// `s` is at this offset, `a` one byte later.
 pub const fn pair_offset(channel: usize) -> usize {
     debug_assert!(channel < BRICK_CHANNELS);
     let (warp, row_half, g) = (channel / 16, channel / 8 % 2, channel % 8);
@@ -114,14 +122,15 @@ mod tests {
 
     #[test]
     fn a_thread_finds_its_wgmma_fragment_in_sixteen_contiguous_bytes() {
-        // Written out from the PTX manual's picture of the A fragment, not from the map under test.
+        // Written from the A fragment's figure in the PTX manual, not from the functions under test.
         for warp in 0..4 {
             for lane in 0..32 {
                 let (g, c) = (lane / 4, lane % 4);
                 let base = (warp * 32 + lane) * 16;
                 for mma in 0..2 {
                     for register in 0..4 {
-                        // Registers 0 and 2 hold row g, 1 and 3 row g + 8; 2 and 3 the k's from 16 on.
+                        // Registers 0 and 2 hold row g; 1 and 3 hold row g + 8.
+                        // Registers 2 and 3 hold k from 16 on.
                         let channel = 16 * warp + g + 8 * (register % 2);
                         for j in 0..4 {
                             let k = 32 * mma + 16 * (register / 2) + 4 * c + j;

@@ -1,33 +1,36 @@
-//! From a 4-bit code to the 8-bit weight: `Q̂8 = (q · s + a) XOR 0x80`, four codes in two 32-bit operations.
+//! Dequantization of 4-bit codes to int8 weights: `(q · s + a) XOR 0x80`.
+//! Two 32-bit operations dequantize four codes.
 //!
-//! The kernels and the CPU backend share this arithmetic. They differ only in who carries out the
-//! multiply-add and the XOR, so [`dequantize_word`] takes those as a function. That no byte ever carries into
-//! its neighbour is the doing of the format's invariant, [`is_valid_pair`].
+//! The CPU backend and the kernels (`kernels-gpu/src/dequant.rs`) share this arithmetic.
+//! They execute the multiply-add and the XOR differently, so [`dequantize_word`] takes those as a function.
+//! The format's invariant, [`is_valid_pair`], ensures that no byte carries into its neighbour.
 
-/// Whether `(s, a)` may be stored: `s ≥ 1` and `15 · s + a ≤ 255`, so that no code can overflow its byte.
+/// Returns whether the format allows the pair `(s, a)`: `s ≥ 1` and `15 · s + a ≤ 255`.
+/// No code can then overflow its byte.
 pub const fn is_valid_pair(s: u8, a: u8) -> bool {
     s >= 1 && 15 * s as u32 + a as u32 <= 255
 }
 
-/// One weight from its code `q` (0 … 15) and its group's pair.
+/// Returns the int8 weight of code `q` (0 … 15) with its group's pair `(s, a)`.
 ///
-/// Exact for every valid pair; for others the byte wraps.
+/// The result is exact for every valid pair. For other pairs the byte wraps.
 #[inline(always)]
 pub const fn dequantize(q: u8, s: u8, a: u8) -> i8 {
     (q.wrapping_mul(s).wrapping_add(a) ^ 0x80) as i8
 }
 
-/// The offset `a` in each of a word's four bytes.
+/// Returns the offset `a` in each of a word's four bytes.
 #[inline(always)]
 pub const fn broadcast(a: u8) -> u32 {
     a as u32 * 0x0101_0101
 }
 
-/// Eight weights from one packed word: `[low nibbles, high nibbles]`, four i8 in each result.
+/// Returns the eight int8 weights of one packed word: `[low nibbles, high nibbles]`, four weights per result.
 ///
-/// `s` is the group's scale and `a4` its offset in all four bytes ([`broadcast`]). `multiply_add_flip(nibbles,
-/// s, a4)` must compute `(nibbles · s + a4) XOR 0x80808080`: the host passes the function
-/// [`multiply_add_flip`], the device one integer multiply-add and one XOR in inline assembly.
+/// `s` is the group's scale, `a4` is its offset in all four bytes (see [`broadcast`]).
+/// `multiply_add_flip(nibbles, s, a4)` must compute `(nibbles · s + a4) XOR 0x80808080`.
+/// The host passes the function [`multiply_add_flip`].
+/// The device passes one integer multiply-add and one XOR in inline assembly.
 #[inline(always)]
 pub fn dequantize_word(
     word: u32,
@@ -40,7 +43,7 @@ pub fn dequantize_word(
     [multiply_add_flip(low, s, a4), multiply_add_flip(high, s, a4)]
 }
 
-/// `(nibbles · s + a4) XOR 0x80808080` in plain Rust.
+/// Computes `(nibbles · s + a4) XOR 0x80808080` in plain Rust.
 #[inline(always)]
 pub const fn multiply_add_flip(nibbles: u32, s: u32, a4: u32) -> u32 {
     nibbles.wrapping_mul(s).wrapping_add(a4) ^ 0x8080_8080
@@ -51,7 +54,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// Every pair that the invariant admits.
+    /// Every pair that the invariant allows.
     fn valid_pairs() -> impl Iterator<Item = (u8, u8)> {
         (0..=255u8).flat_map(|s| (0..=255u8).map(move |a| (s, a))).filter(|&(s, a)| is_valid_pair(s, a))
     }
@@ -79,7 +82,7 @@ mod tests {
     #[test]
     fn the_packed_form_equals_the_scalar_form_and_no_byte_carries() {
         for (s, a) in valid_pairs() {
-            // Neighbours at both extremes would show a carry in either direction.
+            // Neighbouring codes at both extremes would show a carry in either direction.
             for q in 0..16u32 {
                 for neighbour in [0u32, 15] {
                     for place in 0..8 {

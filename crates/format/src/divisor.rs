@@ -1,10 +1,11 @@
-//! Division by a number that is known beforehand, as one multiplication: a GPU has no instruction for division, and at
-//! the start of a kernel every cycle counts.
+//! Division by a number that is known in advance, as one multiplication.
 //!
-//! The method is that of Granlund and Montgomery, *Division by Invariant Integers using Multiplication*, PLDI 1994,
-//! figure 4.1.
+//! The kernels use it to look up their tiles: GPUs have no instruction for integer division,
+//! and every cycle at the start of a kernel counts.
+//! The algorithm is that of Granlund and Montgomery,
+//! *Division by Invariant Integers using Multiplication*, PLDI 1994, figure 4.1.
 
-/// A divisor with what its divisions need.
+/// A divisor with the constants that divide by it.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Divisor {
@@ -16,7 +17,7 @@ pub struct Divisor {
 }
 
 impl Divisor {
-    /// For division by `divisor`; zero is taken for one.
+    /// Prepares division by `divisor`. Treats 0 as 1.
     #[must_use]
     pub const fn new(divisor: u32) -> Self {
         let divisor = if divisor == 0 { 1 } else { divisor };
@@ -26,19 +27,19 @@ impl Divisor {
         Self { divisor, multiplier, shift }
     }
 
-    /// The divisor.
+    /// Returns the divisor.
     #[inline(always)]
     #[must_use]
     pub const fn divisor(self) -> u32 {
         self.divisor
     }
 
-    /// `⌊dividend / divisor⌋`, for every dividend.
+    /// Returns `⌊dividend / divisor⌋`. It is exact for every dividend.
     #[inline(always)]
     #[must_use]
     pub const fn quotient(self, dividend: u32) -> u32 {
         let high = (dividend as u64 * self.multiplier as u64) >> 32;
-        // At most 32, so that the shift of 64 bits is never too far.
+        // The shift is at most 32. The mask only shows that it stays below 64.
         ((high + dividend as u64) >> (self.shift & 63)) as u32
     }
 }

@@ -1,7 +1,8 @@
 //! Packed weight layout, dequantization arithmetic and work schedule, shared by host and device.
 //!
-//! Whatever both sides of a launch must agree on exists here once: this crate is unit-tested on the CPU and
-//! compiled into the PTX. It allocates nothing, uses no `unsafe` and depends on nothing.
+//! Everything that the two sides of a launch must agree on is defined here once.
+//! The crate is unit-tested on the CPU and compiled into the PTX.
+//! It allocates nothing, uses no `unsafe` and has no dependencies.
 
 #![cfg_attr(not(test), no_std)]
 #![forbid(unsafe_code)]

@@ -1,14 +1,16 @@
-//! Sizes of the speed-of-light probes, shared by the kernels and their launcher.
+//! Sizes of the speed-of-light probes, which measure the GPU's memory and tensor cores alone.
+//!
+//! The kernels are in `kernels-gpu/src/probes.rs`, their launcher in `crates/bench/src/probes.rs`.
 
-/// Bytes of one bulk copy of the `stream` probe.
+/// Bytes per bulk copy of the `stream` probe.
 pub const STREAM_PIECE_BYTES: u32 = 16384;
-/// Copies that the `stream` probe keeps in flight on a multiprocessor.
+/// Bulk copies that the `stream` probe keeps in flight on an SM.
 pub const STREAM_STAGES: u32 = 8;
-/// Dynamic shared memory of the `stream` probe: the pieces and a barrier each.
+/// Dynamic shared memory of the `stream` probe: one piece and one barrier per stage.
 pub const STREAM_SHARED_BYTES: u32 = STREAM_STAGES * (STREAM_PIECE_BYTES + 8);
-/// Bytes of the B tile that the `mma` probe reads again and again; also its dynamic shared memory.
+/// Bytes of the B tile that the `mma` probe reads repeatedly. This is also its dynamic shared memory.
 pub const MMA_TILE_BYTES: u32 = 256 * 128;
-/// Warpgroups of the `mma` probe's blocks.
+/// Warpgroups per thread block of the `mma` probe.
 pub const MMA_WARPGROUPS: u32 = 2;
-/// Multiply-adds of one round of one block of the `mma` probe: four m64n256k32 a warpgroup.
+/// Multiply-adds per round and thread block of the `mma` probe: four m64n256k32 per warpgroup.
 pub const MMA_ROUND_PRODUCTS: u64 = MMA_WARPGROUPS as u64 * 4 * 64 * 256 * 32;

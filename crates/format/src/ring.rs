@@ -1,9 +1,10 @@
-//! The ring of shared-memory stages that a producer fills and consumers drain.
+//! The ring of shared-memory pipeline stages that a producer fills and consumers drain.
 //!
-//! Each stage has a full and an empty barrier, and each barrier's phase flips once a turn of the ring. Producer
-//! and consumers step through the same sequence of (stage, phase) on their own copies of this cursor.
+//! Each stage has a full and an empty barrier. The phase of a barrier flips once per turn of the ring.
+//! Producer and consumers go through the same sequence of (stage, phase), each with its own [`RingCursor`].
+//! The barriers themselves are in `kernels-gpu/src/block.rs`.
 
-/// A cursor in a ring of `STAGES` stages.
+/// A position in a ring of `STAGES` stages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RingCursor<const STAGES: u32> {
     stage: u32,
@@ -11,37 +12,38 @@ pub struct RingCursor<const STAGES: u32> {
 }
 
 impl<const STAGES: u32> RingCursor<STAGES> {
-    /// The start of the ring: stage 0, phase 0.
+    /// Returns the start of the ring: stage 0, phase 0.
     #[inline(always)]
     #[must_use]
     pub const fn start() -> Self {
         Self { stage: 0, phase: 0 }
     }
 
-    /// The stage to fill or drain next.
+    /// Returns the stage to fill or drain next.
     #[inline(always)]
     #[must_use]
     pub const fn stage(self) -> u32 {
         self.stage
     }
 
-    /// The parity that a consumer waits for on the stage's full barrier.
+    /// Returns the parity that a consumer waits for on the stage's full barrier.
     #[inline(always)]
     #[must_use]
     pub const fn full_parity(self) -> u32 {
         self.phase
     }
 
-    /// The parity that the producer waits for on the stage's empty barrier.
+    /// Returns the parity that the producer waits for on the stage's empty barrier.
     ///
-    /// A fresh barrier reports the phase *before* its first as complete, so the first turn never waits.
+    /// A new barrier reports the phase *before* its first as complete.
+    /// Therefore the producer never waits in the first turn.
     #[inline(always)]
     #[must_use]
     pub const fn empty_parity(self) -> u32 {
         self.phase ^ 1
     }
 
-    /// The cursor one stage on.
+    /// Returns the cursor of the next stage.
     #[inline(always)]
     #[must_use]
     pub const fn next(self) -> Self {
@@ -60,9 +62,9 @@ mod tests {
     #[test]
     fn phase_flips_exactly_once_a_turn() {
         let mut cursor = RingCursor::<5>::start();
-        for step in 0..100 {
-            assert_eq!(cursor.stage(), step % 5);
-            assert_eq!(cursor.full_parity(), (step / 5) % 2);
+        for iteration in 0..100 {
+            assert_eq!(cursor.stage(), iteration % 5);
+            assert_eq!(cursor.full_parity(), (iteration / 5) % 2);
             assert_eq!(cursor.empty_parity(), 1 - cursor.full_parity());
             cursor = cursor.next();
         }

@@ -1,82 +1,108 @@
-//! The kernel for few tokens: which channels each thread block computes, and how a block's shared memory is laid out.
+//! The skinny kernels, for up to 32 tokens: the channels of each thread block, and the shared-memory layout.
 //!
-//! Channels come in **units** of 16, a warp's share of a brick. A block owns a run of units and computes them over the
-//! whole K, so that no sums are ever handed to another block; it takes as many **passes** over K as its units need. Within
-//! a pass the steps of two bricks along K go round robin to the block's warps. Each warp has rings of its own, one for weights
-//! and one for activations, and in the end the warps' sums meet in the memory of the activations' rings.
+//! `host/src/plan/skinny.rs` plans their launches. The kernels are in `kernels-gpu/src/skinny`.
+//!
+//! Channels come in **m16 tiles** of 16. The m16 tile is one warp's part of a brick.
+//! A thread block owns a run of m16 tiles and computes them over the whole K,
+//! so it never hands sums to another thread block.
+//! It makes as many **passes** over K as its m16 tiles need.
+//! Within a pass, the K-tiles go round robin to the warps of the thread block.
+//!
+//! Each warp has two rings of its own, one for weights and one for activations.
+//! At the end of a pass the warps add up their sums in the memory of the activation rings.
 
-use crate::brick::{BRICK_CHANNELS, BRICK_K, CODE_BYTES, PAIR_BYTES};
+use crate::brick::{BRICK_CHANNELS, CODE_BYTES, PAIR_BYTES};
+use crate::tile::K_TILE;
 
-/// Output channels of a unit, the rows of one MMA.
-pub const UNIT_CHANNELS: u32 = 16;
-/// Units of a strip.
-pub const STRIP_UNITS: u32 = BRICK_CHANNELS as u32 / UNIT_CHANNELS;
-/// Bytes of a unit's codes in a brick.
-pub const UNIT_CODE_BYTES: u32 = CODE_BYTES as u32 / STRIP_UNITS;
-/// Bytes of a unit's pairs in a brick.
-pub const UNIT_PAIR_BYTES: u32 = PAIR_BYTES as u32 / STRIP_UNITS;
-/// Bricks along K in a step.
-pub const STEP_BRICKS: u32 = 2;
-/// Elements along K in a step: the 128 bytes that the activations' swizzle spans.
-pub const STEP_K: u32 = STEP_BRICKS * BRICK_K as u32;
-/// Warps of a block, which share K.
+/// Output channels per m16 tile, which are the rows of one MMA.
+pub const M16_CHANNELS: u32 = 16;
+/// M16 tiles per strip.
+pub const STRIP_M16_TILES: u32 = BRICK_CHANNELS as u32 / M16_CHANNELS;
+/// Bytes of an m16 tile's codes in a brick.
+pub const M16_CODE_BYTES: u32 = CODE_BYTES as u32 / STRIP_M16_TILES;
+/// Bytes of an m16 tile's pairs in a brick.
+pub const M16_PAIR_BYTES: u32 = PAIR_BYTES as u32 / STRIP_M16_TILES;
+/// Warps per thread block. They share K.
 pub const WARPS: u32 = 8;
-/// Threads of a block.
+/// Threads per thread block.
 pub const THREADS: u32 = WARPS * 32;
-/// Tokens of one MMA.
+/// Tokens per MMA.
 pub const GROUP_TOKENS: u32 = 8;
-/// Bytes from one token to the next in a block of 16 channels × 8 tokens of sums: with four words between the rows,
-/// neither the MMA's fragments nor the rows themselves meet bank conflicts.
-pub const SUMS_TOKEN_BYTES: u32 = (UNIT_CHANNELS + 4) * 4;
-/// Bytes of a block of 16 channels × 8 tokens of sums.
+/// Bytes from one token to the next in 16 channels × 8 tokens of sums.
+/// Four words of padding between the rows avoid bank conflicts,
+/// both in access by accumulator fragments and in access by rows.
+pub const SUMS_TOKEN_BYTES: u32 = (M16_CHANNELS + 4) * 4;
+/// Bytes of 16 channels × 8 tokens of sums.
 pub const SUMS_BYTES: u32 = GROUP_TOKENS * SUMS_TOKEN_BYTES;
-/// Shared memory of a multiprocessor.
+/// Shared memory of an SM.
 const MULTIPROCESSOR_SHARED_BYTES: u32 = 233_472;
-/// What the system takes of it for each resident block.
+/// Shared memory that the system takes for each resident thread block.
 const SYSTEM_SHARED_BYTES: u32 = 1024;
-/// Dynamic shared memory that a block may have if the blocks of two launches are to share a multiprocessor: the later one
-/// fills its rings while the earlier one ends.
+/// The most dynamic shared memory of a thread block that lets the thread blocks of two launches share an SM.
+/// The later launch fills its rings while the earlier one ends.
 pub const MAX_BLOCK_SHARED_BYTES: u32 = MULTIPROCESSOR_SHARED_BYTES / 2 - SYSTEM_SHARED_BYTES;
 
-/// What a kernel for few tokens was compiled for.
+/// The parameters that a skinny kernel was compiled for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SkinnyShape {
-    /// The most units of a pass.
-    pub units: u32,
-    /// Tokens, a multiple of 8: the whole batch.
+    /// The most m16 tiles per pass.
+    pub m16_tiles: u32,
+    /// Tokens of the whole batch, a multiple of 8.
     pub tokens: u32,
-    /// Bricks along K in a stage of weights: all of a step's, or one.
+    /// Bricks along K in a stage of weights: the two of a K-tile, or one.
     pub stage_bricks: u32,
-    /// Stages of a warp's ring of activations.
+    /// Stages of a warp's activation ring.
     pub activation_stages: u32,
 }
 
-const fn shape(units: u32, tokens: u32, stage_bricks: u32, activation_stages: u32) -> SkinnyShape {
-    SkinnyShape { units, tokens, stage_bricks, activation_stages }
+const fn shape(m16_tiles: u32, tokens: u32, stage_bricks: u32, activation_stages: u32) -> SkinnyShape {
+    SkinnyShape { m16_tiles, tokens, stage_bricks, activation_stages }
 }
 
-/// Every shape that has a kernel, by tokens and then by units.
+/// Calls the macro `$callback` with every shape that has a kernel, ordered by tokens, then by channels.
 ///
-/// With a whole step to a stage there are fewer barriers and more to do between them; where a step's weights are many, that
-/// would leave too few stages.
-pub const SKINNY_SHAPES: [SkinnyShape; 7] = [
-    shape(2, 8, 2, 3),
-    shape(4, 8, 1, 3),
-    shape(6, 8, 1, 2),
-    shape(2, 16, 2, 2),
-    shape(4, 16, 1, 2),
-    shape(6, 16, 1, 2),
-    shape(2, 32, 1, 2),
-];
+/// This is the only list of shapes.
+/// The kernels' entry points, the embedded PTX
+/// and [`SKINNY_SHAPES`](crate::skinny::SKINNY_SHAPES) follow from it.
+///
+/// Each line is `entry: m16_tiles, tokens, bricks along K in a stage, stages of activations;`.
+///
+/// A stage with a whole K-tile needs fewer barriers and gives more work between them.
+/// With many m16 tiles, such stages would be so large that the ring had too few of them.
+#[macro_export]
+macro_rules! skinny_shapes {
+    ($callback:ident) => {
+        $callback! {
+            skinny_32x8: 2, 8, 2, 3;
+            skinny_64x8: 4, 8, 1, 3;
+            skinny_96x8: 6, 8, 1, 2;
+            skinny_32x16: 2, 16, 2, 2;
+            skinny_64x16: 4, 16, 1, 2;
+            skinny_96x16: 6, 16, 1, 2;
+            skinny_32x32: 2, 32, 1, 2;
+        }
+    };
+}
+
+macro_rules! shapes {
+    ($($entry:ident: $m16_tiles:literal, $tokens:literal, $stage_bricks:literal, $stages:literal;)*) => {
+        /// Every shape that has a kernel, ordered by tokens, then by channels.
+        pub const SKINNY_SHAPES: [SkinnyShape; [$($tokens),*].len()] = [$(shape($m16_tiles, $tokens, $stage_bricks, $stages)),*];
+
+        /// The names of the kernels' entry points, in the order of [`SKINNY_SHAPES`].
+        pub const SKINNY_ENTRIES: [&str; SKINNY_SHAPES.len()] = [$(stringify!($entry)),*];
+    };
+}
+skinny_shapes!(shapes);
 
 impl SkinnyShape {
-    /// The shape with so many units and tokens, if it has a kernel.
+    /// Returns the shape with this many m16 tiles and tokens, if it has a kernel.
     #[must_use]
-    pub const fn find(units: u32, tokens: u32) -> Option<Self> {
+    pub const fn find(m16_tiles: u32, tokens: u32) -> Option<Self> {
         let mut index = 0;
         while index < SKINNY_SHAPES.len() {
             let shape = SKINNY_SHAPES[index];
-            if shape.units == units && shape.tokens == tokens {
+            if shape.m16_tiles == m16_tiles && shape.tokens == tokens {
                 return Some(shape);
             }
             index += 1;
@@ -84,75 +110,76 @@ impl SkinnyShape {
         None
     }
 
-    /// Output channels of a pass.
+    /// Returns the output channels of a pass.
     #[must_use]
     pub const fn channels(self) -> u32 {
-        self.units * UNIT_CHANNELS
+        self.m16_tiles * M16_CHANNELS
     }
 
-    /// Bytes of a stage of activations: a row for each token, swizzled.
+    /// Returns the bytes of a stage of activations: one swizzled row per token.
     #[must_use]
     pub const fn activation_stage_bytes(self) -> u32 {
-        self.tokens * STEP_K
+        self.tokens * K_TILE
     }
 
-    /// Bytes of a warp's ring of activations.
+    /// Returns the bytes of a warp's activation ring.
     #[must_use]
     pub const fn activation_ring_bytes(self) -> u32 {
         self.activation_stages * self.activation_stage_bytes()
     }
 
-    /// Units whose sums a warp puts in its ring of activations at a time.
+    /// Returns the m16 tiles whose sums a warp stores in its activation ring at a time.
     #[must_use]
-    pub const fn sum_units(self) -> u32 {
+    pub const fn sum_m16_tiles(self) -> u32 {
         let fit = self.activation_ring_bytes() / (self.tokens / GROUP_TOKENS * SUMS_BYTES);
-        if fit < self.units { fit } else { self.units }
+        if fit < self.m16_tiles { fit } else { self.m16_tiles }
     }
 
-    /// Offset of the pairs in a stage of weights, behind the codes; unit by unit, a second brick's behind the first's.
+    /// Returns the offset of the pairs within a stage of weights, behind the codes.
+    /// The pairs lie m16 tile by m16 tile. Those of a second brick follow those of the first.
     #[must_use]
     pub const fn pairs_offset(self) -> u32 {
-        self.stage_bricks * self.units * UNIT_CODE_BYTES
+        self.stage_bricks * self.m16_tiles * M16_CODE_BYTES
     }
 
-    /// Bytes of a stage of weights.
+    /// Returns the bytes of a stage of weights.
     #[must_use]
     pub const fn weight_stage_bytes(self) -> u32 {
-        self.pairs_offset() + self.stage_bricks * self.units * UNIT_PAIR_BYTES
+        self.pairs_offset() + self.stage_bricks * self.m16_tiles * M16_PAIR_BYTES
     }
 
-    /// Stages of a warp's ring of weights: as many as fit.
+    /// Returns the stages of a warp's weight ring, which are as many as fit.
     #[must_use]
     pub const fn weight_stages(self) -> u32 {
         let others = self.weights_offset() + self.barriers_bytes() + self.channels() * 8 + self.tokens * 4;
         (MAX_BLOCK_SHARED_BYTES - others) / WARPS / self.weight_stage_bytes()
     }
 
-    /// Offset of the warps' rings of weights. Those of activations lie at 0.
+    /// Returns the offset of the warps' weight rings. The activation rings lie at offset 0.
     #[must_use]
     pub const fn weights_offset(self) -> u32 {
         WARPS * self.activation_ring_bytes()
     }
 
-    /// Bytes of a warp's ring of weights.
+    /// Returns the bytes of a warp's weight ring.
     #[must_use]
     pub const fn weight_ring_bytes(self) -> u32 {
         self.weight_stages() * self.weight_stage_bytes()
     }
 
-    /// Offset of scale and bias of the pass's channels, two f32 each.
+    /// Returns the offset of the scales and biases of a pass's channels: two f32 per channel.
     #[must_use]
     pub const fn channels_offset(self) -> u32 {
         self.weights_offset() + WARPS * self.weight_ring_bytes()
     }
 
-    /// Offset of the tokens' scales, f32 each.
+    /// Returns the offset of the token scales: one f32 per token.
     #[must_use]
     pub const fn token_scales_offset(self) -> u32 {
         self.channels_offset() + self.channels() * 8
     }
 
-    /// Offset of the barriers, 8 bytes for each warp and stage of activations.
+    /// Returns the offset of the barriers: 8 bytes for each activation stage of each warp.
     #[must_use]
     pub const fn barriers_offset(self) -> u32 {
         self.token_scales_offset() + self.tokens * 4
@@ -162,35 +189,36 @@ impl SkinnyShape {
         WARPS * self.activation_stages * 8
     }
 
-    /// Dynamic shared memory of a block.
+    /// Returns the dynamic shared memory of a thread block.
     #[must_use]
     pub const fn shared_bytes(self) -> u32 {
         self.barriers_offset() + self.barriers_bytes()
     }
 }
 
-/// How units are dealt out to thread blocks: runs that differ by one unit at most.
+/// The assignment of m16 tiles to thread blocks: runs whose lengths differ by at most one.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct UnitShares {
-    /// Units of every block; 0 where there are more blocks than units.
+pub struct TileRuns {
+    /// M16 tiles that every thread block has; 0 if there are more thread blocks than m16 tiles.
     pub each: u32,
-    /// Blocks, the first ones, that have one more.
+    /// Number of thread blocks, the first ones, that have one m16 tile more.
     pub larger: u32,
-    /// Units of a pass; the last pass of a block may have fewer.
+    /// M16 tiles per pass. The last pass of a thread block may have fewer.
     pub pass: u32,
 }
 
-impl UnitShares {
-    /// Deals `units` to `blocks`, in as few passes of at most `most` units as will do. None of the three is 0.
+impl TileRuns {
+    /// Deals `m16_tiles` to `blocks` thread blocks, in as few passes as possible.
+    /// A pass has at most `most` m16 tiles. None of the three may be 0.
     #[must_use]
-    pub const fn new(units: u32, blocks: u32, most: u32) -> Self {
-        let largest = units.div_ceil(blocks);
+    pub const fn new(m16_tiles: u32, blocks: u32, most: u32) -> Self {
+        let largest = m16_tiles.div_ceil(blocks);
         let passes = largest.div_ceil(most);
-        Self { each: units / blocks, larger: units % blocks, pass: largest.div_ceil(passes) }
+        Self { each: m16_tiles / blocks, larger: m16_tiles % blocks, pass: largest.div_ceil(passes) }
     }
 
-    /// The first unit of a block, and the one behind its last.
+    /// Returns a thread block's first m16 tile and one past its last.
     #[inline(always)]
     #[must_use]
     pub const fn of_block(self, block: u32) -> (u32, u32) {
@@ -203,10 +231,12 @@ impl UnitShares {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::brick::BRICK_K;
+    use crate::tile::K_TILE_BRICKS;
     use proptest::prelude::*;
 
     #[test]
-    fn the_blocks_of_two_launches_share_a_multiprocessor() {
+    fn thread_blocks_of_two_launches_fit_on_an_sm() {
         for shape in SKINNY_SHAPES {
             assert!(
                 shape.shared_bytes() <= MAX_BLOCK_SHARED_BYTES,
@@ -225,43 +255,43 @@ mod tests {
                 0,
                 "128-byte swizzle repeats every 1,024 bytes"
             );
-            assert_eq!(STEP_BRICKS % shape.stage_bricks, 0, "{shape:?}");
+            assert_eq!(K_TILE_BRICKS % shape.stage_bricks, 0, "{shape:?}");
             assert_eq!((shape.weight_stage_bytes() % 16, shape.channels_offset() % 16), (0, 0));
             assert_eq!(shape.barriers_offset() % 8, 0);
-            assert!(shape.sum_units() >= 1, "{shape:?}");
+            assert!(shape.sum_m16_tiles() >= 1, "{shape:?}");
             assert!(shape.channels() <= THREADS && shape.tokens <= THREADS, "{shape:?}");
-            assert!(2 * shape.stage_bricks * shape.units <= 32, "a warp copies a stage's pairs at once");
+            assert!(2 * shape.stage_bricks * shape.m16_tiles <= 32, "a warp copies a stage's pairs at once");
         }
     }
 
     #[test]
-    fn a_unit_is_what_one_warp_holds_of_a_brick() {
+    fn an_m16_tile_is_one_warps_part_of_a_brick() {
         use crate::brick::{code_position, pair_offset};
         for channel in 0..BRICK_CHANNELS {
-            let unit = channel as u32 / UNIT_CHANNELS;
+            let m16_tile = channel as u32 / M16_CHANNELS;
             for k in 0..BRICK_K {
-                assert_eq!(code_position(channel, k).0 as u32 / UNIT_CODE_BYTES, unit);
+                assert_eq!(code_position(channel, k).0 as u32 / M16_CODE_BYTES, m16_tile);
             }
-            assert_eq!(pair_offset(channel) as u32 / UNIT_PAIR_BYTES, unit);
+            assert_eq!(pair_offset(channel) as u32 / M16_PAIR_BYTES, m16_tile);
         }
     }
 
     proptest! {
         #[test]
-        fn every_unit_has_one_block_and_shares_are_even(
-            units in 1..100_000u32, blocks in 1..200u32, most in 1..8u32,
+        fn every_m16_tile_has_one_thread_block_and_runs_are_even(
+            m16_tiles in 1..100_000u32, blocks in 1..200u32, most in 1..8u32,
         ) {
-            let shares = UnitShares::new(units, blocks, most);
+            let runs = TileRuns::new(m16_tiles, blocks, most);
             let mut next = 0;
             for block in 0..blocks {
-                let (begin, end) = shares.of_block(block);
+                let (begin, end) = runs.of_block(block);
                 prop_assert_eq!(begin, next);
-                prop_assert!(end - begin >= units / blocks && end - begin <= units.div_ceil(blocks));
-                prop_assert!((end - begin).div_ceil(shares.pass) <= units.div_ceil(blocks).div_ceil(most));
+                prop_assert!(end - begin >= m16_tiles / blocks && end - begin <= m16_tiles.div_ceil(blocks));
+                prop_assert!((end - begin).div_ceil(runs.pass) <= m16_tiles.div_ceil(blocks).div_ceil(most));
                 next = end;
             }
-            prop_assert_eq!(next, units);
-            prop_assert!(shares.pass >= 1 && shares.pass <= most);
+            prop_assert_eq!(next, m16_tiles);
+            prop_assert!(runs.pass >= 1 && runs.pass <= most);
         }
     }
 }

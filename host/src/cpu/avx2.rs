@@ -1,10 +1,12 @@
-//! The kernel for AVX2, which multiplies the 4-bit codes themselves.
+//! The AVX2 kernel, which multiplies the 4-bit codes before it applies their pairs.
 //!
-//! All weights that a channel has in a brick share one pair, so their products with a token's activations sum to
-//! `s · Σ q·x + (a − 128) · Σ x`. `vpmaddubsw` multiplies 32 codes with 32 activations and adds neighbours in
-//! int16, which for codes of at most 15 is far from saturating; one `vpmaddwd` then multiplies with `s` and widens.
-//! Nothing is dequantized, and the weights stay in the order of the brick: the activations are permuted to match.
-//! The sums wrap on the way, but the true result fits int32, and arithmetic modulo 2³² ends on it exactly.
+//! All weights of a channel in a brick share one pair, so their sum of products with a token's activations is
+//! `s · Σ q·x + (a − 128) · Σ x`.
+//! `vpmaddubsw` multiplies 32 codes with 32 activations and adds neighbouring products in int16.
+//! Codes are at most 15, so this is far from saturation.
+//! One `vpmaddwd` then multiplies with `s` and widens to int32.
+//! No weight is dequantized. The codes stay in the brick's order, and the activations are permuted to match.
+//! Partial sums may wrap, but the true result fits int32, so arithmetic modulo 2³² ends on it exactly.
 
 use std::arch::x86_64::{
     __m256i, _mm_add_epi32, _mm_cvtsi128_si64, _mm_unpackhi_epi64, _mm256_add_epi16, _mm256_add_epi32,
@@ -22,10 +24,10 @@ use crate::packed::Brick;
 
 /// int32 lanes of a register.
 const LANES: usize = 8;
-/// Pieces of 64 bytes that a brick's codes are cut into; each serves the two channels of one word of scales, which
-/// take turns in its words.
+/// 64-byte pieces of a brick's codes. A piece holds two channels, which alternate in its 32-bit words.
+/// Both have their pairs in one 32-bit word.
 const PIECES: usize = CODE_BYTES / 64;
-/// Registers that a piece's codes fill, a byte a code: the low and the high nibbles of its two halves.
+/// Registers that a piece's codes fill, one byte per code: low and high nibbles of both 32-byte halves.
 const PIECE_REGISTERS: usize = 4;
 
 /// The two channels of each piece.
@@ -39,8 +41,8 @@ const CHANNELS: [[usize; 2]; PIECES] = {
     channels
 };
 
-/// Which four along K meet each lane of a piece's registers, counted in fours from the brick's start. It is the same for
-/// every piece; only the channels move on.
+/// For each lane of a piece's registers, the index of its group of four elements along K within the brick.
+/// All pieces have the same ones; only their channels differ.
 const FOURS: [[u32; LANES]; PIECE_REGISTERS] = {
     let mut fours = [[0; LANES]; PIECE_REGISTERS];
     let mut register = 0;
@@ -56,20 +58,20 @@ const FOURS: [[u32; LANES]; PIECE_REGISTERS] = {
     fours
 };
 
-/// One token's part of a chunk of K.
+/// One token's activations for a chunk of K.
 #[derive(Clone, Copy, Default)]
 struct TokenPanel {
-    /// For each brick the activations in the order of [`FOURS`], four a word.
+    /// Per brick, the activations in the order of [`FOURS`], four in a word.
     x: [[[u32; LANES]; PIECE_REGISTERS]; CHUNK_BRICKS],
-    /// The sums over each brick's K, as int16, two bricks a word.
+    /// The sums of the activations over each brick's K, two bricks in a word.
     sums: [[i16; 2]; CHUNK_BRICKS / 2],
 }
 
-/// One chunk of K of all tokens.
+/// The activations of all tokens for one chunk of K.
 #[derive(Default)]
 pub(super) struct Panels(Vec<TokenPanel>);
 
-/// For each two bricks, `a − 128` of all channels as int16, two bricks a lane, in the order of the pieces.
+/// Per two bricks, `a − 128` of all channels as int16, two bricks in a lane, in the order of the pieces.
 type Offsets = [[__m256i; BRICK_CHANNELS / LANES]; CHUNK_BRICKS / 2];
 
 /// Whether this CPU has the instructions that [`accumulate`] is compiled for.
@@ -77,7 +79,7 @@ pub(super) fn is_available() -> bool {
     std::is_x86_feature_detected!("avx2")
 }
 
-/// Adds one chunk's products.
+/// Adds the products of one chunk of K to the accumulators.
 #[target_feature(enable = "avx2")]
 pub(super) fn accumulate(bricks: &[Brick<'_>], x: &TokenBlock<'_>, chunk: usize, task: &mut Task) {
     let Panels(panels) = &mut task.avx2;
@@ -93,7 +95,7 @@ pub(super) fn accumulate(bricks: &[Brick<'_>], x: &TokenBlock<'_>, chunk: usize,
     by_tokens::<1, _>(accumulators, x, |acc, x| multiply(bricks, offsets, x, acc));
 }
 
-/// Permutes and sums one token's activations, with zeros behind K.
+/// Permutes and sums one token's activations. Beyond K they are zeros.
 #[target_feature(enable = "avx2")]
 fn fill(panel: &mut TokenPanel, codes: &[i8]) {
     let mut padded = [0i8; CHUNK_K];
@@ -104,7 +106,7 @@ fn fill(panel: &mut TokenPanel, codes: &[i8]) {
         let upper = load::<i8, 32>(upper.first_chunk().expect("half a brick's K"));
         for (x, fours) in panel.x[index].iter_mut().zip(&FOURS) {
             let fours = load(fours);
-            // The lower three bits are the place in the half.
+            // The lower three bits of the index select a lane within the half.
             let from_lower = _mm256_permutevar8x32_epi32(lower, fours);
             let from_upper = _mm256_permutevar8x32_epi32(upper, fours);
             let is_upper = _mm256_cmpgt_epi32(fours, _mm256_set1_epi32(LANES as i32 - 1));
@@ -114,22 +116,23 @@ fn fill(panel: &mut TokenPanel, codes: &[i8]) {
     }
 }
 
-/// Splits off what [`Offsets`] holds from the pairs of a chunk's bricks. A brick that is missing at the end of K has any
-/// offset: its activations are zeros.
+/// Extracts the [`Offsets`] of a chunk's bricks from their pairs.
+///
+/// A brick beyond the end of K may have any offset, because its activations are zeros.
 #[target_feature(enable = "avx2")]
 fn offsets(bricks: &[Brick<'_>]) -> Offsets {
     let mut offsets = [[_mm256_setzero_si256(); BRICK_CHANNELS / LANES]; CHUNK_BRICKS / 2];
     for (pair, offsets) in offsets.iter_mut().enumerate() {
         let Some(first) = bricks.get(2 * pair) else { break };
         let second = bricks.get(2 * pair + 1).unwrap_or(first);
-        // The words [s, a, s', a'] of eight pieces at a time.
+        // Load the words [s, a, s', a'] of eight pieces at a time.
         for (eight, offsets) in offsets.as_chunks_mut::<2>().0.iter_mut().enumerate() {
             let a = |brick: &Brick<'_>| {
                 let pairs = load::<u8, 32>(brick.pairs[32 * eight..].first_chunk().expect("32 words"));
                 _mm256_sub_epi16(_mm256_srli_epi16::<8>(pairs), _mm256_set1_epi16(128))
             };
             let (first, second) = (a(first), a(second));
-            // Each half of a register is interleaved for itself.
+            // Unpacking interleaves each 128-bit half separately.
             let low = _mm256_unpacklo_epi16(first, second);
             let high = _mm256_unpackhi_epi16(first, second);
             *offsets =
@@ -139,7 +142,7 @@ fn offsets(bricks: &[Brick<'_>]) -> Offsets {
     offsets
 }
 
-/// Adds the products of a chunk's bricks with `T` tokens, whose sums stay in registers while a piece is gone through.
+/// Adds the products of a chunk's bricks with `T` tokens, whose sums stay in registers within a piece.
 #[target_feature(enable = "avx2")]
 fn multiply<const T: usize>(
     bricks: &[Brick<'_>],
@@ -154,7 +157,7 @@ fn multiply<const T: usize>(
             let (codes, s) = piece_of(brick, piece);
             for (sum, x) in sums.iter_mut().zip(x) {
                 let x = &x.x[index];
-                // Each int16 lane is at most 4 · 2 · 15 · 128.
+                // Each int16 lane is at most 4 · 2 · 15 · 128 = 15,360.
                 let low = _mm256_add_epi16(
                     _mm256_maddubs_epi16(codes[0], load(&x[0])),
                     _mm256_maddubs_epi16(codes[1], load(&x[1])),
@@ -188,7 +191,7 @@ fn multiply<const T: usize>(
     }
 }
 
-/// The codes of one piece of a brick, in the order of [`FOURS`], and `s` for each int16 lane.
+/// Returns the codes of one piece of a brick in the order of [`FOURS`], and `s` for each int16 lane.
 #[target_feature(enable = "avx2")]
 fn piece_of(Brick { codes, pairs }: Brick<'_>, piece: usize) -> ([__m256i; PIECE_REGISTERS], __m256i) {
     let lower = load::<u8, 32>(codes[64 * piece..].first_chunk().expect("a piece is 64 bytes"));
@@ -200,7 +203,7 @@ fn piece_of(Brick { codes, pairs }: Brick<'_>, piece: usize) -> ([__m256i; PIECE
         _mm256_and_si256(upper, nibble),
         _mm256_and_si256(_mm256_srli_epi16::<4>(upper), nibble),
     ];
-    // From the word [s, a, s', a'] the int16 lanes s, s, s', s'.
+    // Expand the word [s, a, s', a'] to the int16 lanes s, s, s', s'.
     let word: [u8; 4] = *pairs[4 * piece..].first_chunk().expect("four bytes a piece");
     let s = _mm256_shuffle_epi8(
         _mm256_set1_epi32(i32::from_le_bytes(word)),
@@ -209,25 +212,25 @@ fn piece_of(Brick { codes, pairs }: Brick<'_>, piece: usize) -> ([__m256i; PIECE
     (codes, s)
 }
 
-/// The sums of the even and of the odd lanes, the even one's in the low half.
+/// Sums the even and the odd lanes. The sum of the even ones is in the low half.
 #[target_feature(enable = "avx2")]
 fn add_even_and_odd_lanes(lanes: __m256i) -> i64 {
     let four = _mm_add_epi32(_mm256_castsi256_si128(lanes), _mm256_extracti128_si256::<1>(lanes));
     _mm_cvtsi128_si64(_mm_add_epi32(four, _mm_unpackhi_epi64(four, four)))
 }
 
-/// 32 bytes from anywhere.
+/// Loads 32 bytes, unaligned.
 #[target_feature(enable = "avx2")]
 fn load<T: bytemuck::Pod, const N: usize>(values: &[T; N]) -> __m256i {
     const { assert!(size_of::<[T; N]>() == 32, "a register is 32 bytes") };
-    // SAFETY: `values` is the 32 bytes that an unaligned load reads, all of them initialized.
+    // SAFETY: `values` is exactly the 32 initialized bytes that the unaligned load reads.
     unsafe { _mm256_loadu_si256(values.as_ptr().cast()) }
 }
 
-/// 32 bytes to anywhere.
+/// Stores 32 bytes, unaligned.
 #[target_feature(enable = "avx2")]
 fn store<T: bytemuck::Pod, const N: usize>(values: &mut [T; N], register: __m256i) {
     const { assert!(size_of::<[T; N]>() == 32, "a register is 32 bytes") };
-    // SAFETY: `values` is the 32 bytes that an unaligned store writes, and any bytes are a valid `T`.
+    // SAFETY: `values` is exactly the 32 bytes that the unaligned store writes. Any bytes are a valid `T`.
     unsafe { _mm256_storeu_si256(values.as_mut_ptr().cast(), register) };
 }

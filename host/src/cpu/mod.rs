@@ -1,9 +1,10 @@
 //! The CPU backend: the exact integer GEMM and its epilogue, on all cores.
 //!
-//! It is the default where there is no GPU and the oracle for every GPU test, so it does what the format's
-//! definition says and nothing else: dequantize to int8, multiply, add in int32, scale. A task is one strip of
-//! 64 channels times a block of tokens; it dequantizes a chunk of K once and multiplies all of its tokens with
-//! it. Which instructions do that is a [`Kernel`]; every kernel gives the same bits.
+//! It serves machines without a GPU and is the reference for every GPU test.
+//! It follows the format's definition: dequantize to int8, multiply, accumulate in int32, scale.
+//! A task is one strip of 64 channels times a block of tokens.
+//! It dequantizes a chunk of K once and multiplies all of its tokens with it.
+//! A [`Kernel`] is the inner loop for one instruction set. All kernels give the same bits.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -17,35 +18,39 @@ use std::sync::OnceLock;
 use liquidgemm_format::brick::{BRICK_CHANNELS, BRICK_K};
 use rayon::prelude::*;
 
-use crate::error::{check_finite, check_length, checked_elements};
+use crate::check::check_call;
 use crate::packed::Brick;
-use crate::{ActivationsView, Error, Output, OutputType, PackedWeights};
+use crate::{ActivationsView, Error, Output, PackedWeights};
 
-/// Bricks that a task dequantizes at once: as int8 they take 16 KiB, half of a usual L1 cache.
+/// Bricks that a task dequantizes at a time. As int8 they take 16 KiB, half of a typical L1 cache.
 const CHUNK_BRICKS: usize = 4;
-/// Elements along K of such a chunk.
+/// Elements along K in a chunk.
 const CHUNK_K: usize = CHUNK_BRICKS * BRICK_K;
 
-/// Tokens a task multiplies with each dequantized chunk, where there are strips enough to keep all cores busy …
+/// Tokens per task if there are enough strips to keep all cores busy.
 const LONG_TOKEN_BLOCK: usize = 256;
-/// … and where there are not.
+/// Tokens per task otherwise.
 const SHORT_TOKEN_BLOCK: usize = 64;
-/// Rows of the output that are dealt out to tasks at a time, to bound the bookkeeping.
+/// Output rows that are divided among tasks at a time. This limits the memory for the list of tasks.
 const ROWS_AT_ONCE: usize = 1024;
 
-/// The accumulators of one token for a strip's channels.
+/// The accumulators of one token for the channels of a strip.
 type Accumulators = [i32; BRICK_CHANNELS];
 
-/// `out[m, n] = epilogue(Σₖ x[m, k] · level1[n, k])`, row-major, exact before the epilogue. With `m = 0` there is nothing to do.
+/// Computes `out[m, n] = epilogue(Σₖ x[m, k] · int8_weight[n, k])`, row-major and exact before the epilogue.
 ///
-/// The sums are int32 and wrap like the GPU's. They can't, but where K is 131,072 and every activation and every weight of the sum is −128.
+/// `bias` is `[n]`, and `out` has exactly `m · n` elements; `m` may be 0.
+/// The epilogue is [`Output::from_accumulator`]. `out` is written only if all checks pass.
 ///
-/// `bias` is `[n]`; `out` has exactly `m · n` elements and is written only if everything was in order. The
-/// epilogue is [`Output::from_accumulator`].
+/// Sums are int32 and wrap, as on the GPU.
+/// One case wraps: K = 131,072 with every activation and every int8 weight of the sum equal to −128.
 ///
 /// # Errors
-/// K of weights and activations that differ, an `out` or `bias` of another length, a bias that is not finite,
-/// a bias with `i32` output.
+/// - [`Error::KMismatch`] if weights and activations differ in K.
+/// - [`Error::ShapeMismatch`] if `out` is not `[m, n]` or `bias` is not `[n]`.
+/// - [`Error::TooLarge`] if `[m, n]` exceeds the address space.
+/// - [`Error::NonFiniteParameter`] if a bias is not finite.
+/// - [`Error::BiasWithRawOutput`] for a bias with `i32` output.
 pub fn gemm<'a, T: Output>(
     weights: &PackedWeights,
     x: impl Into<ActivationsView<'a>>,
@@ -58,49 +63,28 @@ pub fn gemm<'a, T: Output>(
     Ok(())
 }
 
-/// Everything that must hold before a product with weights `[n, k]` may be written to `out_length` elements.
-pub(crate) fn check_call<T: Output>(
-    [n, k]: [usize; 2],
-    x: &ActivationsView<'_>,
-    bias: Option<&[f32]>,
-    out_length: usize,
-) -> Result<(), Error> {
-    if k != x.k() {
-        return Err(Error::KMismatch { weights: k, activations: x.k() });
-    }
-    check_length("output", "[m, n]", checked_elements("output matrix", x.m(), n)?, out_length)?;
-    if let Some(bias) = bias {
-        if T::TYPE == OutputType::I32 {
-            return Err(Error::BiasWithRawOutput);
-        }
-        check_length("bias", "[n]", n, bias.len())?;
-        check_finite("bias", bias)?;
-    }
-    Ok(())
-}
-
-/// The instructions that the inner loop runs on. All kernels give the same bits.
+/// An instruction set of the inner loop. All kernels give the same bits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Kernel {
-    /// Whatever the compiler makes of it for the target's baseline.
+    /// Portable Rust, compiled for the target's baseline instructions.
     Portable,
-    /// AVX2, whose int8 products are exact while the weights are still 4-bit codes.
+    /// AVX2. It multiplies 4-bit codes before it applies their pairs, because their int16 sums are exact.
     #[cfg(target_arch = "x86_64")]
     Avx2,
-    /// AVX-512 with its int8 dot products.
+    /// AVX-512 VNNI, with int8 dot products.
     #[cfg(target_arch = "x86_64")]
     Avx512Vnni,
 }
 
 impl Kernel {
-    /// The fastest kernel that this CPU has the instructions for; what [`gemm`] uses.
+    /// Returns the fastest kernel that this CPU supports. [`gemm`] uses it.
     pub fn best() -> Self {
         static BEST: OnceLock<Kernel> = OnceLock::new();
         *BEST.get_or_init(|| Self::available().last().unwrap_or(Kernel::Portable))
     }
 
-    /// Every kernel for the target's architecture, slowest first.
+    /// All kernels for the target's architecture, slowest first.
     pub const ALL: &[Kernel] = &[
         Kernel::Portable,
         #[cfg(target_arch = "x86_64")]
@@ -109,7 +93,7 @@ impl Kernel {
         Kernel::Avx512Vnni,
     ];
 
-    /// Whether this CPU has the instructions for it.
+    /// Returns whether this CPU supports the kernel.
     pub fn is_available(self) -> bool {
         match self {
             Kernel::Portable => true,
@@ -120,7 +104,7 @@ impl Kernel {
         }
     }
 
-    /// Those that this CPU has the instructions for.
+    /// Returns the kernels that this CPU supports, slowest first.
     fn available() -> impl Iterator<Item = Self> {
         Self::ALL.iter().copied().filter(|kernel| kernel.is_available())
     }
@@ -130,10 +114,10 @@ impl Kernel {
         match self {
             Kernel::Portable => portable::accumulate(bricks, x, chunk, task),
             #[cfg(target_arch = "x86_64")]
-            // SAFETY: only kernels from `available` get here, which has asked the CPU for AVX2.
+            // SAFETY: all callers take kernels from `available`, which checks the CPU for AVX2.
             Kernel::Avx2 => unsafe { avx2::accumulate(bricks, x, chunk, task) },
             #[cfg(target_arch = "x86_64")]
-            // SAFETY: only kernels from `available` get here, which has asked the CPU for AVX-512 VNNI.
+            // SAFETY: all callers take kernels from `available`, which checks the CPU for AVX-512 VNNI.
             Kernel::Avx512Vnni => unsafe { vnni::accumulate(bricks, x, chunk, task) },
         }
     }
@@ -151,7 +135,7 @@ impl fmt::Display for Kernel {
     }
 }
 
-/// The tokens that a task multiplies.
+/// The tokens of a task.
 struct TokenBlock<'a> {
     x: &'a ActivationsView<'a>,
     first: usize,
@@ -159,8 +143,8 @@ struct TokenBlock<'a> {
 }
 
 impl TokenBlock<'_> {
-    /// The part of token `token` (counted from the block's first) that meets chunk `chunk` of K: up to
-    /// [`CHUNK_K`] codes, fewer at the end of K.
+    /// Returns the activations of `token` for one chunk of K: [`CHUNK_K`] codes, or fewer at the end of K.
+    /// `token` counts from the block's first.
     #[inline(always)]
     fn codes(&self, token: usize, chunk: usize) -> &[i8] {
         let row = self.x.row(self.first + token);
@@ -169,7 +153,7 @@ impl TokenBlock<'_> {
     }
 }
 
-/// The memory that a task works in; one a thread, used again for the next task.
+/// The working memory of a task. Each thread has one and reuses it.
 #[derive(Default)]
 struct Task {
     /// `[tokens][64]`.
@@ -181,7 +165,7 @@ struct Task {
     vnni: vnni::Panels,
 }
 
-/// Calls `multiply` for as many whole groups of `T` tokens as there are, and gives back the rest.
+/// Calls `multiply` for each whole group of `T` tokens and returns the remaining tokens.
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
 fn by_tokens<'a, 'x, const T: usize, X>(
@@ -197,14 +181,14 @@ fn by_tokens<'a, 'x, const T: usize, X>(
     (accumulators, x)
 }
 
-/// One strip's channels of the output for a block of tokens: one slice a token.
+/// The output of one strip for a block of tokens: one slice per token.
 struct OutputBlock<'a, T> {
     strip: usize,
     first_token: usize,
     rows: Vec<&'a mut [T]>,
 }
 
-/// The product itself; the operands fit.
+/// Computes the product. The caller has checked the operands.
 fn multiply<T: Output>(
     kernel: Kernel,
     weights: &PackedWeights,
@@ -225,7 +209,9 @@ fn multiply<T: Output>(
     }
 }
 
-/// Cuts rows of the output, `[rows, n]` from row `first_row` on, into blocks of 64 channels × `token_block`.
+/// Divides output rows into blocks of 64 channels × `token_block` tokens.
+///
+/// `rows` is `[rows, n]` and begins with row `first_row` of the output.
 fn deal_out<T>(rows: &mut [T], first_row: usize, n: usize, token_block: usize) -> Vec<OutputBlock<'_, T>> {
     let mut blocks = Vec::new();
     for (index, rows) in rows.chunks_mut(token_block * n).enumerate() {
@@ -245,7 +231,7 @@ fn deal_out<T>(rows: &mut [T], first_row: usize, n: usize, token_block: usize) -
     blocks
 }
 
-/// Leaves the exact products of one block in `task.accumulators`.
+/// Computes the exact sums of one block into `task.accumulators`.
 fn multiply_block<T>(
     kernel: Kernel,
     weights: &PackedWeights,
@@ -264,7 +250,7 @@ fn multiply_block<T>(
     }
 }
 
-/// The epilogue of one block.
+/// Applies the epilogue to one block.
 fn write_block<T: Output>(
     weights: &PackedWeights,
     x: &ActivationsView<'_>,

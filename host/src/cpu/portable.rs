@@ -1,5 +1,5 @@
-//! The kernel in plain Rust: dot products along K over int16, which LLVM turns into multiply-add instructions
-//! on every target (`pmaddwd`, `smlal`).
+//! The kernel in portable Rust: dot products along K over int16.
+//! LLVM compiles them to multiply-add instructions on every target (`pmaddwd`, `smlal`).
 
 use liquidgemm_format::brick::{BRICK_CHANNELS, BRICK_K, code_at};
 use liquidgemm_format::dequant::{broadcast, dequantize_word, multiply_add_flip};
@@ -7,14 +7,14 @@ use liquidgemm_format::dequant::{broadcast, dequantize_word, multiply_add_flip};
 use super::{CHUNK_K, Task, TokenBlock};
 use crate::packed::Brick;
 
-/// One chunk of K, widened to int16.
+/// The weights of one chunk of K, widened to int16.
 #[derive(Default)]
 pub(super) struct Panels {
     /// `[64 channels][CHUNK_K]`.
     weights: Vec<[i16; CHUNK_K]>,
 }
 
-/// Adds one chunk's products.
+/// Adds the products of one chunk of K to the accumulators.
 pub(super) fn accumulate(bricks: &[Brick<'_>], x: &TokenBlock<'_>, chunk: usize, task: &mut Task) {
     let weights = &mut task.portable.weights;
     weights.resize(BRICK_CHANNELS, [0; CHUNK_K]);
@@ -26,7 +26,7 @@ pub(super) fn accumulate(bricks: &[Brick<'_>], x: &TokenBlock<'_>, chunk: usize,
         });
     }
 
-    // Zeros meet the weights behind K: the padding's, and at K's end those of an earlier chunk.
+    // Beyond K the activations are zeros. The weights there are padding, or remain from an earlier chunk.
     let mut token_x = [0i16; CHUNK_K];
     for (token, accumulators) in task.accumulators.iter_mut().enumerate() {
         let codes = x.codes(token, chunk);
@@ -40,8 +40,8 @@ pub(super) fn accumulate(bricks: &[Brick<'_>], x: &TokenBlock<'_>, chunk: usize,
     }
 }
 
-// Not inlined, or LLVM would widen the activations to int32 once for all channels and narrow them again for
-// each.
+// Not inlined: otherwise LLVM widens the activations to int32 once for all channels,
+// and narrows them again for each channel.
 #[inline(never)]
 fn dot(a: &[i16; CHUNK_K], b: &[i16; CHUNK_K]) -> i32 {
     a.iter().zip(b).map(|(&a, &b)| i32::from(a) * i32::from(b)).sum()
@@ -50,8 +50,8 @@ fn dot(a: &[i16; CHUNK_K], b: &[i16; CHUNK_K]) -> i32 {
 /// Dequantizes one brick and calls `store(channel, weights)` for each of its 64 channels.
 #[inline(always)]
 fn dequantize_brick(Brick { codes, pairs }: Brick<'_>, mut store: impl FnMut(usize, [i8; BRICK_K])) {
-    // One word of pairs serves two channels, whose codes are 64 bytes: even words the first's, odd ones the
-    // second's.
+    // A 32-bit word of pairs serves two channels, whose codes take 64 bytes.
+    // Even words of codes belong to the first channel, odd ones to the second.
     for (piece, (codes, pairs)) in codes.as_chunks::<64>().0.iter().zip(pairs.as_chunks::<4>().0).enumerate()
     {
         let mut channels = [[0u32; BRICK_K / 4]; 2];

@@ -1,4 +1,4 @@
-//! Every kernel against a plain triple loop in 64-bit integers over the dequantized weights.
+//! Compares every kernel with a plain triple loop in 64-bit integers over the dequantized weights.
 
 use half::{bf16, f16};
 use proptest::prelude::*;
@@ -6,7 +6,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::{Group, QuantizedActivations};
 
-/// A generator small enough to read: splitmix64.
+/// A minimal random generator: splitmix64.
 struct Random(u64);
 
 impl Random {
@@ -23,7 +23,7 @@ impl Random {
     }
 }
 
-/// Any weights that the format can hold: each pair anywhere within the invariant.
+/// Returns random weights of the format, with pairs from the whole range of the invariant.
 fn any_weights(n: usize, k: usize, group: Group, random: &mut Random) -> PackedWeights {
     let groups = group.count(k).unwrap();
     let codes: Vec<u8> = (0..n * k).map(|_| random.below(16) as u8).collect();
@@ -43,7 +43,7 @@ fn any_activations(m: usize, k: usize, random: &mut Random) -> QuantizedActivati
     QuantizedActivations::from_parts(&codes, scales, m, k).unwrap()
 }
 
-/// The definition: nothing packed, nothing narrow, nothing parallel.
+/// Computes the product by its definition: unpacked, in 64 bits, on one thread.
 fn triple_loop(weights: &PackedWeights, x: &QuantizedActivations) -> Vec<i64> {
     let unpacked = weights.unpack();
     let (n, k) = (weights.n(), weights.k());
@@ -113,14 +113,14 @@ fn every_count_of_tokens_around_the_block_sizes_is_exact() {
     for m in (1..=20).chain([63, 64, 65, 255, 256, 257, 1023, 1024, 1025]) {
         check_every_kernel(70, 70, m, Group::default(), m as u64);
     }
-    // Strips enough for the long token block.
+    // Enough strips for the long token block.
     check_every_kernel(64 * 4 * rayon::current_num_threads(), 3, 300, Group::default(), 9);
 }
 
 #[test]
 fn the_largest_k_with_every_product_at_its_limit_does_not_wrap() {
     let k = 131_072;
-    // Code 0 with a = 0 stands for −128, the largest magnitude that the format has.
+    // Code 0 with a = 0 represents −128, the largest magnitude of the format.
     let weights = PackedWeights::pack(&vec![0; k], &[(1, 0)], vec![1.0], 1, k, Group::Channel).unwrap();
     for code in [-127i8, 127] {
         let x = QuantizedActivations::from_parts(&vec![code; k], vec![1.0], 1, k).unwrap();
@@ -133,10 +133,10 @@ fn the_largest_k_with_every_product_at_its_limit_does_not_wrap() {
 }
 
 #[test]
-fn the_one_sum_that_wraps_wraps_in_every_kernel() {
+fn the_only_sum_that_wraps_does_so_in_every_kernel() {
     let k = 131_072;
     let weights = PackedWeights::pack(&vec![0; k], &[(1, 0)], vec![1.0], 1, k, Group::Channel).unwrap();
-    // 2³¹ at the largest K, which no int32 holds; one product less does.
+    // The sum is 2³¹ at the largest K, which int32 cannot hold. One product less fits.
     for (least, sum) in [(k, i32::MIN), (k - 1, i32::MAX - 16_383)] {
         let mut codes = vec![0i8; k];
         codes[..least].fill(i8::MIN);
@@ -166,7 +166,8 @@ fn the_epilogue_rounds_each_step_once_for_every_output_type() {
     let bias: Vec<f32> = (0..n).map(|_| random.below(2000) as f32 * 1e-3 - 1.0).collect();
     let exact = triple_loop(&weights, &x);
 
-    // Each step in f64 and rounded to f32: exact for one operation on f32 operands, so no FMA can hide.
+    // Each step in f64, then rounded to f32.
+    // That is exact for one operation on f32 operands, and it excludes an FMA.
     let reference = |index: usize, bias: Option<&[f32]>| {
         let (token, channel) = (index / n, index % n);
         let acc = exact[index] as f32;
@@ -194,7 +195,7 @@ fn the_epilogue_rounds_each_step_once_for_every_output_type() {
     check::<i32>(&weights, &x, None, |index| exact[index] as i32);
 }
 
-/// Bytes with a page before and behind that nobody may touch: they begin right behind the one, or end right before the other.
+/// Bytes between two inaccessible pages. They begin right after the first, or end right before the second.
 struct Guarded {
     memory: region::Allocation,
     offset: usize,
@@ -208,7 +209,7 @@ impl Guarded {
         let mut memory = region::alloc(room + 2 * page, region::Protection::READ_WRITE).unwrap();
         let offset = if at_the_end { page + room - bytes.len() } else { page };
         let start = memory.as_mut_ptr::<u8>();
-        // SAFETY: the offset and as many bytes lie in the allocation; the guards are pages of their own in it.
+        // SAFETY: the offset and the bytes lie in the allocation; the guards are separate pages of it.
         unsafe {
             start.add(offset).copy_from_nonoverlapping(bytes.as_ptr(), bytes.len());
             region::protect(start, page, region::Protection::NONE).unwrap();
@@ -218,7 +219,7 @@ impl Guarded {
     }
 
     fn bytes(&self) -> &[u8] {
-        // SAFETY: these bytes were written, and lie in no guard.
+        // SAFETY: these bytes were written and lie outside the guard pages.
         unsafe { std::slice::from_raw_parts(self.memory.as_ptr::<u8>().add(self.offset), self.length) }
     }
 }
@@ -269,7 +270,8 @@ fn no_kernel_writes_beyond_the_output() {
         for at_the_end in [false, true] {
             let mut out = Guarded::new(&vec![0xFF; m * n * 4], at_the_end);
             let start = out.memory.as_mut_ptr::<u8>();
-            // SAFETY: these bytes were written, lie in no guard, begin on four bytes, and are borrowed nowhere else.
+            // SAFETY: these bytes were written, lie outside the guard pages, are 4-byte aligned,
+            // and are borrowed nowhere else.
             let out = unsafe { std::slice::from_raw_parts_mut(start.add(out.offset).cast::<i32>(), m * n) };
             for kernel in Kernel::available() {
                 out.fill(i32::MIN);

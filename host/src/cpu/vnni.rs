@@ -1,13 +1,14 @@
-//! The kernel for AVX-512 VNNI: one instruction multiplies and adds 64 byte pairs.
+//! The AVX-512 VNNI kernel: one instruction multiplies 64 byte pairs and accumulates the products.
 //!
-//! `vpdpbusd` wants one factor unsigned, and `q·s + a` before its XOR is just that: the weight plus 128. So the
-//! XOR is left out and `128 · Σx` taken off each token's sums instead. The sums wrap on the way, but the true
-//! result fits int32, and arithmetic modulo 2³² ends on it exactly.
+//! `vpdpbusd` takes one unsigned operand. `q·s + a` without its XOR is unsigned: the int8 weight plus 128.
+//! The kernel therefore leaves out the XOR and subtracts `128 · Σx` from each token's sums.
+//! Partial sums may wrap, but the true result fits int32, so arithmetic modulo 2³² ends on it exactly.
 //!
-//! There are two orders of work. For many tokens a chunk of weights is dequantized into a panel whose lanes are
-//! channels, and each token's activations are broadcast against it. For few tokens that rearrangement would
-//! cost more than the products, so the weights stay in the order of the brick and the activations are permuted
-//! to match.
+//! There are two loop orders.
+//! For many tokens, a chunk of weights is dequantized into a panel with channels as lanes,
+//! and each token's activations are broadcast.
+//! For few tokens, building the panel would cost more than the products.
+//! The weights then stay in the brick's order, and the activations are permuted to match.
 
 use std::arch::x86_64::{
     __m512i, _mm_add_epi32, _mm_extract_epi32, _mm256_add_epi32, _mm256_castsi256_si128,
@@ -23,31 +24,31 @@ use liquidgemm_format::brick::{BRICK_K, CODE_BYTES, code_at};
 use super::{Accumulators, CHUNK_BRICKS, CHUNK_K, Task, TokenBlock, by_tokens};
 use crate::packed::Brick;
 
-/// Runs of four weights along K in a chunk.
+/// Groups of four weights along K in a chunk.
 const CHUNK_FOURS: usize = CHUNK_K / 4;
 /// int32 lanes of a register.
 const LANES: usize = 16;
-/// Registers' worth of channels that are accumulated together.
+/// Registers of channels that are accumulated at a time.
 const REGISTERS: usize = 2;
 
-/// Up to so many tokens the weights stay in the order of the brick.
+/// The most tokens for which the weights stay in the brick's order.
 const FEW_TOKENS: usize = 8;
-/// Pieces of 64 bytes that a brick's codes are cut into; each serves the two channels of one word of scales.
+/// 64-byte pieces of a brick's codes. A piece holds two channels, whose pairs share one 32-bit word.
 const PIECES: usize = CODE_BYTES / 64;
 
-/// Words of four along K for all 64 channels, in the order of the pieces: two channels each.
+/// 32-bit words of four weights along K for all 64 channels, in the order of the pieces: two channels each.
 type PanelRow = [u64; PIECES];
 
-/// One chunk of K, four elements along K a word.
+/// One chunk of K, four elements along K in a word.
 #[derive(Default)]
 pub(super) struct Panels {
-    /// Weights plus 128, `[CHUNK_FOURS][PIECES]`: the words of a piece's two channels side by side.
+    /// Weights plus 128, `[CHUNK_FOURS][PIECES]`: the words of a piece's two channels are adjacent.
     weights: Vec<PanelRow>,
-    /// Activations, `[tokens][CHUNK_FOURS]`, with zeros behind K.
+    /// Activations, `[tokens][CHUNK_FOURS]`, with zeros beyond K.
     x: Vec<[u32; CHUNK_FOURS]>,
 }
 
-/// Whether this CPU has all the instructions that [`accumulate`] is compiled for.
+/// Whether this CPU has the instructions that [`accumulate`] is compiled for.
 pub(super) fn is_available() -> bool {
     std::is_x86_feature_detected!("avx512f")
         && std::is_x86_feature_detected!("avx512bw")
@@ -55,7 +56,7 @@ pub(super) fn is_available() -> bool {
         && std::is_x86_feature_detected!("avx512vnni")
 }
 
-/// Adds one chunk's products.
+/// Adds the products of one chunk of K to the accumulators.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 pub(super) fn accumulate(bricks: &[Brick<'_>], x: &TokenBlock<'_>, chunk: usize, task: &mut Task) {
     let Panels { weights, x: panel_x } = &mut task.vnni;
@@ -99,7 +100,7 @@ pub(super) fn accumulate(bricks: &[Brick<'_>], x: &TokenBlock<'_>, chunk: usize,
 /// Dequantizes a brick into its 16 rows of the panel.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 fn fill_panel(brick: Brick<'_>, panel: &mut [PanelRow; BRICK_K / 4]) {
-    // Eight pieces at a time: transposed, they are whole cache lines of the panel.
+    // Eight transposed pieces are whole cache lines of the panel.
     for first in (0..PIECES).step_by(8) {
         let (mut low, mut high) = ([_mm512_setzero_si512(); 8], [_mm512_setzero_si512(); 8]);
         for (piece, (low, high)) in low.iter_mut().zip(&mut high).enumerate() {
@@ -120,7 +121,7 @@ fn fill_panel(brick: Brick<'_>, panel: &mut [PanelRow; BRICK_K / 4]) {
 /// Transposes an 8×8 matrix of 64-bit words.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 fn transpose(rows: &[__m512i; 8]) -> [__m512i; 8] {
-    // Which 128-bit quarters of two registers to join: the even ones of both, or the odd ones.
+    // Selects 128-bit quarters of two registers: the even ones of both, or the odd ones.
     const EVEN: i32 = 0b10_00_10_00;
     const ODD: i32 = 0b11_01_11_01;
     let mut columns = [_mm512_setzero_si512(); 8];
@@ -134,7 +135,7 @@ fn transpose(rows: &[__m512i; 8]) -> [__m512i; 8] {
                 _mm512_unpackhi_epi64(rows[0], rows[1])
             };
         }
-        // Columns 0 and 4, or 1 and 5, of the upper and of the lower four rows; then 2 and 6, or 3 and 7.
+        // Columns 0 and 4 (or 1 and 5) of the upper and of the lower four rows; below, 2 and 6 (or 3 and 7).
         let upper = _mm512_shuffle_i64x2::<EVEN>(pairs[0], pairs[1]);
         let lower = _mm512_shuffle_i64x2::<EVEN>(pairs[2], pairs[3]);
         columns[odd] = _mm512_shuffle_i64x2::<EVEN>(upper, lower);
@@ -147,7 +148,7 @@ fn transpose(rows: &[__m512i; 8]) -> [__m512i; 8] {
     columns
 }
 
-/// Adds the products of a chunk's weights with `T` tokens, whose sums stay in registers meanwhile.
+/// Adds the products of a chunk's weights with `T` tokens, whose sums stay in registers within the loop.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 fn multiply<const T: usize>(
     weights: &[PanelRow],
@@ -183,16 +184,16 @@ fn multiply<const T: usize>(
     }
 }
 
-/// Adds the products of a chunk's bricks with `T` tokens, with the weights in the order of the brick: a lane is
-/// one word of codes.
+/// Adds the products of a chunk's bricks with `T` tokens, with the weights in the brick's order.
+/// A lane is one 32-bit word of codes.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 fn multiply_in_order<const T: usize>(
     bricks: &[Brick<'_>],
     x: &[[u32; CHUNK_FOURS]; T],
     accumulators: &mut [Accumulators; T],
 ) {
-    // For each brick and token, the activations that meet the low and the high nibbles of each lane. Every
-    // piece of a brick has the same k's in its lanes; only the channels move on.
+    // Per brick and token, gather the activations for the low and the high nibbles of each lane.
+    // All pieces of a brick have the same k positions in their lanes; only their channels differ.
     const fn fours(high: bool) -> [u32; LANES] {
         let mut fours = [0; LANES];
         let mut lane = 0;
@@ -231,12 +232,13 @@ fn multiply_in_order<const T: usize>(
     }
 }
 
-/// The weights plus 128 of one piece of a brick, from its low and from its high nibbles: 16 words in the order of
-/// the brick, four elements along K each. Even lanes belong to the piece's first channel, odd ones to its second.
+/// Returns the weights plus 128 of one piece of a brick, from its low and from its high nibbles.
+/// Each has 16 words in the brick's order, four elements along K in a word.
+/// Even lanes belong to the piece's first channel, odd ones to its second.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 fn dequantize_piece(Brick { codes, pairs }: Brick<'_>, piece: usize) -> [__m512i; 2] {
     let codes = load::<u8, 64>(codes[64 * piece..].first_chunk().expect("a piece is 64 bytes"));
-    // The word [s, a, s', a'] in every lane; from it s and s' widened to lanes, a and a' in all four bytes.
+    // Broadcast the word [s, a, s', a']. Then expand s and s' to 32-bit lanes, a and a' to all four bytes.
     let pairs: [u8; 4] = *pairs[4 * piece..].first_chunk().expect("four bytes a piece");
     let pairs = _mm512_set1_epi32(i32::from_le_bytes(pairs));
     const ZERO: i32 = 0x8080_8000_u32 as i32;
@@ -246,11 +248,11 @@ fn dequantize_piece(Brick { codes, pairs }: Brick<'_>, piece: usize) -> [__m512i
     let nibble = _mm512_set1_epi32(0x0F0F_0F0F);
     let low = _mm512_and_si512(codes, nibble);
     let high = _mm512_and_si512(_mm512_srli_epi32::<4>(codes), nibble);
-    // Spelled out: the compiler does not inline closures over registers into `map`.
+    // Written out because the compiler does not inline closures over registers into `map`.
     [_mm512_add_epi32(_mm512_mullo_epi32(low, s), a4), _mm512_add_epi32(_mm512_mullo_epi32(high, s), a4)]
 }
 
-/// The sums of the even and of the odd lanes.
+/// Sums the even and the odd lanes.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 fn add_even_and_odd_lanes(lanes: __m512i) -> [i32; 2] {
     let eight = _mm256_add_epi32(_mm512_castsi512_si256(lanes), _mm512_extracti64x4_epi64::<1>(lanes));
@@ -261,18 +263,18 @@ fn add_even_and_odd_lanes(lanes: __m512i) -> [i32; 2] {
     ]
 }
 
-/// 64 bytes from anywhere.
+/// Loads 64 bytes, unaligned.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 fn load<T: bytemuck::Pod, const N: usize>(values: &[T; N]) -> __m512i {
     const { assert!(size_of::<[T; N]>() == 64, "a register is 64 bytes") };
-    // SAFETY: `values` is the 64 bytes that an unaligned load reads, all of them initialized.
+    // SAFETY: `values` is exactly the 64 initialized bytes that the unaligned load reads.
     unsafe { _mm512_loadu_si512(values.as_ptr().cast()) }
 }
 
-/// 64 bytes to anywhere.
+/// Stores 64 bytes, unaligned.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 fn store<T: bytemuck::Pod, const N: usize>(values: &mut [T; N], register: __m512i) {
     const { assert!(size_of::<[T; N]>() == 64, "a register is 64 bytes") };
-    // SAFETY: `values` is the 64 bytes that an unaligned store writes, and any bytes are a valid `T`.
+    // SAFETY: `values` is exactly the 64 bytes that the unaligned store writes. Any bytes are a valid `T`.
     unsafe { _mm512_storeu_si512(values.as_mut_ptr().cast(), register) };
 }

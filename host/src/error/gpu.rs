@@ -1,15 +1,14 @@
-//! What can go wrong between this crate and the GPU.
+//! Errors of the GPU backend, and their conversion from driver statuses.
 
 use std::fmt;
 
 use cust::error::CudaError;
 use cust::sys::CUresult;
-use liquidgemm_format::brick::BRICK_CHANNELS;
 
-/// A status that the driver returned.
+/// A status that the CUDA driver returned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DriverStatus(
-    /// The driver's number for it.
+    /// The driver's number, a `CUresult`.
     pub u32,
 );
 
@@ -24,79 +23,77 @@ impl fmt::Display for DriverStatus {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum GpuError {
-    /// The machine has no usable NVIDIA driver.
+    /// No NVIDIA driver can be loaded.
     #[error(transparent)]
     NoDriver(#[from] cuda_driver::LoadError),
 
-    /// The driver can't compile the kernels' PTX.
+    /// The driver is too old to compile the kernels' PTX.
     #[error(
         "the NVIDIA driver supports CUDA {found}, but the kernels need {needed}; update the driver to 530 or newer"
     )]
     DriverTooOld {
-        /// What the driver supports.
+        /// The CUDA version that the driver supports.
         found: cuda_driver::CudaVersion,
-        /// The least that is needed.
+        /// The lowest CUDA version that can compile the kernels.
         needed: cuda_driver::CudaVersion,
     },
 
-    /// The driver works but there is no GPU, or none is visible.
+    /// The driver works, but no GPU is present or visible.
     #[error("the NVIDIA driver found no GPU; check nvidia-smi and CUDA_VISIBLE_DEVICES")]
     NoDevice,
 
-    /// The GPU's number is beyond what there is.
+    /// No GPU has the requested number.
     #[error("there is no GPU {ordinal}; this machine has {count}")]
     NoSuchDevice {
-        /// What was asked for.
+        /// The number requested.
         ordinal: u32,
-        /// How many there are.
+        /// The number of GPUs.
         count: u32,
     },
 
-    /// The GPU isn't a Hopper.
+    /// The GPU is not a Hopper GPU.
     #[error(
         "{name} has compute capability {major}.{minor}, but the kernels need 9.0 (Hopper: H100, H200, GH200)"
     )]
     WrongDevice {
-        /// The device's name.
+        /// The GPU's name.
         name: String,
-        /// Its compute capability, before the dot.
+        /// Its compute capability, major part.
         major: i32,
-        /// And after.
+        /// Its compute capability, minor part.
         minor: i32,
     },
 
-    /// No context is current on this thread.
+    /// No CUDA context is current on this thread, or the given context is null.
     #[error("no CUDA context is current on this thread; make one current first, or use Gpu::new")]
     NoContext,
 
-    /// The variable that chooses a GPU holds something else.
-    #[error("{DEVICE_VARIABLE} is {text:?}; it must be the number of a GPU, 0 for the first", DEVICE_VARIABLE = super::DEVICE_VARIABLE)]
+    /// The environment variable [`DEVICE_VARIABLE`](crate::gpu::DEVICE_VARIABLE) does not hold a number.
+    #[error("{DEVICE_VARIABLE} is {text:?}; it must be the number of a GPU, 0 for the first", DEVICE_VARIABLE = crate::gpu::DEVICE_VARIABLE)]
     BadDevice {
-        /// What it holds.
+        /// The variable's value.
         text: String,
     },
 
-    /// The current context isn't the GPU's primary one, so nothing keeps it alive.
+    /// The current context is not the GPU's primary context, so nothing would keep it alive.
     #[error(
         "the current context is not the GPU's primary one; Gpu::from_context takes any context that its caller keeps alive"
     )]
     NotPrimary,
 
-    /// Something on the device lives in another context than that of the GPU that it is used with.
-    #[error(
-        "the {what} live in another context than the GPU that they are used with; make them with the same Gpu"
-    )]
+    /// An object on the device belongs to another context than the [`Gpu`](crate::gpu::Gpu) that uses it.
+    #[error("another context holds the {what}; use what was made with the same Gpu")]
     OtherContext {
-        /// What.
+        /// The object: weights, a workspace or a kernel.
         what: &'static str,
     },
 
-    /// A call of the driver failed.
+    /// A driver call failed.
     #[error("{action} failed: {status}")]
     Cuda {
-        /// What was being done.
+        /// The purpose of the call.
         action: &'static str,
-        /// The driver's answer.
+        /// The status that the driver returned.
         status: DriverStatus,
     },
 
@@ -107,113 +104,76 @@ pub enum GpuError {
         name: &'static str,
     },
 
-    /// A buffer is smaller than what lies in it.
+    /// A buffer is smaller than its contents.
     #[error("the {what} buffer has {actual} bytes, but {needed} are needed")]
     BufferTooSmall {
-        /// Which buffer.
+        /// The buffer.
         what: &'static str,
-        /// Bytes that are needed.
+        /// Bytes needed.
         needed: usize,
-        /// Bytes that it has.
+        /// Bytes available.
         actual: usize,
     },
 
-    /// An address or a stride that the copy engine can't work with.
+    /// An address or a stride is not aligned as TMA or the kernels require.
     #[error("the {what} is {value}, but must be a multiple of {multiple}; {fix}")]
     Misaligned {
-        /// What is misaligned.
+        /// The misaligned quantity.
         what: &'static str,
-        /// Its value.
+        /// Its value: an address, or a stride in bytes.
         value: u64,
-        /// What it must be a multiple of.
+        /// The alignment that it needs.
         multiple: u64,
-        /// What to do.
+        /// The remedy.
         fix: &'static str,
     },
 
-    /// Rows of the output that would overlap.
+    /// The output's row stride is shorter than a row.
     #[error(
         "an output row stride of {stride} elements is shorter than a row of n = {n}; it must be at least n"
     )]
     OutputStrideTooShort {
-        /// The stride, in elements.
+        /// The row stride, in elements.
         stride: usize,
         /// Elements in a row.
         n: usize,
     },
 
-    /// A value that doesn't fit the kernel's 32-bit arguments.
+    /// A value does not fit the kernels' 32-bit arguments.
     #[error("{what} is {value}; the GPU kernels take at most {limit}")]
     OutOfRange {
-        /// What is too large.
+        /// The value's name.
         what: &'static str,
-        /// Its value.
+        /// The value.
         value: usize,
-        /// The largest value that is taken.
+        /// The largest value that fits.
         limit: usize,
     },
 
-    /// A problem divided where it can't be.
-    #[error(
-        "{n} channels can't be divided behind the first {boundary}; take a multiple of 64 between 0 and {n}"
-    )]
-    NoSuchBoundary {
-        /// Where it was to be divided.
-        boundary: usize,
-        /// The problem's channels.
-        n: usize,
-    },
+    /// The plan is not a single tiled launch, so one custom kernel cannot execute it.
+    #[error("the plan is not a single tiled launch; Plan::with_config makes such a plan")]
+    NotOneTiledLaunch,
 
-    /// A shape for few tokens that has no kernel.
-    #[error(
-        "there is no kernel for passes of {} channels x {} tokens; \
-         liquidgemm_format::skinny::SKINNY_SHAPES lists those that there are",
-        shape.channels(), shape.tokens
-    )]
-    UnknownSkinnyShape {
-        /// What was asked for.
-        shape: liquidgemm_format::skinny::SkinnyShape,
-    },
-
-    /// A tile shape that has no kernel.
-    #[error(
-        "there is no kernel for tiles of {} channels x {} tokens with {} consumers a strip and K shared by {} blocks; \
-         liquidgemm_format::tile::TILE_SHAPES lists those that there are",
-        u64::from(shape.strips) * BRICK_CHANNELS as u64, shape.tokens, shape.halves, shape.split
-    )]
-    UnknownTile {
-        /// What was asked for.
-        shape: liquidgemm_format::tile::TileShape,
-    },
-
-    /// What the ablation's kernels can't do.
-    #[cfg(feature = "bench")]
-    #[error("the ablation has no kernel for {what}")]
-    NotInAblation {
-        /// What was asked for.
-        what: &'static str,
-    },
-
-    /// The PTX that the library carries can't be decompressed.
+    /// The embedded PTX of a kernel cannot be decompressed.
     #[error("the embedded kernel {entry} is damaged: build the library again")]
     DamagedKernel {
         /// The kernel's entry point.
         entry: &'static str,
     },
 
-    /// A plan that was made for another problem or another GPU.
+    /// The plan was made for another problem.
     #[error("the plan is for {plan}, but the call is {call}")]
     PlanMismatch {
-        /// What the plan is for.
+        /// The plan's problem.
         plan: String,
-        /// What the call has.
+        /// The call's problem.
         call: String,
     },
 }
 
-/// Names what a driver call was for.
+/// Adds the purpose of a driver call to its error.
 pub(crate) trait During<T> {
-    /// Turns the driver's error into a [`GpuError`] that says `action`.
+    /// Converts the driver's error to [`GpuError::Cuda`] with this purpose.
     fn during(self, action: &'static str) -> Result<T, GpuError>;
 }
 
@@ -229,7 +189,8 @@ impl During<()> for CUresult {
     }
 }
 
-/// What a driver function that `cust` lacks returns: newer ones have statuses that [`CUresult`] has no name for.
+/// The result of driver functions that `cust` lacks.
+/// It is a number because newer functions return statuses that [`CUresult`] does not name.
 #[repr(transparent)]
 pub(crate) struct Status(u32);
 

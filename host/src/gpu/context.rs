@@ -1,4 +1,5 @@
-//! The context that everything on a device lives in, and which context is a thread's current one.
+//! The context of everything on a device, and switching a thread's current context.
+//! Driver calls that allocate, copy or free enter the context first and restore the caller's afterwards.
 
 use std::marker::PhantomData;
 use std::ptr;
@@ -6,26 +7,27 @@ use std::sync::Arc;
 
 use cust::sys::{self, CUcontext, CUdevice};
 
-use crate::gpu::error::{During, GpuError};
+use crate::error::gpu::{During, GpuError};
 
-/// A driver context, shared by all that lives in it: a primary context stays for as long as one of its handles.
+/// A driver context, shared by everything in it. A primary context stays alive as long as one of its handles.
 #[derive(Clone, Debug)]
 pub(crate) struct ContextHandle(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
     context: CUcontext,
-    /// The device whose primary context it is, retained once; `None` for a context that the caller keeps alive.
+    /// The device of a primary context, which is retained once.
+    /// `None` for a context that the caller keeps alive.
     primary_of: Option<CUdevice>,
 }
 
-// SAFETY: the driver lets any thread use a context.
+// SAFETY: any thread may use a driver context.
 unsafe impl Send for Inner {}
-// SAFETY: as above; nothing here changes.
+// SAFETY: as above; the fields never change.
 unsafe impl Sync for Inner {}
 
 impl ContextHandle {
-    /// A device's primary context, which the CUDA runtime and other frameworks share.
+    /// Retains a device's primary context, which the CUDA runtime and other frameworks share.
     pub(crate) fn primary(device: CUdevice) -> Result<Self, GpuError> {
         let mut context = ptr::null_mut();
         // SAFETY: the first argument is valid for a write.
@@ -34,15 +36,15 @@ impl ContextHandle {
         Ok(Self(Arc::new(Inner { context, primary_of: Some(device) })))
     }
 
-    /// A context that someone else made.
+    /// Wraps a context that someone else created.
     ///
     /// # Safety
-    /// It outlives the handle and its clones.
+    /// The context outlives the handle and its clones.
     pub(crate) unsafe fn foreign(context: CUcontext) -> Self {
         Self(Arc::new(Inner { context, primary_of: None }))
     }
 
-    /// The current context of this thread, null for none.
+    /// Returns this thread's current context, or null.
     pub(crate) fn current() -> Result<CUcontext, GpuError> {
         let mut context = ptr::null_mut();
         // SAFETY: the argument is valid for a write.
@@ -50,12 +52,14 @@ impl ContextHandle {
         Ok(context)
     }
 
-    /// Makes the context current on this thread for as long as the result lives; then what was current before is so again.
+    /// Makes the context current on this thread. Dropping the result restores the previous one.
     pub(crate) fn enter(&self) -> Result<Entered, GpuError> {
         self.enter_from(Self::current()?)
     }
 
-    /// As [`enter`](Self::enter), for freeing, which is worth losing what was current before.
+    /// Like [`enter`](Self::enter), but continues if the driver does not tell the previous context.
+    ///
+    /// Freeing memory matters more than restoring that context.
     pub(crate) fn enter_to_free(&self) -> Result<Entered, GpuError> {
         self.enter_from(Self::current().unwrap_or(ptr::null_mut()))
     }
@@ -74,12 +78,12 @@ impl ContextHandle {
         unsafe { sys::cuCtxSetCurrent(self.0.context) }.during("making the GPU's context current")
     }
 
-    /// Whether both are the same context.
+    /// Returns whether both are the same context.
     pub(crate) fn is(&self, other: &Self) -> bool {
         self.0.context == other.0.context
     }
 
-    /// The driver's handle.
+    /// Returns the driver's handle.
     pub(crate) fn as_raw(&self) -> CUcontext {
         self.0.context
     }
@@ -90,11 +94,11 @@ impl Drop for Inner {
         let Some(device) = self.primary_of else { return };
         let mut current = ptr::null_mut();
         let (mut flags, mut is_active) = (0, 1);
-        // Failures can't be helped here.
-        // SAFETY: the context was retained once; the arguments are valid for writes; null is no context.
+        // Errors cannot be handled here.
+        // SAFETY: the context was retained once; the arguments are valid for writes; null means no context.
         unsafe {
             let _ = sys::cuDevicePrimaryCtxRelease_v2(device);
-            // The last release destroys it. A thread must not be left with a dead context.
+            // The last release destroys the context, so it must not stay current on this thread.
             let _ = sys::cuDevicePrimaryCtxGetState(device, &mut flags, &mut is_active);
             let _ = sys::cuCtxGetCurrent(&mut current);
             if is_active == 0 && current == self.context {
@@ -104,21 +108,21 @@ impl Drop for Inner {
     }
 }
 
-/// A thread inside of a context.
+/// A thread whose current context was changed.
 #[must_use = "the context is current only as long as this lives"]
 #[derive(Debug)]
 pub(crate) struct Entered {
-    /// What to make current again; `None` if that is the context itself.
+    /// The context to restore. `None` if the current one did not change.
     previous: Option<CUcontext>,
-    /// What is current belongs to a thread.
+    /// Not `Send`, because the current context belongs to a thread.
     not_send: PhantomData<*mut ()>,
 }
 
 impl Drop for Entered {
     fn drop(&mut self) {
         if let Some(previous) = self.previous {
-            // A failure can't be helped here.
-            // SAFETY: it was current before, or is null.
+            // An error cannot be handled here.
+            // SAFETY: the context was current before, or is null.
             let _ = unsafe { sys::cuCtxSetCurrent(previous) };
         }
     }

@@ -1,4 +1,5 @@
-//! Checks and launches one GEMM. The device twin is `kernels-gpu/src/gemm.rs`.
+//! Checks and launches GEMMs. The device twin of tiled launches is `kernels-gpu/src/gemm/mod.rs`.
+//! Skinny launches continue in `skinny.rs`.
 
 use std::ffi::c_void;
 use std::ops::Range;
@@ -7,52 +8,58 @@ use cust::stream::Stream;
 use cust::sys::{CUfunction, CUstream};
 use liquidgemm_format::arguments::{GemmArguments, output_type};
 use liquidgemm_format::brick::BRICK_CHANNELS;
-use liquidgemm_format::tile::SPAN_K;
+use liquidgemm_format::tile::K_TILE;
 
+use crate::error::gpu::{During, GpuError};
 use crate::gpu::Gpu;
 use crate::gpu::context::Entered;
-use crate::gpu::error::{During, GpuError};
 use crate::gpu::launch::Launch;
 use crate::gpu::memory::{DeviceSpan, DeviceWeights, Workspace};
 use crate::gpu::tensor_map::{Boxes, TensorMap};
-use crate::{Error, Method, OutputType, Plan, Tiled};
+use crate::{Algorithm, Error, OutputType, Plan, Problem, Tiled};
 
-/// What a GEMM reads and writes in device memory, besides the weights.
+/// The operands of a GEMM in device memory, besides the weights.
 #[derive(Clone, Copy, Debug)]
 pub struct Operands {
-    /// Tokens.
+    /// Tokens. May be 0.
     pub m: usize,
-    /// int8 `[m, k]`, row-major; 16-byte aligned.
+    /// int8 `[m, k]`, row-major. The address is a multiple of 16.
     pub activations: DeviceSpan,
-    /// Bytes from one row of the activations to the next: at least k, a multiple of 16. A multiple of 64 is read up to 1.4 times as fast.
+    /// Bytes from one row of the activations to the next: at least k, and a multiple of 16.
+    /// Multiples of 64 are read up to 1.4 times as fast.
     pub activation_stride: usize,
-    /// f32 `[m]`, the scale of each token.
+    /// f32 `[m]`, the scale of each token. The address is a multiple of 4.
     pub token_scales: DeviceSpan,
-    /// f32 `[n]`, added to every row. Not with [`OutputType::I32`].
+    /// f32 `[n]`, added to every row. The address is a multiple of 4. Not allowed with [`OutputType::I32`].
     pub bias: Option<DeviceSpan>,
-    /// `[m, n]` of `output_type`, row-major.
+    /// `[m, n]` of `output_type`, row-major. The address is a multiple of the element's size.
     pub output: DeviceSpan,
     /// Elements from one row of the output to the next: at least n. A multiple of 8 makes 16-bit stores fast.
     pub output_stride: usize,
-    /// The output's type.
+    /// The output's element type.
     pub output_type: OutputType,
 }
 
-/// A stream to launch on: `cust`'s, or a raw one that another framework made.
+/// A stream to launch on, made from a `cust` stream or from the raw handle of another framework.
 #[derive(Clone, Copy, Debug)]
 pub struct StreamHandle(CUstream);
 
 impl StreamHandle {
-    /// A raw `CUstream`. Null is the default stream.
+    /// Wraps a raw `CUstream`. Null is the default stream.
     ///
     /// # Safety
-    /// The stream belongs to the context of the [`Gpu`] that it is used with, and outlives the launches on it.
-    pub const unsafe fn from_raw(stream: CUstream) -> Self {
-        Self(stream)
+    /// The stream belongs to the context of the [`Gpu`] that uses it, and outlives the launches on it.
+    pub const unsafe fn from_raw(stream: *mut c_void) -> Self {
+        Self(stream.cast())
     }
 
-    /// The raw handle.
-    pub const fn as_raw(self) -> CUstream {
+    /// Returns the raw `CUstream`.
+    pub const fn as_raw(self) -> *mut c_void {
+        self.0.cast()
+    }
+
+    /// Returns the handle with the type that `cust` declares.
+    pub(super) const fn stream(self) -> CUstream {
         self.0
     }
 }
@@ -64,8 +71,10 @@ impl From<&Stream> for StreamHandle {
 }
 
 impl Operands {
-    /// Whether the copy engine can write the output: it takes 16-bit elements in rows that start and, lest it write
-    /// beyond their end, stop on 16 bytes.
+    /// Returns whether TMA can store the output.
+    ///
+    /// TMA stores take 16-bit elements, in rows that begin on 16 bytes.
+    /// Rows must also end on 16 bytes, because TMA would write beyond other ends.
     fn output_has_16_byte_rows(&self, n: usize) -> bool {
         let size = self.output_type.size();
         size == 2
@@ -106,17 +115,17 @@ impl Operands {
         if m == 0 {
             return Ok(());
         }
-        // The last row needs no padding behind it.
-        let span = |stride: usize, row: usize, size: usize| {
+        // The last row needs no padding after it.
+        let spanned_bytes = |stride: usize, row: usize, size: usize| {
             (m - 1)
                 .checked_mul(stride)
                 .and_then(|rows| rows.checked_add(row)?.checked_mul(size))
                 .unwrap_or(usize::MAX)
         };
         let size = self.output_type.size();
-        self.activations.check("activations", span(self.activation_stride, k, 1), 16)?;
+        self.activations.check("activations", spanned_bytes(self.activation_stride, k, 1), 16)?;
         self.token_scales.check("token scales", m.saturating_mul(4), 4)?;
-        self.output.check("output", span(self.output_stride, n, size), size as u64)?;
+        self.output.check("output", spanned_bytes(self.output_stride, n, size), size as u64)?;
         if let Some(bias) = self.bias {
             bias.check("bias", n * 4, 4)?;
         }
@@ -124,16 +133,16 @@ impl Operands {
     }
 }
 
-/// A compiled kernel and what each of its thread blocks needs.
+/// A compiled kernel with the size of its thread blocks.
 #[derive(Clone, Copy)]
 pub(super) struct Block {
     pub(super) function: CUfunction,
     pub(super) threads: u32,
-    /// Dynamic shared memory.
+    /// Bytes of dynamic shared memory.
     pub(super) shared_bytes: u32,
 }
 
-/// A launch with all that its kernel is given.
+/// A tiled launch with all kernel arguments.
 pub(super) struct TiledLaunch {
     block: Block,
     blocks: u32,
@@ -144,8 +153,9 @@ pub(super) struct TiledLaunch {
 }
 
 impl Gpu {
-    /// Launches `output = epilogue(activations · weightsᵀ)` on `stream` and returns at once; with `m = 0` it does nothing. It takes the plan that [`Gpu::plan`] keeps for the
-    /// problem.
+    /// Launches `output = epilogue(activations · weightsᵀ)` on `stream` and returns at once.
+    ///
+    /// It uses the plan that [`Gpu::plan`] returns for the problem. With `m = 0` it only checks the operands.
     ///
     /// # Errors
     /// As [`Gpu::gemm_with_plan`].
@@ -162,31 +172,43 @@ impl Gpu {
         if operands.m == 0 {
             return self.check_operands(weights, operands, workspace);
         }
-        let plan = self.plan(operands.m, weights.n(), weights.k())?;
-        // SAFETY: the caller vouches for what this asks for.
+        let plan = self.plan(Problem::new(operands.m, weights.n(), weights.k()))?;
+        // SAFETY: the caller upholds the same contract.
         unsafe { self.gemm_with_plan(weights, operands, &plan, workspace, stream) }
     }
 
-    /// As [`Gpu::gemm`], with a plan of the caller's choice.
+    /// Like [`Gpu::gemm`], with a plan of the caller's choice.
     ///
-    /// Nothing is allocated and nothing waits, so the call can be captured in a CUDA graph (after the first call
-    /// with each tile shape, which compiles its kernel). A [divided](crate::Divided) plan launches twice.
+    /// The call allocates nothing and waits for nothing, so a CUDA graph can capture it.
+    /// Only the first call with each tile shape cannot be captured, because it compiles the kernel.
+    /// [`Gpu::prepare`] compiles kernels ahead of time.
+    /// A [two-launch](crate::TwoLaunches) plan launches twice.
     ///
     /// # Errors
-    /// Shapes, strides, sizes and alignments that don't fit together, a plan for another problem, or the driver's
-    /// own errors. Nothing is launched then, unless it is the second launch of a divided plan that the driver refuses: the first may run
-    /// by then, so what it uses must stay until the stream has been waited for.
+    /// - [`Error::StrideTooShort`] or [`GpuError::OutputStrideTooShort`] if a stride is shorter than a row.
+    /// - [`GpuError::Misaligned`] or [`GpuError::BufferTooSmall`] for an unsuitable operand or workspace.
+    /// - [`GpuError::OutOfRange`] if the output's row stride exceeds 2³² − 1.
+    /// - [`Error::BiasWithRawOutput`] for a bias with [`OutputType::I32`].
+    /// - [`GpuError::OtherContext`] for weights or a workspace of another context.
+    /// - [`GpuError::PlanMismatch`] for the plan of another problem.
+    /// - [`GpuError::Cuda`] if the driver fails.
+    ///
+    /// Nothing is launched after an error, with one exception:
+    /// the driver may refuse the second launch of a two-launch plan while the first is already running.
+    /// After that error, all operands must stay valid until the stream has been synchronized.
     ///
     /// # Safety
     /// Until the launch has finished on `stream`:
     /// 1. the operands' spans, the weights and the workspace stay allocated;
-    /// 2. nothing else writes to what the GEMM reads, and nothing reads or writes its output;
+    /// 2. nothing else writes to memory that the GEMM reads, and nothing else reads or writes its output;
     /// 3. no other launch uses `workspace`, except later ones on the same stream.
     ///
-    /// The launch begins to read the weights, and nothing else, while the one before it on the stream may still run. As
-    /// [`DeviceWeights`] are written only by [`Gpu::upload`], which waits, nothing needs to be done about it.
-    ///
     /// The operands and the stream belong to this GPU's context.
+    ///
+    /// While the previous launch on the stream still runs, this one may already begin to read the weights,
+    /// but nothing else (programmatic dependent launch).
+    /// The caller need not take care of that:
+    /// only [`Gpu::upload`] writes [`DeviceWeights`], and it waits for the copy.
     pub unsafe fn gemm_with_plan(
         &self,
         weights: &DeviceWeights,
@@ -200,12 +222,12 @@ impl Gpu {
         }
         let _entered = self.check_gemm(weights, operands, plan, workspace)?;
         let stream = stream.into();
-        if let Method::Skinny(skinny) = plan.method() {
+        if let Algorithm::Skinny(skinny) = plan.algorithm() {
             // SAFETY: the operands and the plan are checked; the caller vouches for the rest.
             unsafe { self.launch_skinny(weights, operands, skinny, stream) }?;
             return Ok(());
         }
-        // Nothing is launched before all launches are known to be possible.
+        // Prepare all launches before the first one starts, so that an error leaves nothing running.
         let mut launches = [None, None];
         for (launch, (channels, tiled)) in launches.iter_mut().zip(plan.tiled_launches()) {
             let shape = tiled.shape();
@@ -217,13 +239,13 @@ impl Gpu {
             *launch = Some(self.prepare_tiled(block, weights, operands, channels, &tiled, workspace)?);
         }
         for launch in launches.into_iter().flatten() {
-            // SAFETY: as above; the kernel is that of the plan's tile.
+            // SAFETY: as above; the kernel is that of the plan's tile shape.
             unsafe { self.launch_tiled(launch, stream) }?;
         }
         Ok(())
     }
 
-    /// Fails unless the operands fit the weights, and everything is this GPU's.
+    /// Fails unless the operands fit the weights, and everything belongs to this GPU's context.
     fn check_operands(
         &self,
         weights: &DeviceWeights,
@@ -235,7 +257,7 @@ impl Gpu {
         operands.check(weights)
     }
 
-    /// Fails unless everything fits together; enters the context.
+    /// Fails unless weights, operands, plan and workspace fit together. Enters the context.
     pub(super) fn check_gemm(
         &self,
         weights: &DeviceWeights,
@@ -244,11 +266,11 @@ impl Gpu {
         workspace: &Workspace,
     ) -> Result<Entered, Error> {
         self.check_operands(weights, operands, workspace)?;
-        let problem = [operands.m, weights.n(), weights.k()];
+        let problem = Problem::new(operands.m, weights.n(), weights.k());
         if plan.problem() != problem {
             return Err(GpuError::PlanMismatch {
-                plan: format!("[m, n, k] = {:?}", plan.problem()),
-                call: format!("{problem:?}"),
+                plan: plan.problem().to_string(),
+                call: problem.to_string(),
             }
             .into());
         }
@@ -256,8 +278,10 @@ impl Gpu {
         Ok(self.context.enter()?)
     }
 
-    /// The maps of a GEMM's activations, read in boxes of so many tokens × elements along K: of whole boxes, and of the last one, with
-    /// the tokens that are left. Where there is only one kind, both are its map.
+    /// Encodes the tensor maps of the activations, for boxes of `box_rows` tokens × `box_columns` along K.
+    ///
+    /// The first map is for whole boxes, and the second for the last box with the remaining tokens.
+    /// Both are the same if all boxes have the same size.
     pub(super) fn activation_maps(
         &self,
         weights: &DeviceWeights,
@@ -283,7 +307,7 @@ impl Gpu {
         })
     }
 
-    /// The launch of a kernel that takes a tiled GEMM's parameters, for some of its channels.
+    /// Prepares the launch of a kernel with a tiled GEMM's parameters, for a range of channels.
     pub(super) fn prepare_tiled(
         &self,
         block: Block,
@@ -296,7 +320,7 @@ impl Gpu {
         let shape = plan.shape();
         let size = operands.output_type.size();
         let activations =
-            self.activation_maps(weights, operands, [shape.box_tokens(plan.cluster()), SPAN_K])?;
+            self.activation_maps(weights, operands, [shape.box_tokens(plan.cluster_size()), K_TILE])?;
         let output_address = operands.output.address() + (channels.start * size) as u64;
         let is_mapped = shape.maps_output() && operands.output_has_16_byte_rows(weights.n());
         let output = if is_mapped {
@@ -334,18 +358,20 @@ impl Gpu {
         Ok(TiledLaunch {
             block,
             blocks: plan.blocks(),
-            cluster: plan.cluster(),
+            cluster: plan.cluster_size(),
             activations,
             output,
             arguments,
         })
     }
 
-    /// Launches what has been prepared.
+    /// Launches a prepared kernel.
     ///
     /// # Safety
-    /// As for [`Gpu::gemm_with_plan`]; [`check_gemm`](Self::check_gemm) has passed, the kernel computes the plan's tile, and the launch's channels
-    /// are the problem's, from a strip's first on.
+    /// As for [`Gpu::gemm_with_plan`], and:
+    /// 1. [`check_gemm`](Self::check_gemm) has passed;
+    /// 2. the kernel computes the tiles of the plan;
+    /// 3. the launch's channels are channels of the problem, and begin with a strip.
     pub(super) unsafe fn launch_tiled(
         &self,
         mut prepared: TiledLaunch,
@@ -364,16 +390,16 @@ impl Gpu {
             cluster: prepared.cluster,
             threads: prepared.block.threads,
             shared_bytes: prepared.block.shared_bytes,
-            stream: stream.as_raw(),
+            stream: stream.stream(),
         };
-        // SAFETY: the parameters are the kernel's four; the caller vouches for the memory behind them. The kernel reads
-        // nothing but the weights, which nobody writes, before the launch ahead of it has ended.
+        // SAFETY: the parameters are the kernel's four, and the caller vouches for the memory behind them.
+        // Until the previous launch has ended, the kernel reads only the weights, which nobody writes.
         unsafe { launch.overlapping_previous(self.launch_kernel, &mut parameters) }
             .during("launching the GEMM")
     }
 }
 
-/// The type as the kernels' arguments say it.
+/// Returns the output type's code in the kernels' arguments.
 pub(super) const fn output_code(output_type: OutputType) -> u32 {
     match output_type {
         OutputType::Bf16 => output_type::BF16,

@@ -1,4 +1,5 @@
-//! The kernels that this crate carries as PTX, and their loading on first use.
+//! The kernels' PTX, embedded in the library, and its compilation by the driver on first use.
+//! The list of kernels follows from `tile_shapes!` and `skinny_shapes!` of `liquidgemm_format`.
 
 use std::ffi::CString;
 use std::io::Read;
@@ -7,24 +8,26 @@ use std::sync::OnceLock;
 use cust::module::Module;
 use cust::sys::{self, CUfunction};
 use flate2::read::ZlibDecoder;
-use liquidgemm_format::probe::MMA_TILE_BYTES;
 use liquidgemm_format::skinny::{SKINNY_SHAPES, SkinnyShape};
 use liquidgemm_format::tile::{MAX_SHARED_BYTES, TILE_SHAPES, TileShape};
-use liquidgemm_format::tile_shapes;
+use liquidgemm_format::{skinny_shapes, tile_shapes};
 
-use crate::gpu::error::{During, GpuError};
+use crate::Error;
+use crate::error::PlanError;
+use crate::error::gpu::{During, GpuError};
+use crate::gpu::context::ContextHandle;
 
-/// A kernel's entry point and the PTX module that holds it, one kernel a module so that only what is used is
-/// compiled.
+/// A kernel's entry point and its PTX module.
+/// Each module has one kernel, so that the driver compiles only the kernels in use.
 #[derive(Debug)]
-pub(crate) struct KernelSource {
-    pub(crate) entry: &'static str,
-    /// The module's text, compressed by the build script.
-    pub(super) compressed: &'static [u8],
+struct KernelSource {
+    entry: &'static str,
+    /// The module's text, zlib-compressed by `build.rs`.
+    compressed: &'static [u8],
 }
 
 impl KernelSource {
-    /// The module's text.
+    /// Decompresses the module's text.
     fn ptx(&self) -> Result<Vec<u8>, GpuError> {
         let mut text = Vec::new();
         match ZlibDecoder::new(self.compressed).read_to_end(&mut text) {
@@ -36,40 +39,34 @@ impl KernelSource {
 
 macro_rules! source {
     ($entry:expr) => {
-        $crate::gpu::kernels::KernelSource {
+        KernelSource {
             entry: $entry,
             compressed: include_bytes!(concat!(env!("OUT_DIR"), "/", $entry, ".ptx.zlib")),
         }
     };
 }
-#[cfg(feature = "bench")]
-pub(super) use source;
-
 macro_rules! gemm_sources {
-    ($($entry:ident: $strips:literal, $tokens:literal, $halves:literal, $split:literal, $threads:literal, $module:ident;)*) => {
+    ($($entry:ident: $strips:literal, $tokens:literal, $warpgroup_split:literal, $cluster_split:literal, $threads:literal, $module:ident;)*) => {
         /// The GEMM kernels, in the order of [`TILE_SHAPES`].
         const GEMM: [KernelSource; TILE_SHAPES.len()] = [$(source!(stringify!($entry))),*];
     };
 }
 tile_shapes!(gemm_sources);
 
-/// The kernels for few tokens, in the order of [`SKINNY_SHAPES`].
-const SKINNY: [KernelSource; SKINNY_SHAPES.len()] = [
-    source!("skinny_32x8"),
-    source!("skinny_64x8"),
-    source!("skinny_96x8"),
-    source!("skinny_32x16"),
-    source!("skinny_64x16"),
-    source!("skinny_96x16"),
-    source!("skinny_32x32"),
-];
+macro_rules! skinny_sources {
+    ($($entry:ident: $m16_tiles:literal, $tokens:literal, $stage_bricks:literal, $stages:literal;)*) => {
+        /// The skinny kernels, in the order of [`SKINNY_SHAPES`].
+        const SKINNY: [KernelSource; SKINNY_SHAPES.len()] = [$(source!(stringify!($entry))),*];
+    };
+}
+skinny_shapes!(skinny_sources);
 
-/// Pulls memory and does nothing else.
-const PROBE_STREAM: KernelSource = source!("probe_stream");
-/// Issues wgmmas and does nothing else.
-const PROBE_MMA: KernelSource = source!("probe_mma");
+/// A kernel that does nothing. The driver uses it to compute how many clusters run at a time.
+const OCCUPANCY: KernelSource = source!("occupancy");
 
-/// The hash of the device sources that the embedded PTX was built from, as its header states it.
+/// Returns the hash of the device sources that the embedded PTX was built from, or `unknown`.
+///
+/// The hash is part of the PTX header.
 pub fn ptx_hash() -> &'static str {
     const KEY: &str = "// sources: ";
     static HASH: OnceLock<String> = OnceLock::new();
@@ -84,23 +81,32 @@ pub fn ptx_hash() -> &'static str {
 #[derive(Debug)]
 pub(crate) struct Kernel {
     function: CUfunction,
-    /// Keeps the function alive.
-    _module: Module,
+    /// Keeps the function alive. `None` only during drop.
+    module: Option<Module>,
+    context: ContextHandle,
 }
 
-// SAFETY: both are handles that the driver lets any thread use.
+// SAFETY: the function and the module are driver handles, which any thread may use.
 unsafe impl Send for Kernel {}
-// SAFETY: as above; nothing here changes after loading.
+// SAFETY: as above; the fields never change after loading.
 unsafe impl Sync for Kernel {}
 
 impl Kernel {
-    /// Compiles a kernel for the current context's device, with room for `shared_bytes` of dynamic shared memory.
-    pub(crate) fn load(source: &KernelSource, shared_bytes: u32) -> Result<Self, GpuError> {
-        // A NUL can't occur in PTX text; were there one, the driver would say what it misses.
-        let text = CString::new(source.ptx()?).unwrap_or_default();
+    /// Compiles the kernel `entry` of a PTX module for the context's device.
+    ///
+    /// It may use `shared_bytes` bytes of dynamic shared memory.
+    pub(crate) fn load(
+        context: &ContextHandle,
+        ptx: Vec<u8>,
+        entry: &str,
+        shared_bytes: u32,
+    ) -> Result<Self, GpuError> {
+        let _entered = context.enter()?;
+        // PTX contains no NUL. If it did, the module would be empty, and the driver would report that.
+        let text = CString::new(ptx).unwrap_or_default();
         let module = Module::from_ptx_cstr(&text, &[]).during("compiling a kernel's PTX")?;
-        let function = module.get_function(source.entry).during("looking up a kernel")?.to_raw();
-        // SAFETY: the function belongs to the module just loaded.
+        let function = module.get_function(entry).during("looking up a kernel")?.to_raw();
+        // SAFETY: the function belongs to the module that was just loaded.
         unsafe {
             sys::cuFuncSetAttribute(
                 function,
@@ -109,78 +115,76 @@ impl Kernel {
             )
         }
         .during("reserving a kernel's shared memory")?;
-        Ok(Self { function, _module: module })
+        Ok(Self { function, module: Some(module), context: context.clone() })
     }
 
-    /// The driver's handle.
+    /// Returns the driver's handle.
     pub(crate) fn function(&self) -> CUfunction {
         self.function
     }
+
+    /// Returns the context that the kernel was compiled in.
+    pub(crate) fn context(&self) -> &ContextHandle {
+        &self.context
+    }
 }
 
-/// The kernels of one context, loaded when first asked for.
+impl Drop for Kernel {
+    fn drop(&mut self) {
+        // A module is unloaded in the current context. An error cannot be handled here.
+        let _entered = self.context.enter_to_free();
+        self.module = None;
+    }
+}
+
+/// The kernels of one context, each loaded on first use.
 #[derive(Debug)]
 pub(crate) struct KernelCache {
+    context: ContextHandle,
     gemm: [OnceLock<Kernel>; GEMM.len()],
     skinny: [OnceLock<Kernel>; SKINNY.len()],
-    probe_stream: OnceLock<Kernel>,
-    probe_mma: OnceLock<Kernel>,
-    #[cfg(feature = "bench")]
-    pub(super) ablation: super::ablation::Kernels,
-}
-
-impl Default for KernelCache {
-    fn default() -> Self {
-        Self {
-            gemm: [const { OnceLock::new() }; GEMM.len()],
-            skinny: [const { OnceLock::new() }; SKINNY.len()],
-            probe_stream: OnceLock::new(),
-            probe_mma: OnceLock::new(),
-            #[cfg(feature = "bench")]
-            ablation: super::ablation::Kernels::default(),
-        }
-    }
-}
-
-/// The kernel in `cell`, loaded if this is the first time that it is asked for.
-pub(super) fn get_or_load<'a>(
-    cell: &'a OnceLock<Kernel>,
-    source: &KernelSource,
-    shared_bytes: u32,
-) -> Result<&'a Kernel, GpuError> {
-    if let Some(kernel) = cell.get() {
-        return Ok(kernel);
-    }
-    let kernel = Kernel::load(source, shared_bytes)?;
-    Ok(cell.get_or_init(|| kernel))
 }
 
 impl KernelCache {
-    /// The GEMM kernel of a tile shape.
-    pub(crate) fn gemm(&self, shape: TileShape) -> Result<&Kernel, GpuError> {
+    /// Creates the cache of a context, with no kernel loaded.
+    pub(crate) fn new(context: ContextHandle) -> Self {
+        Self {
+            context,
+            gemm: [const { OnceLock::new() }; GEMM.len()],
+            skinny: [const { OnceLock::new() }; SKINNY.len()],
+        }
+    }
+
+    /// Returns the kernel of a tile shape.
+    pub(crate) fn gemm(&self, shape: TileShape) -> Result<&Kernel, Error> {
         let index = TILE_SHAPES.iter().position(|&other| other == shape);
-        let index = index.ok_or_else(|| GpuError::PlanMismatch {
-            plan: format!("a tile of {} tokens and {} stages", shape.tokens, shape.stages),
-            call: "a GPU without such a kernel".into(),
-        })?;
-        get_or_load(&self.gemm[index], &GEMM[index], shape.shared_bytes())
+        let index = index.ok_or(PlanError::UnknownTile { shape })?;
+        Ok(self.get_or_load(&self.gemm[index], &GEMM[index], shape.shared_bytes())?)
     }
 
-    /// The kernel for few tokens of a shape.
-    pub(crate) fn skinny(&self, shape: SkinnyShape) -> Result<&Kernel, GpuError> {
+    /// Returns the kernel of a skinny shape.
+    pub(crate) fn skinny(&self, shape: SkinnyShape) -> Result<&Kernel, Error> {
         let index = SKINNY_SHAPES.iter().position(|&other| other == shape);
-        let index = index.ok_or(GpuError::UnknownSkinnyShape { shape })?;
-        get_or_load(&self.skinny[index], &SKINNY[index], shape.shared_bytes())
+        let index = index.ok_or(PlanError::UnknownSkinnyShape { shape })?;
+        Ok(self.get_or_load(&self.skinny[index], &SKINNY[index], shape.shared_bytes())?)
     }
 
-    /// The memory probe.
-    pub(crate) fn probe_stream(&self) -> Result<&Kernel, GpuError> {
-        // More than it needs, for the question how many blocks with so much fit.
-        get_or_load(&self.probe_stream, &PROBE_STREAM, MAX_SHARED_BYTES)
+    /// Loads the kernel that does nothing, with the most shared memory that a thread block may have.
+    pub(crate) fn occupancy(&self) -> Result<Kernel, GpuError> {
+        Kernel::load(&self.context, OCCUPANCY.ptx()?, OCCUPANCY.entry, MAX_SHARED_BYTES)
     }
 
-    /// The tensor-core probe.
-    pub(crate) fn probe_mma(&self) -> Result<&Kernel, GpuError> {
-        get_or_load(&self.probe_mma, &PROBE_MMA, MMA_TILE_BYTES)
+    /// Returns the kernel in `cell`, after loading it if necessary.
+    fn get_or_load<'a>(
+        &self,
+        cell: &'a OnceLock<Kernel>,
+        source: &KernelSource,
+        shared_bytes: u32,
+    ) -> Result<&'a Kernel, GpuError> {
+        if let Some(kernel) = cell.get() {
+            return Ok(kernel);
+        }
+        let kernel = Kernel::load(&self.context, source.ptx()?, source.entry, shared_bytes)?;
+        Ok(cell.get_or_init(|| kernel))
     }
 }

@@ -1,13 +1,14 @@
-//! `cuLaunchKernelEx`, which `cust` lacks: launches with clusters that overlap the launch before them.
+//! Launches with cluster dimensions and programmatic dependent launch, through `cuLaunchKernelEx`.
+//! `cust` lacks that function, so its types are declared here.
 
 use std::ffi::c_void;
 use std::ptr;
 
 use cust::sys::{CUfunction, CUstream};
 
-use crate::gpu::error::{During, GpuError, Status};
+use crate::error::gpu::{During, GpuError, Status};
 
-/// The driver's `CUlaunchAttribute`: a number that says which, and 64 bytes of value.
+/// The driver's `CUlaunchAttribute`: an identifier and 64 bytes of value.
 #[repr(C, align(8))]
 #[derive(Clone, Copy)]
 struct Attribute {
@@ -46,7 +47,7 @@ pub(crate) type LaunchKernel = unsafe extern "C" fn(
     extra: *mut *mut c_void,
 ) -> Status;
 
-/// The entry point.
+/// Looks up `cuLaunchKernelEx`.
 pub(crate) fn launcher(driver: &cuda_driver::Driver) -> Result<LaunchKernel, GpuError> {
     const NAME: &str = "cuLaunchKernelEx";
     // SAFETY: the type is the function's.
@@ -60,17 +61,19 @@ type MaxActiveClusters = unsafe extern "C" fn(
     configuration: *const Configuration,
 ) -> Status;
 
-/// How many clusters of a kernel run at a time.
+/// Computes how many clusters of a kernel run at a time.
 pub(crate) struct Occupancy(MaxActiveClusters);
 
 impl Occupancy {
-    /// The entry point, if the driver has it.
+    /// Looks up `cuOccupancyMaxActiveClusters`. Returns `None` if the driver lacks it.
     pub(crate) fn of_driver(driver: &cuda_driver::Driver) -> Option<Self> {
         // SAFETY: the type is the function's.
         unsafe { driver.symbol::<MaxActiveClusters>("cuOccupancyMaxActiveClusters") }.map(Self)
     }
 
-    /// Clusters of so many blocks, each with so many threads and bytes of dynamic shared memory, if the driver can say.
+    /// Returns how many clusters of `cluster` thread blocks run at a time, or `None` if the call fails.
+    ///
+    /// Each thread block has `threads` threads and `shared_bytes` bytes of dynamic shared memory.
     pub(crate) fn clusters(
         &self,
         function: CUfunction,
@@ -88,14 +91,15 @@ impl Occupancy {
             attribute_count: 1,
         };
         let mut clusters = 0;
-        // SAFETY: the configuration and its attributes live through the call, and the first argument is valid for a write.
+        // SAFETY: the configuration and its attributes outlive the call.
+        // The first argument is valid for a write.
         let status = unsafe { self.0(&mut clusters, function, &configuration) };
         status.during("asking for the clusters that fit").ok()?;
         u32::try_from(clusters).ok().filter(|&clusters| clusters > 0)
     }
 }
 
-/// One launch of a one-dimensional grid.
+/// A launch of a one-dimensional grid.
 pub(crate) struct Launch {
     pub(crate) function: CUfunction,
     pub(crate) blocks: u32,
@@ -106,11 +110,12 @@ pub(crate) struct Launch {
 }
 
 impl Launch {
-    /// Launches so that the kernel may begin while the one before it on the stream still runs.
+    /// Launches so that the kernel may begin while the previous one on the stream still runs.
     ///
     /// # Safety
-    /// The parameters are the function's. The kernel itself waits for the one before it
-    /// (`griddepcontrol.wait`) before it touches what that one may write, or writes what that one may touch.
+    /// 1. The parameters are those of the function.
+    /// 2. The kernel itself waits for the previous one (`griddepcontrol.wait`)
+    ///    before it touches memory that the previous one may write, or writes memory that it may touch.
     pub(crate) unsafe fn overlapping_previous(
         &self,
         launch: LaunchKernel,
@@ -120,17 +125,40 @@ impl Launch {
             Attribute::new(PROGRAMMATIC_STREAM_SERIALIZATION, [1, 0, 0]),
             Attribute::new(CLUSTER_DIMENSION, [self.cluster, 1, 1]),
         ];
-        // A cluster of one is no cluster, and needs no attribute.
+        // A cluster of one thread block needs no attribute.
         let count = if self.cluster > 1 { 2 } else { 1 };
+        // SAFETY: the caller upholds the contract.
+        unsafe { self.with_attributes(launch, parameters, &attributes[..count]) }
+    }
+
+    /// Launches without clusters, after the previous launch on the stream has ended.
+    ///
+    /// # Safety
+    /// The parameters are those of the function.
+    pub(crate) unsafe fn after_previous(
+        &self,
+        launch: LaunchKernel,
+        parameters: &mut [*mut c_void],
+    ) -> Status {
+        // SAFETY: the caller upholds the contract.
+        unsafe { self.with_attributes(launch, parameters, &[]) }
+    }
+
+    unsafe fn with_attributes(
+        &self,
+        launch: LaunchKernel,
+        parameters: &mut [*mut c_void],
+        attributes: &[Attribute],
+    ) -> Status {
         let configuration = Configuration {
             grid: [self.blocks, 1, 1],
             block: [self.threads, 1, 1],
             shared_bytes: self.shared_bytes,
             stream: self.stream,
             attributes: attributes.as_ptr(),
-            attribute_count: count,
+            attribute_count: attributes.len() as u32,
         };
-        // SAFETY: the configuration and its attributes live through the call; the caller vouches for the rest.
+        // SAFETY: the configuration and its attributes outlive the call; the caller vouches for the rest.
         unsafe { launch(&configuration, self.function, parameters.as_mut_ptr(), ptr::null_mut()) }
     }
 }

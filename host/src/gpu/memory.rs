@@ -1,4 +1,5 @@
-//! What lies in device memory: spans that the caller owns, packed weights, and the kernels' workspace.
+//! Device memory: spans that the caller owns, packed weights, and the kernels' workspace.
+//! Memory of the library knows its context, and is copied and freed there on any thread.
 
 use std::sync::Arc;
 use std::{mem, ptr};
@@ -10,12 +11,12 @@ use liquidgemm_format::arguments::WeightsArguments;
 use liquidgemm_format::brick::BRICK_CHANNELS;
 use liquidgemm_format::tile::{TILE_SHAPES, TileShape};
 
+use crate::error::gpu::{During, GpuError};
 use crate::gpu::context::ContextHandle;
-use crate::gpu::error::{During, GpuError};
 use crate::gpu::stream::StreamLayout;
 use crate::{Error, Group, PackedWeights, Plan, Tiled};
 
-/// A span of device memory, wherever it comes from.
+/// A range of device memory: an address and a length in bytes. It does not own the memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DeviceSpan {
     address: u64,
@@ -23,25 +24,25 @@ pub struct DeviceSpan {
 }
 
 impl DeviceSpan {
-    /// A span from a raw device address, such as another framework's tensor has.
+    /// Makes a span from a raw device address, for example of another framework's tensor.
     ///
     /// # Safety
-    /// `bytes` bytes of device memory are allocated at `address`, and stay so while calls that use the span run.
+    /// `bytes` bytes of device memory at `address` are allocated, and stay so while calls use the span.
     pub const unsafe fn from_raw(address: u64, bytes: usize) -> Self {
         Self { address, bytes }
     }
 
-    /// The device address.
+    /// Returns the device address.
     pub const fn address(self) -> u64 {
         self.address
     }
 
-    /// The length in bytes.
+    /// Returns the length in bytes.
     pub const fn bytes(self) -> usize {
         self.bytes
     }
 
-    /// Fails unless the span holds `needed` bytes and starts at a multiple of `alignment`.
+    /// Fails unless the span has `needed` bytes and its address is a multiple of `alignment`.
     pub(crate) fn check(self, what: &'static str, needed: usize, alignment: u64) -> Result<(), GpuError> {
         if self.bytes < needed {
             return Err(GpuError::BufferTooSmall { what, needed, actual: self.bytes });
@@ -64,7 +65,7 @@ impl<T: DeviceCopy> From<&DeviceBuffer<T>> for DeviceSpan {
     }
 }
 
-/// Packed weights in device memory, as [`Gpu::upload`](crate::gpu::Gpu::upload) puts them there.
+/// Packed weights `[n, k]` in device memory. [`Gpu::upload`](crate::gpu::Gpu::upload) creates them.
 #[derive(Debug)]
 pub struct DeviceWeights {
     n: usize,
@@ -76,7 +77,7 @@ pub struct DeviceWeights {
     channel_scales: Arc<DeviceMemory>,
 }
 
-/// Device memory of our own. It knows its context, and is copied and freed there on any thread.
+/// Device memory that the library owns. Any thread can copy and free it, because it knows its context.
 #[derive(Debug)]
 pub(crate) struct DeviceMemory {
     context: ContextHandle,
@@ -85,7 +86,7 @@ pub(crate) struct DeviceMemory {
 }
 
 impl DeviceMemory {
-    /// Memory with anything in it.
+    /// Allocates memory with undefined contents.
     pub(crate) fn uninitialized(
         context: &ContextHandle,
         bytes: usize,
@@ -93,14 +94,16 @@ impl DeviceMemory {
     ) -> Result<Self, GpuError> {
         let _entered = context.enter()?;
         let mut address = 0;
-        // The driver has no allocations without a byte.
+        // The driver refuses allocations of 0 bytes.
         // SAFETY: the first argument is valid for a write.
         unsafe { sys::cuMemAlloc_v2(&mut address, bytes.max(1)) }.during(action)?;
         Ok(Self { context: context.clone(), address, bytes })
     }
 
-    /// A copy of host memory. It waits until all of it is there, so that launches on any stream may use it: the driver's copy
-    /// returns while its last piece may still be under way on the default stream, and other streams need not wait for that.
+    /// Copies host memory to the device, and waits until launches on any stream can use it.
+    ///
+    /// The driver's copy may return while its last piece is still in flight on the default stream,
+    /// and other streams do not wait for that stream.
     pub(crate) fn copy_of<T: NoUninit>(
         context: &ContextHandle,
         values: &[T],
@@ -110,7 +113,8 @@ impl DeviceMemory {
         let memory = Self::uninitialized(context, bytes.len(), action)?;
         if !bytes.is_empty() {
             let _entered = context.enter()?;
-            // SAFETY: both places have so many bytes; null is the default stream, which always exists.
+            // SAFETY: source and destination have this many bytes.
+            // Null is the default stream, which always exists.
             unsafe {
                 sys::cuMemcpyHtoD_v2(memory.address, bytes.as_ptr().cast(), bytes.len()).during(action)?;
                 sys::cuStreamSynchronize(ptr::null_mut()).during(action)?;
@@ -119,7 +123,7 @@ impl DeviceMemory {
         Ok(memory)
     }
 
-    /// Copies the memory's first bytes to the host, and waits for them.
+    /// Copies the first bytes to the host, and waits for them.
     pub(crate) fn copy_to<T: AnyBitPattern + NoUninit>(
         &self,
         values: &mut [T],
@@ -131,26 +135,26 @@ impl DeviceMemory {
             return Ok(());
         }
         let _entered = self.context.enter()?;
-        // SAFETY: both places have so many bytes.
+        // SAFETY: source and destination have this many bytes.
         unsafe { sys::cuMemcpyDtoH_v2(bytes.as_mut_ptr().cast(), self.address, bytes.len()) }.during(action)
     }
 
-    /// The device address.
+    /// Returns the device address.
     pub(crate) fn address(&self) -> u64 {
         self.address
     }
 
-    /// The length in bytes.
+    /// Returns the length in bytes.
     pub(crate) fn bytes(&self) -> usize {
         self.bytes
     }
 
-    /// The context that it lives in.
+    /// Returns the context that the memory belongs to.
     pub(crate) fn context(&self) -> &ContextHandle {
         &self.context
     }
 
-    /// All of it, for a launch.
+    /// Returns the whole memory as a launch's operand.
     pub(crate) fn span(&self) -> DeviceSpan {
         DeviceSpan { address: self.address, bytes: self.bytes }
     }
@@ -158,9 +162,9 @@ impl DeviceMemory {
 
 impl Drop for DeviceMemory {
     fn drop(&mut self) {
-        // Failures can't be helped here.
+        // An error cannot be handled here.
         if let Ok(_entered) = self.context.enter_to_free() {
-            // SAFETY: the memory was allocated in this context, and only here.
+            // SAFETY: the memory was allocated in this context, and is freed only here.
             let _ = unsafe { sys::cuMemFree_v2(self.address) };
         }
     }
@@ -171,7 +175,7 @@ impl DeviceWeights {
         Self::upload_as(context, weights, weights.pairs())
     }
 
-    /// Uploads `pairs` in the place of the weights' own.
+    /// Uploads the weights with `pairs` in place of their own.
     pub(super) fn upload_as(
         context: &ContextHandle,
         weights: &PackedWeights,
@@ -197,7 +201,7 @@ impl DeviceWeights {
     /// Copies the weights back to the host.
     ///
     /// # Errors
-    /// If the driver fails.
+    /// [`GpuError::Cuda`] if the driver fails.
     pub fn download(&self) -> Result<PackedWeights, Error> {
         let mut merged = vec![0u8; self.stream.bytes()];
         let mut channel_scales = vec![0.0f32; self.n];
@@ -207,37 +211,37 @@ impl DeviceWeights {
         PackedWeights::from_parts(codes, pairs, channel_scales, self.n, self.k, self.group)
     }
 
-    /// Output channels.
+    /// Returns the number of output channels.
     pub fn n(&self) -> usize {
         self.n
     }
 
-    /// Elements a channel.
+    /// Returns the number of elements per channel.
     pub fn k(&self) -> usize {
         self.k
     }
 
-    /// How many weights share a pair.
+    /// Returns the group: how many weights share a pair.
     pub fn group(&self) -> Group {
         self.group
     }
 
-    /// Device memory that the weights take, in bytes.
+    /// Returns the bytes of device memory that the weights take.
     pub fn bytes(&self) -> usize {
         self.stream.bytes() + self.channel_scales.bytes()
     }
 
-    /// Keeps the weights' memory for good: a launch that nobody can wait for may still read them.
+    /// Leaks the weights' memory, because a launch that nobody can wait for may still read it.
     pub(crate) fn keep_forever(&self) {
         mem::forget((self.stream.clone(), self.channel_scales.clone()));
     }
 
-    /// The context that they live in.
+    /// Returns the context that the weights belong to.
     pub(crate) fn context(&self) -> &ContextHandle {
         self.stream.context()
     }
 
-    /// The weights from a strip on, as the kernels find them.
+    /// Returns the kernels' view of the weights, beginning with this strip.
     pub(crate) fn arguments_from(&self, strip: usize) -> WeightsArguments {
         let stream = self.layout.stream();
         let scales = self.channel_scales.address();
@@ -249,13 +253,13 @@ impl DeviceWeights {
     }
 }
 
-/// Where the kernels keep partial sums when several thread blocks share a tile.
+/// Device memory for stream-K: partial tiles, and the flags that announce them.
 ///
-/// Launches on one stream may share a workspace; launches that may run at the same time need one each.
+/// Launches on one stream may share a workspace. Launches that may run at the same time need one each.
 #[derive(Debug)]
 pub struct Workspace {
     partials: DeviceMemory,
-    /// u32 each.
+    /// u32 each, zero between launches.
     flags: DeviceMemory,
 }
 
@@ -266,29 +270,29 @@ impl Workspace {
         let partials = blocks * most(TileShape::partial_bytes);
         let flags = blocks * most(TileShape::consumers);
         Ok(Self {
-            // The kernels write a slot before they read it.
+            // The kernels write each slot before they read it.
             partials: DeviceMemory::uninitialized(context, partials, "allocating the workspace")?,
             flags: DeviceMemory::copy_of(context, &vec![0u32; flags], "allocating the workspace's flags")?,
         })
     }
 
-    /// The context that it lives in.
+    /// Returns the context that the workspace belongs to.
     pub(crate) fn context(&self) -> &ContextHandle {
         self.partials.context()
     }
 
-    /// Device memory that the workspace takes, in bytes.
+    /// Returns the bytes of device memory that the workspace takes.
     pub fn bytes(&self) -> usize {
         self.partials.bytes() + self.flags.bytes()
     }
 
-    /// Fails unless there is room for the plan's thread blocks, if they share tiles.
+    /// Fails if the plan uses stream-K and the workspace is too small for its thread blocks.
     pub(crate) fn check(&self, plan: &Plan) -> Result<(), GpuError> {
         plan.tiled_launches().try_for_each(|(_, tiled)| self.check_tiled(&tiled))
     }
 
     fn check_tiled(&self, tiled: &Tiled) -> Result<(), GpuError> {
-        if tiled.schedule().streamed_tiles == 0 {
+        if tiled.schedule().stream_k_tiles == 0 {
             return Ok(());
         }
         let blocks = tiled.blocks() as usize;

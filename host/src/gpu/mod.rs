@@ -1,56 +1,56 @@
-//! The GPU backend: Hopper only, kernels compiled from the PTX that this crate carries.
+//! The GPU backend, for Hopper GPUs. The driver compiles its kernels from PTX that the library embeds.
 //!
-//! | level | what it does | where |
+//! | level | task | file |
 //! |---|---|---|
-//! | [`Gpu::multiply`] | host memory in, host memory out, waits | here |
-//! | [`Gpu::gemm`] | device memory, a caller's stream, returns at once | [`gemm`] |
-//! | [`DeviceWeights`], [`DeviceSpan`], [`Workspace`] | what lies on the device | [`memory`] |
-//! | `Gpu::ablation` | the GEMM without one of its ideas, for the bench | `ablation` |
+//! | [`Gpu::multiply`] | takes and returns host memory, waits for the result | `mod.rs` |
+//! | [`Gpu::gemm`] | device memory, the caller's stream, returns at once | `gemm.rs` |
+//! | [`DeviceWeights`], [`DeviceSpan`], [`Workspace`] | device memory | `memory.rs` |
+//! | [`CustomKernel`] | kernels of another crate | `custom.rs` |
 //!
-//! Only the driver is needed, no CUDA toolkit; without a driver [`Gpu::new`] says so.
+//! It needs the NVIDIA driver but no CUDA toolkit. Without a driver [`Gpu::new`] returns an error.
 
-#[cfg(feature = "bench")]
-pub mod ablation;
 mod context;
-mod error;
-pub mod gemm;
+mod custom;
+mod gemm;
 mod kernels;
 mod launch;
-pub mod memory;
+mod memory;
 mod plans;
-pub mod probes;
 mod skinny;
 mod stream;
 mod tensor_map;
 
+use std::ffi::c_void;
 use std::mem;
 use std::ops::RangeInclusive;
 use std::sync::{Mutex, PoisonError};
 
 use cust::device::{Device, DeviceAttribute};
 use cust::stream::{Stream, StreamFlags};
-use cust::sys::CUcontext;
 use liquidgemm_format::tile::MAX_SHARED_BYTES;
 
-pub(crate) use error::During;
-pub use error::{DriverStatus, GpuError};
+pub use crate::error::{DriverStatus, GpuError};
+pub use cuda_driver::{CudaVersion, LoadError};
+pub use custom::CustomKernel;
 pub use gemm::{Operands, StreamHandle};
 pub use kernels::ptx_hash;
 pub use memory::{DeviceSpan, DeviceWeights, Workspace};
 
-use crate::cpu::check_call;
-use crate::error::checked_elements;
-use crate::{ActivationsView, DeviceFigures, Error, Method, Output, PackedWeights, Plan};
+use crate::check::{check_call, checked_elements};
+use crate::error::gpu::During;
+use crate::{ActivationsView, Algorithm, DeviceFigures, Error, Output, PackedWeights, Plan, Problem};
 use context::ContextHandle;
 use memory::DeviceMemory;
 
-/// The environment variable with the number of the GPU that [`Gpu::new`] takes.
+/// The environment variable that selects the GPU for [`Gpu::new`] by its number, counted from 0.
 pub const DEVICE_VARIABLE: &str = "LIQUIDGEMM_DEVICE";
 
-/// The CUDA version that first understands the kernels' PTX (ISA 8.1).
+/// The lowest CUDA version that can compile the kernels' PTX (ISA 8.1).
 const NEEDED_CUDA: cuda_driver::CudaVersion = cuda_driver::CudaVersion { major: 12, minor: 1 };
 
-/// A Hopper GPU, ready to multiply.
+/// A Hopper GPU with its context, compiled kernels and plans.
+///
+/// All methods take `&self`, so threads can share one value.
 #[derive(Debug)]
 pub struct Gpu {
     name: String,
@@ -61,30 +61,31 @@ pub struct Gpu {
     plans: plans::PlanCache,
     encode_tensor_map: tensor_map::EncodeTiled,
     launch_kernel: launch::LaunchKernel,
-    /// Of the blocking calls.
+    /// Stream and workspace of the blocking calls, created on first use.
     own: Mutex<Option<Own>>,
 }
 
-/// What the blocking calls launch with.
+/// The stream and the workspace of the blocking calls.
 #[derive(Debug)]
 struct Own {
     stream: Stream,
     workspace: Workspace,
 }
 
-// SAFETY: a context, a stream and device memory are handles that the driver lets any thread use; every call makes
-// the context current on its thread first.
+// SAFETY: contexts, streams and device memory are driver handles, which any thread may use.
+// Every call makes the context current on its thread first.
 unsafe impl Send for Gpu {}
-// SAFETY: as above; what changes after construction is behind a lock.
+// SAFETY: as above; fields that change after construction are behind a lock.
 unsafe impl Sync for Gpu {}
 
 impl Gpu {
-    /// The first GPU that can be used, or the one whose number [`DEVICE_VARIABLE`] holds, with its primary context, which the CUDA runtime and
-    /// other frameworks share.
+    /// Opens the GPU whose number [`DEVICE_VARIABLE`] holds, or else the first usable GPU.
+    ///
+    /// It retains the GPU's primary context, which the CUDA runtime and other frameworks share.
     ///
     /// # Errors
-    /// [`GpuError`] if there is no driver, it is too old, or no GPU is a Hopper: then what is wrong with the first. [`GpuError::BadDevice`] if
-    /// the variable holds no number.
+    /// - [`GpuError::BadDevice`] if the variable does not hold a number.
+    /// - The errors of [`Gpu::with_device`]. If no GPU is usable, it is the error of GPU 0.
     pub fn new() -> Result<Self, Error> {
         if let Some(text) = std::env::var_os(DEVICE_VARIABLE) {
             let text = text.to_string_lossy();
@@ -99,10 +100,13 @@ impl Gpu {
         others.map(Self::with_device).find_map(Result::ok).ok_or(first)
     }
 
-    /// The GPU of this number, with its primary context.
+    /// Opens the GPU with this number, counted from 0, and retains its primary context.
     ///
     /// # Errors
-    /// As [`Gpu::new`].
+    /// - [`GpuError::NoDriver`] or [`GpuError::DriverTooOld`] if no suitable driver is installed.
+    /// - [`GpuError::NoDevice`] or [`GpuError::NoSuchDevice`] if there is no such GPU.
+    /// - [`GpuError::WrongDevice`] if it is not a Hopper GPU.
+    /// - [`GpuError::MissingFunction`] or [`GpuError::Cuda`] if the driver fails.
     pub fn with_device(ordinal: u32) -> Result<Self, Error> {
         Self::load_driver()?;
         let count = match Device::num_devices() {
@@ -117,15 +121,19 @@ impl Gpu {
             return Err(GpuError::NoSuchDevice { ordinal, count }.into());
         }
         let device = Device::get_device(ordinal).during("opening the GPU")?;
-        // Before the context, which takes hundreds of megabytes.
+        // Check before creating the context, which takes hundreds of megabytes.
         check_device(device)?;
         Self::assemble(device, ContextHandle::primary(device.as_raw())?)
     }
 
-    /// The GPU whose primary context is current on this thread, as it is where the CUDA runtime or another framework has been at work.
+    /// Opens the GPU whose primary context is current on this thread.
+    ///
+    /// It is current after the CUDA runtime or another framework has used the GPU on this thread.
     ///
     /// # Errors
-    /// As [`Gpu::new`], [`GpuError::NoContext`], and [`GpuError::NotPrimary`] for another context of the GPU.
+    /// - [`GpuError::NoContext`] if no context is current.
+    /// - [`GpuError::NotPrimary`] if another context of the GPU is current.
+    /// - The errors of [`Gpu::with_device`].
     pub fn from_current_context() -> Result<Self, Error> {
         Self::load_driver()?;
         let current = ContextHandle::current()?;
@@ -141,20 +149,20 @@ impl Gpu {
         Self::assemble(device, primary)
     }
 
-    /// The GPU of any context.
+    /// Opens the GPU of any context, a raw `CUcontext`.
     ///
     /// # Errors
-    /// As [`Gpu::new`], and [`GpuError::NoContext`] for null.
+    /// [`GpuError::NoContext`] if the context is null, and the errors of [`Gpu::with_device`].
     ///
     /// # Safety
-    /// The context outlives the value and everything that is made with it.
-    pub unsafe fn from_context(context: CUcontext) -> Result<Self, Error> {
+    /// The context outlives the returned value and everything that is created with it.
+    pub unsafe fn from_context(context: *mut c_void) -> Result<Self, Error> {
         Self::load_driver()?;
         if context.is_null() {
             return Err(GpuError::NoContext.into());
         }
         // SAFETY: the caller vouches for the context.
-        let context = unsafe { ContextHandle::foreign(context) };
+        let context = unsafe { ContextHandle::foreign(context.cast()) };
         let device = {
             let _entered = context.enter()?;
             cust::context::CurrentContext::get_device().during("asking for the context's GPU")?
@@ -188,8 +196,8 @@ impl Gpu {
             name: device.name().during("asking for the GPU's name")?,
             driver: driver.version(),
             figures,
+            kernels: kernels::KernelCache::new(context.clone()),
             context,
-            kernels: kernels::KernelCache::default(),
             plans: plans::PlanCache::default(),
             encode_tensor_map: tensor_map::encoder(driver)?,
             launch_kernel: launch::launcher(driver)?,
@@ -199,97 +207,107 @@ impl Gpu {
         Ok(gpu)
     }
 
-    /// How many clusters of 1, 2, 4 and 8 blocks run at a time, one block an SM: as the driver says, or where it doesn't, cautiously.
+    /// Returns how many clusters of 1, 2, 4 and 8 thread blocks run at a time, with one thread block per SM.
+    ///
+    /// It asks the driver, and estimates what the driver does not say.
     fn resident_clusters(&self, driver: &cuda_driver::Driver) -> Result<[u32; 4], GpuError> {
         let _entered = self.context.enter()?;
         let mut clusters = DeviceFigures::cautious_clusters(self.figures.multiprocessors);
         if let Some(occupancy) = launch::Occupancy::of_driver(driver)
-            && let Ok(probe) = self.kernels.probe_stream()
+            && let Ok(kernel) = self.kernels.occupancy()
         {
             for (power, fit) in clusters.iter_mut().enumerate() {
-                let asked = occupancy.clusters(probe.function(), 1 << power, 32, MAX_SHARED_BYTES);
+                let asked = occupancy.clusters(kernel.function(), 1 << power, 32, MAX_SHARED_BYTES);
                 *fit = asked.unwrap_or(*fit);
             }
         }
         Ok(clusters)
     }
 
-    /// The GPU's name, such as `NVIDIA H100 80GB HBM3`.
+    /// Returns the GPU's name, such as `NVIDIA H100 80GB HBM3`.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// Multiprocessors of the GPU.
+    /// Returns the number of SMs.
     pub fn multiprocessors(&self) -> u32 {
         self.figures.multiprocessors
     }
 
-    /// What plans depend on: the GPU's SMs, clusters, memory speed and clock.
+    /// Returns the figures that plans depend on: SMs, clusters, memory speed and clock.
     pub fn figures(&self) -> &DeviceFigures {
         &self.figures
     }
 
-    /// Name, size and driver in one line.
+    /// Returns the GPU's name, its number of SMs and the driver's CUDA version on one line.
     pub fn description(&self) -> String {
-        format!("{}, {} multiprocessors, driver for CUDA {}", self.name, self.multiprocessors(), self.driver)
+        format!("{}, {} SMs, driver for CUDA {}", self.name, self.multiprocessors(), self.driver)
     }
 
-    /// Makes this GPU's context the current one of this thread, and leaves it so: for what a caller does with the driver itself. No other call
-    /// needs it or changes what is current.
+    /// Makes this GPU's context current on this thread, and leaves it so.
+    ///
+    /// Callers need this for their own driver calls, for example through `cust`.
+    /// No other method of the library needs it or leaves the current context changed.
     ///
     /// # Errors
-    /// If the driver fails.
+    /// [`GpuError::Cuda`] if the driver fails.
     pub fn make_current(&self) -> Result<(), Error> {
         Ok(self.context.make_current()?)
     }
 
-    /// Copies packed weights to the GPU.
+    /// Copies packed weights to the GPU and waits for the copy.
     ///
     /// # Errors
-    /// If memory runs out or the driver fails.
+    /// [`GpuError::Cuda`] if device memory runs out or the driver fails.
     pub fn upload(&self, weights: &PackedWeights) -> Result<DeviceWeights, Error> {
         DeviceWeights::upload(&self.context, weights)
     }
 
-    /// A workspace, large enough for every plan on this GPU. One for each stream that launches GEMMs.
+    /// Allocates a workspace that is large enough for every plan on this GPU.
+    ///
+    /// Each stream that launches GEMMs needs one.
     ///
     /// # Errors
-    /// If memory runs out or the driver fails.
+    /// [`GpuError::Cuda`] if device memory runs out or the driver fails.
     pub fn workspace(&self) -> Result<Workspace, Error> {
         Ok(Workspace::new(&self.context, self.multiprocessors())?)
     }
 
-    /// The plan for `Y[m, n] = X[m, k] · W[n, k]ᵀ` on this GPU.
+    /// Returns the plan for a problem on this GPU.
     ///
-    /// Plans are kept, some 16,000 of them: asked for again, one is only looked up, without waiting for other threads.
+    /// About 16,000 plans are cached. A cached plan takes one lookup, which does not wait for other threads.
     ///
     /// # Errors
-    /// If a dimension is 0 or too large.
-    pub fn plan(&self, m: usize, n: usize, k: usize) -> Result<Plan, Error> {
-        self.plans.plan([m, n, k], &self.figures)
+    /// As [`Plan::new`].
+    pub fn plan(&self, problem: Problem) -> Result<Plan, Error> {
+        self.plans.plan(problem, &self.figures)
     }
 
-    /// Makes ready for GEMMs of `m` tokens with weights of these `shapes`, `[n, k]` each: makes every plan, and has the driver compile every
-    /// kernel that one of them names, so that [`Gpu::gemm`] compiles nothing later, in traffic or in a graph capture.
+    /// Prepares for GEMMs of `m` tokens with weights of these `shapes`, each `[n, k]`.
     ///
-    /// It takes some 10 µs for each m and shape, and half a second for each kernel, of which there are 60, the first time that the driver
-    /// sees it; after that the driver has it in its cache on disk. The driver compiles one kernel at a time.
+    /// It makes every plan, and the driver compiles every kernel that the plans use.
+    /// [`Gpu::gemm`] then compiles nothing, in traffic or in a graph capture.
+    ///
+    /// A plan takes about 10 µs. The library has about 60 kernels.
+    /// The driver needs half a second for each one that it compiles for the first time,
+    /// and later takes it from its cache on disk. It compiles one kernel at a time.
     ///
     /// # Errors
-    /// If a dimension is 0 or too large, or the driver fails. What was made ready before stays so.
+    /// As [`Plan::new`], and [`GpuError::Cuda`] if the driver fails.
+    /// Plans and kernels that were ready before the error stay ready.
     pub fn prepare(&self, shapes: &[[usize; 2]], m: RangeInclusive<usize>) -> Result<(), Error> {
         let _entered = self.context.enter()?;
         for &[n, k] in shapes {
             for m in m.clone() {
-                self.load_kernels(&self.plan(m, n, k)?)?;
+                self.load_kernels(&self.plan(Problem { m, n, k })?)?;
             }
         }
         Ok(())
     }
 
-    /// Compiles a plan's kernels, if that has not been done.
-    fn load_kernels(&self, plan: &Plan) -> Result<(), GpuError> {
-        if let Method::Skinny(skinny) = plan.method() {
+    /// Compiles a plan's kernels, unless they are compiled already.
+    fn load_kernels(&self, plan: &Plan) -> Result<(), Error> {
+        if let Algorithm::Skinny(skinny) = plan.algorithm() {
             self.kernels.skinny(skinny.shape())?;
         }
         for (_, tiled) in plan.tiled_launches() {
@@ -298,12 +316,15 @@ impl Gpu {
         Ok(())
     }
 
-    /// `[m, n]` of `T`, row-major: everything from host memory and back, waiting for the result.
+    /// Computes `Y[m, n] = X[m, k] · W[n, k]ᵀ`, plus `bias[n]` in each row, and returns it row-major.
     ///
-    /// For one multiplication or a test. A server uploads its weights once and calls [`Gpu::gemm`].
+    /// The call copies everything from host memory, waits, and copies the result back.
+    /// That suits a single multiplication or a test.
+    /// A server uploads its weights once and calls [`Gpu::gemm`].
     ///
     /// # Errors
-    /// As `cpu::gemm`, and whatever the driver says.
+    /// As [`cpu::gemm`](crate::cpu::gemm).
+    /// Also [`GpuError::Cuda`] if device memory runs out or the driver fails.
     pub fn multiply<'a, T: Output>(
         &self,
         weights: &PackedWeights,
@@ -316,10 +337,10 @@ impl Gpu {
         self.multiply_checked(&self.upload(weights)?, activations, bias, elements)
     }
 
-    /// As [`Gpu::multiply`], with weights that are on the GPU already.
+    /// Like [`Gpu::multiply`], with weights that are already on the GPU.
     ///
     /// # Errors
-    /// As [`Gpu::multiply`], and [`GpuError::OtherContext`] for another GPU's weights.
+    /// As [`Gpu::multiply`], and [`GpuError::OtherContext`] for weights of another context.
     pub fn multiply_with<'a, T: Output>(
         &self,
         weights: &DeviceWeights,
@@ -333,7 +354,9 @@ impl Gpu {
         self.multiply_checked(weights, activations, bias, elements)
     }
 
-    /// The product, of so many elements; the operands fit and the weights are this GPU's.
+    /// Computes a product of `elements` elements.
+    ///
+    /// The caller has checked the operands and the weights' context.
     fn multiply_checked<T: Output>(
         &self,
         weights: &DeviceWeights,
@@ -352,7 +375,7 @@ impl Gpu {
         let scales = copy(bytemuck::cast_slice(activations.scales()), "copying the token scales to the GPU")?;
         let bias =
             bias.map(|bias| copy(bytemuck::cast_slice(bias), "copying the bias to the GPU")).transpose()?;
-        // The kernel writes every element before it is read.
+        // The kernel writes every element before the host reads it.
         let output =
             DeviceMemory::uninitialized(&self.context, elements * size_of::<T>(), "allocating the output")?;
 
@@ -375,12 +398,12 @@ impl Gpu {
                 workspace: self.workspace()?,
             }),
         };
-        // SAFETY: everything lives until the stream has been waited for, and the lock keeps others out.
+        // SAFETY: everything lives until the stream has been synchronized, and the lock excludes other users.
         let launched = unsafe { self.gemm(weights, &operands, &own.workspace, &own.stream) };
-        // Also after a failure: of two launches the first may run.
+        // Synchronize after an error too: of two launches, the first may be running.
         let finished = own.stream.synchronize().during("running the GEMM");
         if let Err(error) = finished {
-            // Nobody knows whether the launches still run. What they use is never freed, nor used by another call.
+            // The launches may still run. Leak everything that they use, and do not use it in another call.
             weights.keep_forever();
             mem::forget((codes, scales, bias, output, lock.take()));
             return Err(launched.err().unwrap_or(error.into()));
@@ -390,7 +413,7 @@ impl Gpu {
         Ok(product)
     }
 
-    /// Fails unless something lives in this GPU's context.
+    /// Fails unless an object belongs to this GPU's context.
     fn check_context(&self, what: &'static str, context: &ContextHandle) -> Result<(), GpuError> {
         if self.context.is(context) { Ok(()) } else { Err(GpuError::OtherContext { what }) }
     }
@@ -398,19 +421,18 @@ impl Gpu {
 
 impl Drop for Gpu {
     fn drop(&mut self) {
-        // A failure can't be helped. Modules and streams are freed in the current context.
+        // The stream is destroyed in the current context. An error cannot be handled here.
         let _entered = self.context.enter_to_free();
-        self.kernels = kernels::KernelCache::default();
         *self.own.get_mut().unwrap_or_else(PoisonError::into_inner) = None;
     }
 }
 
-/// Fails unless the device is a Hopper.
+/// Fails unless the device is a Hopper GPU.
 fn check_device(device: Device) -> Result<(), GpuError> {
     let capability = |attribute| device.get_attribute(attribute).during("asking for the compute capability");
     let major = capability(DeviceAttribute::ComputeCapabilityMajor)?;
     let minor = capability(DeviceAttribute::ComputeCapabilityMinor)?;
-    // The kernels are for sm_90a, whose instructions no later generation has.
+    // The kernels are for sm_90a. No later generation has its instructions.
     if (major, minor) == (9, 0) {
         Ok(())
     } else {
@@ -419,12 +441,12 @@ fn check_device(device: Device) -> Result<(), GpuError> {
     }
 }
 
-/// Bytes from one row of a GPU's copy of the activations to the next: what TMA accepts and reads fast.
+/// Returns the row stride of the GPU's copy of the activations, in bytes. TMA reads multiples of 64 fast.
 fn padded_stride(activations: &ActivationsView<'_>) -> usize {
     activations.k().next_multiple_of(64)
 }
 
-/// The rows with that stride.
+/// Copies the rows to that stride.
 fn padded_rows(activations: &ActivationsView<'_>) -> Vec<i8> {
     let stride = padded_stride(activations);
     let mut padded = vec![0; activations.m() * stride];

@@ -1,23 +1,24 @@
-//! Packed weights in the order in which device memory has them, and back. The layout is `liquidgemm_format::stream`'s.
+//! Converts packed weights to the order of device memory and back.
+//! `liquidgemm_format::stream` defines that order.
 
 use liquidgemm_format::brick::{self, CODE_BYTES, PAIR_BYTES};
 use liquidgemm_format::stream::WeightStream;
-use liquidgemm_format::tile::{SPAN_BRICKS, STRIP_SPAN_CODE_BYTES};
+use liquidgemm_format::tile::{K_TILE_BRICKS, STRIP_K_TILE_CODE_BYTES};
 use rayon::prelude::*;
 
 use crate::{Error, Group};
 
-/// Where the parts of packed weights `[n, k]` lie in the device's order.
+/// The positions of the parts of packed weights `[n, k]` in device memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct StreamLayout {
     stream: WeightStream,
     strips: usize,
     k_blocks: usize,
-    /// Blocks of 64 along K of a group.
+    /// Blocks of 64 along K in a group.
     group_blocks: usize,
 }
 
-/// A piece of a strip: so many bytes, where they lie in the stream, and where among the strip's codes or its pairs.
+/// A contiguous piece of a strip, with its byte offset in the stream and among the strip's codes or pairs.
 enum Piece {
     Codes { stream: usize, packed: usize, bytes: usize },
     Pairs { stream: usize, packed: usize },
@@ -34,7 +35,7 @@ impl StreamLayout {
         self.stream
     }
 
-    /// Bytes of everything.
+    /// Returns the bytes of all weights.
     pub(crate) fn bytes(self) -> usize {
         self.strips * self.stream.strip_bytes as usize
     }
@@ -45,15 +46,15 @@ impl StreamLayout {
 
     /// Calls `visit` for each piece of a strip.
     fn for_each_piece(self, mut visit: impl FnMut(Piece)) {
-        let WeightStream { span_bytes, channel_pairs, second_pairs, .. } = self.stream;
+        let WeightStream { k_tile_bytes, channel_pairs, second_pairs, .. } = self.stream;
         if channel_pairs > 0 {
             visit(Piece::Pairs { stream: 0, packed: 0 });
         }
-        for (span, block) in (0..self.k_blocks).step_by(SPAN_BRICKS as usize).enumerate() {
-            let place = channel_pairs as usize + span * span_bytes as usize;
-            let bricks = (self.k_blocks - block).min(SPAN_BRICKS as usize);
+        for (k_tile, block) in (0..self.k_blocks).step_by(K_TILE_BRICKS as usize).enumerate() {
+            let place = channel_pairs as usize + k_tile * k_tile_bytes as usize;
+            let bricks = (self.k_blocks - block).min(K_TILE_BRICKS as usize);
             visit(Piece::Codes { stream: place, packed: block * CODE_BYTES, bytes: bricks * CODE_BYTES });
-            let first = place + STRIP_SPAN_CODE_BYTES as usize;
+            let first = place + STRIP_K_TILE_CODE_BYTES as usize;
             let pairs =
                 [(channel_pairs == 0, first, block), (second_pairs > 0, first + PAIR_BYTES, block + 1)];
             for (exists, stream, block) in pairs {
@@ -64,7 +65,7 @@ impl StreamLayout {
         }
     }
 
-    /// Packed codes `[strips, k_blocks, 2048]` and pairs `[strips, groups, 128]` in the device's order.
+    /// Merges packed codes `[strips, k_blocks, 2048]` and pairs `[strips, groups, 128]` into device order.
     pub(crate) fn merge(self, codes: &[u8], pairs: &[u8]) -> Vec<u8> {
         let mut merged = vec![0; self.bytes()];
         let codes = codes.par_chunks_exact(self.k_blocks * CODE_BYTES);
@@ -83,7 +84,7 @@ impl StreamLayout {
         merged
     }
 
-    /// The codes and the pairs of what [`merge`](Self::merge) has put together.
+    /// Splits the result of [`merge`](Self::merge) into codes and pairs.
     pub(crate) fn split(self, merged: &[u8]) -> (Vec<u8>, Vec<u8>) {
         let mut codes = vec![0; self.strips * self.k_blocks * CODE_BYTES];
         let mut pairs = vec![0; self.strips * self.groups() * PAIR_BYTES];
@@ -128,7 +129,7 @@ mod tests {
     }
 
     #[test]
-    fn a_span_is_the_codes_of_two_bricks_and_then_their_pairs() {
+    fn a_k_tile_is_the_codes_of_two_bricks_and_then_their_pairs() {
         let codes: Vec<u8> = (0..3 * 2048).map(|at| (at / 2048) as u8).collect();
         let pairs: Vec<u8> = (0..3 * 128).map(|at| 10 + (at / 128) as u8).collect();
         let merged = |group, pairs: &[u8]| StreamLayout::new(64, 192, group).unwrap().merge(&codes, pairs);

@@ -1,17 +1,18 @@
-//! Tensor maps: how the copy engine is told the shapes of activations and output.
+//! Encodes tensor maps, which describe the activations and the output to TMA.
+//! The driver's function is declared here because `cust` lacks it.
 
 use std::ffi::c_void;
 
-use crate::gpu::error::{During, GpuError, Status};
+use crate::error::gpu::{During, GpuError, Status};
 
-/// The driver's encoding of a tensor, passed to kernels by value.
+/// The driver's encoding of a tensor. Kernels take it by value.
 #[repr(C, align(64))]
 #[derive(Clone, Copy)]
 pub(crate) struct TensorMap {
     opaque: [u64; 16],
 }
 
-/// `cuTensorMapEncodeTiled`; enumerations are C ints.
+/// The type of `cuTensorMapEncodeTiled`. Its enumerations are C ints.
 pub(crate) type EncodeTiled = unsafe extern "C" fn(
     map: *mut TensorMap,
     data_type: u32,
@@ -35,14 +36,14 @@ const L2_PROMOTION_256B: u32 = 3;
 /// Elements outside the tensor read as zeros.
 const FILL_ZERO: u32 = 0;
 
-/// The entry point, which `cust` doesn't know.
+/// Looks up `cuTensorMapEncodeTiled`.
 pub(crate) fn encoder(driver: &cuda_driver::Driver) -> Result<EncodeTiled, GpuError> {
     const NAME: &str = "cuTensorMapEncodeTiled";
     // SAFETY: the type is the function's.
     unsafe { driver.symbol::<EncodeTiled>(NAME) }.ok_or(GpuError::MissingFunction { name: NAME })
 }
 
-/// A row-major matrix in device memory, copied in boxes with 128-byte swizzle.
+/// A row-major matrix in device memory that TMA copies in boxes, with the 128-byte swizzle.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Boxes {
     pub(crate) address: u64,
@@ -55,12 +56,12 @@ pub(crate) struct Boxes {
 }
 
 impl TensorMap {
-    /// The map of a matrix of int8.
+    /// Encodes a matrix of int8 elements.
     pub(crate) fn of_bytes(encode: EncodeTiled, boxes: Boxes) -> Result<Self, GpuError> {
         Self::encode(encode, DATA_TYPE_UINT8, boxes, "encoding the activations' tensor map")
     }
 
-    /// The map of a matrix of 16-bit elements.
+    /// Encodes a matrix of 16-bit elements.
     pub(crate) fn of_halves(encode: EncodeTiled, boxes: Boxes) -> Result<Self, GpuError> {
         Self::encode(encode, DATA_TYPE_UINT16, boxes, "encoding the output's tensor map")
     }
@@ -76,7 +77,8 @@ impl TensorMap {
         let strides = [boxes.stride_bytes as u64];
         let box_extents = [boxes.box_columns, boxes.box_rows];
         let element_strides = [1, 1];
-        // SAFETY: the arrays have as many elements as the rank says (strides one fewer), and the map is writable.
+        // SAFETY: the arrays have as many elements as the rank requires, strides one fewer.
+        // The map is valid for a write.
         let status = unsafe {
             encode(
                 &mut map,
@@ -97,7 +99,7 @@ impl TensorMap {
         Ok(map)
     }
 
-    /// The address of the encoding, as a kernel argument.
+    /// Returns the address of the encoding as a kernel parameter.
     pub(crate) fn as_argument(&mut self) -> *mut c_void {
         (&raw mut self.opaque).cast()
     }

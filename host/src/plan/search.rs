@@ -1,21 +1,22 @@
-//! The search for the plan with the lowest estimate, without forming those that cannot be it.
+//! Finds the plan with the lowest estimate.
+//! Lower bounds from `cost.rs` rule out most candidates before they are formed.
 
 use super::cost::{
     Bound, Model, ROUNDING, Room, SECOND_LAUNCH, SWITCH, launch_estimate, least_launch_estimate,
 };
-use super::divided::{Divided, firsts};
 use super::layout::{Column, Grid, Layout, sizes};
 use super::shapes::SHAPES;
-use super::{Method, Plan, Tiled, check_problem};
-use crate::gpu::GpuError;
-use crate::{DeviceFigures, Error};
+use super::two_launches::{TwoLaunches, firsts};
+use super::{Algorithm, Plan, Tiled, check_problem};
+use crate::error::PlanError;
+use crate::{DeviceFigures, Error, Problem};
 
-/// The plan of lowest estimate; of several, the first of [`Plan::candidates`].
-pub(super) fn fastest([m, n, k]: [usize; 3], figures: &DeviceFigures) -> Result<Option<Plan>, Error> {
-    check_problem(m, n, k)?;
+/// Returns the plan with the lowest estimate. Among equal ones it is the first of [`Plan::candidates`].
+pub(super) fn fastest(problem: Problem, figures: &DeviceFigures) -> Result<Option<Plan>, Error> {
+    check_problem(problem)?;
     let model = Model::new(figures);
     let mut best: Option<(f64, Plan)> = None;
-    for plan in Plan::skinny_candidates([m, n, k], figures.multiprocessors) {
+    for plan in Plan::skinny_candidates(problem, figures.multiprocessors) {
         let plan = plan?;
         let us = plan.estimate_with(&model);
         if best.is_none_or(|(least, _)| us < least) {
@@ -23,29 +24,29 @@ pub(super) fn fastest([m, n, k]: [usize; 3], figures: &DeviceFigures) -> Result<
         }
     }
     let limit = best.map_or(f64::INFINITY, |(us, _)| us);
-    let columns = Columns::new([m, k], figures, &model);
+    let columns = Columns::new([problem.m, problem.k], figures, &model);
     let mut too_many = None;
-    if let Some((us, layout)) = columns.fastest_layout(n, &model, limit, &mut too_many)
+    if let Some((us, layout)) = columns.fastest_layout(problem.n, &model, limit, &mut too_many)
         && us < limit
     {
-        best = Some((us, Plan { m, n, k, method: Method::Tiled(layout.tiled()) }));
+        best = Some((us, Plan { problem, algorithm: Algorithm::Tiled(layout.tiled()) }));
     }
     let Some((us, plan)) = best else { return too_many.map_or(Ok(None), |error| Err(error.into())) };
-    Ok(Some(divided_below([m, n, k], figures, &model, &columns, us).unwrap_or(plan)))
+    Ok(Some(two_launches_below(problem, figures, &model, &columns, us).unwrap_or(plan)))
 }
 
-/// All that can be chosen for the tiles of a problem of `m` tokens and K, whatever its channels.
+/// All choices for the tiles of a problem with `m` tokens and K, for any number of channels.
 pub(super) struct Columns {
     problem: [usize; 2],
-    /// The most promising first.
+    /// Sorted by [`SizedColumn::pace`], so that the most promising comes first.
     list: Vec<SizedColumn>,
 }
 
 /// A tile shape in clusters of one size.
 struct SizedColumn {
-    /// Microseconds that a channel takes at the least.
+    /// Lower bound of the microseconds per channel.
     pace: f64,
-    /// The place among the candidates.
+    /// Position among the candidates.
     order: usize,
     /// Clusters that run at a time.
     most: u32,
@@ -67,21 +68,24 @@ impl Columns {
         Self { problem: [m, k], list }
     }
 
-    /// Microseconds that a channel takes at the least, in any shape.
+    /// Returns a lower bound of the microseconds per channel in any shape.
     fn pace(&self) -> f64 {
         self.list.first().map_or(f64::INFINITY, |first| first.pace)
     }
 
-    /// The layout of lowest estimate for `n` channels among those of one launch, unless all are certainly longer than `limit`.
+    /// Returns the lowest estimate in microseconds for `n` channels in one launch, and its layout.
+    ///
+    /// Returns `None` if all layouts certainly exceed `limit`.
+    /// If a shape has too many tiles to count, `too_many` keeps the first such error.
     pub(super) fn fastest_layout(
         &self,
         n: usize,
         model: &Model,
         limit: f64,
-        too_many: &mut Option<GpuError>,
+        too_many: &mut Option<PlanError>,
     ) -> Option<(f64, Layout)> {
         let [m, k] = self.problem;
-        let memory = model.memory([m, n, k]);
+        let memory = model.memory(Problem { m, n, k });
         let mut open: Vec<(Bound, &SizedColumn, Grid)> = Vec::with_capacity(self.list.len());
         let mut first = 0;
         let mut room = Room::new(memory, limit);
@@ -100,7 +104,7 @@ impl Columns {
                     }
                     open.push((bound, sized, grid));
                 }
-                // Too many tiles of this shape; a larger one may do.
+                // There are too many tiles of this shape. A larger one may fit.
                 Err(error) => {
                     too_many.get_or_insert(error);
                 }
@@ -108,7 +112,7 @@ impl Columns {
         }
         let mut best: Option<(f64, usize, Layout)> = None;
         let mut least = limit;
-        // What is likely to be the fastest goes first, so that little more than its bound is looked at of the others.
+        // Begin with the layout that is probably the fastest. Bounds then rule out most of the others.
         let others = open.iter().enumerate().filter(|&(index, _)| index != first).map(|(_, one)| one);
         for (bound, sized, grid) in open.get(first).into_iter().chain(others) {
             if bound.exceeds(&room) {
@@ -129,39 +133,39 @@ impl Columns {
     }
 }
 
-/// Microseconds that a second launch costs, and this first one for its instructions.
+/// Returns the microseconds for a second launch and for this first one's refill of the instruction cache.
 fn switching(first: &Layout) -> f64 {
     SECOND_LAUNCH + SWITCH * f64::from(first.grid.facts.shape.tokens)
 }
 
-/// A first launch that may lead to the best plan of two.
+/// A first launch that may lead to the fastest two-launch plan.
 struct First {
-    /// Its place among the candidates.
+    /// Position among the candidates.
     order: usize,
     /// Channels of the first launch.
     boundary: usize,
     layout: Layout,
-    /// Microseconds that it takes at the least, with what a second launch costs besides its own time.
+    /// Lower bound of the launch's microseconds, including the additional cost of a second launch.
     least: f64,
-    /// Microseconds that both launches take at the least.
+    /// Lower bound of both launches' microseconds.
     bound: f64,
 }
 
 impl First {
-    /// A first launch, unless both launches certainly take longer than `limit` where each channel of the second takes `pace` microseconds
-    /// at the least.
+    /// Returns a first launch, or `None` if both launches together certainly exceed `limit`.
     ///
-    /// Each launch finds the GPU as hot as both make it, so a bound of either makes that of the other tighter.
+    /// Each channel of the second launch takes at least `pace` microseconds.
+    /// Both launches heat the GPU for each other, so a bound of one makes the other's tighter.
     fn below(
         limit: f64,
         (order, boundary, layout): (usize, usize, Layout),
-        [m, n, k]: [usize; 3],
+        problem: Problem,
         model: &Model,
         pace: f64,
     ) -> Option<Self> {
         let limit = limit * (1.0 + ROUNDING) - switching(&layout);
-        let memory = [boundary, n - boundary].map(|channels| model.memory([m, channels, k]));
-        let rest = pace * (n - boundary) as f64;
+        let memory = [boundary, problem.n - boundary].map(|n| model.memory(Problem { n, ..problem }));
+        let rest = pace * (problem.n - boundary) as f64;
         let rest_alone = least_launch_estimate(rest, memory[1]);
         let (cold, handover) = model.compute_and_handover(&layout, 0.0);
         let drawn = model.drawn(&layout, memory[0]);
@@ -178,9 +182,9 @@ impl First {
     }
 }
 
-/// The divided plan of lowest estimate, if that is below `limit`.
-fn divided_below(
-    [m, n, k]: [usize; 3],
+/// Returns the two-launch plan with the lowest estimate, if that is below `limit`.
+fn two_launches_below(
+    problem: Problem,
     figures: &DeviceFigures,
     model: &Model,
     columns: &Columns,
@@ -188,10 +192,10 @@ fn divided_below(
 ) -> Option<Plan> {
     let pace = columns.pace();
     let certainly = 1.0 - ROUNDING;
-    let firsts = firsts([m, n, k], figures).enumerate();
+    let firsts = firsts(problem, figures).enumerate();
     let mut open: Vec<First> = firsts
         .filter_map(|(order, (boundary, layout))| {
-            First::below(limit, (order, boundary, layout), [m, n, k], model, pace)
+            First::below(limit, (order, boundary, layout), problem, model, pace)
         })
         .collect();
     open.sort_unstable_by(|a, b| a.bound.total_cmp(&b.bound).then(a.order.cmp(&b.order)));
@@ -209,18 +213,18 @@ fn divided_below(
         let rest = match known {
             Some(&(_, _, rest)) => rest,
             None => {
-                let found = columns.fastest_layout(n - boundary, model, budget, &mut None);
+                let found = columns.fastest_layout(problem.n - boundary, model, budget, &mut None);
                 let rest = found.map(|(_, layout)| layout.tiled());
                 rests.push((boundary, budget, rest));
                 rest
             }
         };
         let Some(rest) = rest else { continue };
-        let divided = Divided::new(boundary, [layout.tiled(), rest]);
-        let us = divided.estimate_us([m, n, k], model);
+        let two_launches = TwoLaunches::new(boundary, [layout.tiled(), rest]);
+        let us = two_launches.estimate_us(problem, model);
         let is_best = best.map_or(us < limit, |(other, place, _)| us < other || us == other && order < place);
         if is_best {
-            best = Some((us, order, Plan { m, n, k, method: Method::Divided(divided) }));
+            best = Some((us, order, Plan { problem, algorithm: Algorithm::TwoLaunches(two_launches) }));
         }
     }
     best.map(|(_, _, plan)| plan)

@@ -1,35 +1,35 @@
-//! What the planner needs of each tile shape, computed at compile time.
+//! Properties of the tile shapes that the planner needs, computed at compile time.
 
 use liquidgemm_format::tile::{TILE_SHAPES, TileShape};
 
 use super::cost::{ShapeCost, shape_cost};
 
-/// The least of K that is worth a thread block of its own.
+/// The least K that is worth a thread block of its own.
 const MIN_K: u32 = 512;
 
-/// A tile shape with what follows from it.
+/// A tile shape with its derived properties.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct ShapeFacts {
     /// The index in [`SHAPES`].
     pub(super) place: usize,
     pub(super) shape: TileShape,
-    /// Output channels of a block's tile.
+    /// Output channels of a thread block's tile.
     pub(super) channels: u32,
-    /// The largest cluster, at least 1.
+    /// Thread blocks of the largest cluster, at least 1.
     pub(super) max_cluster: u32,
-    /// Bricks along K in a step, of all blocks that share a tile's K.
-    pub(super) step_bricks: u32,
-    /// Spans of 128 along K in a step of one block.
-    pub(super) spans: u32,
-    /// The fewest steps of a worker.
-    pub(super) least_steps: u32,
-    /// Whether tiles can be shared among workers step by step.
-    pub(super) can_stream: bool,
-    /// Whether warps of their own fill the ring.
+    /// Bricks along K in a k-iteration, over all thread blocks that share a tile's K.
+    pub(super) iteration_bricks: u32,
+    /// K-tiles in a k-iteration of one thread block.
+    pub(super) k_tiles: u32,
+    /// The fewest k-iterations that are worth a cluster.
+    pub(super) least_iterations: u32,
+    /// Whether stream-K can share tiles among clusters.
+    pub(super) can_stream_k: bool,
+    /// Whether the kernel has producer warps.
     pub(super) has_producers: bool,
-    /// Bytes of a block's partial sums.
+    /// Bytes of a thread block's partial sums.
     pub(super) partial_bytes: f64,
-    /// Microseconds on an H100 SXM.
+    /// The cost on an H100 SXM.
     pub(super) cost: ShapeCost,
 }
 
@@ -40,17 +40,17 @@ const fn facts(place: usize) -> ShapeFacts {
         shape,
         channels: shape.channels(),
         max_cluster: shape.max_cluster(),
-        step_bricks: shape.stage_bricks() * shape.split,
-        spans: shape.spans(),
-        least_steps: MIN_K / shape.stage_k(),
-        can_stream: shape.can_stream(),
+        iteration_bricks: shape.stage_bricks() * shape.cluster_split,
+        k_tiles: shape.k_tiles(),
+        least_iterations: MIN_K / shape.stage_k(),
+        can_stream_k: shape.can_stream_k(),
         has_producers: shape.has_producers(),
         partial_bytes: shape.partial_bytes() as f64,
         cost: shape_cost(shape),
     }
 }
 
-/// The facts of all [`TILE_SHAPES`], in their order.
+/// The properties of all [`TILE_SHAPES`], in their order.
 pub(super) static SHAPES: [ShapeFacts; TILE_SHAPES.len()] = {
     let mut all = [facts(0); TILE_SHAPES.len()];
     let mut index = 1;
@@ -61,21 +61,25 @@ pub(super) static SHAPES: [ShapeFacts; TILE_SHAPES.len()] = {
     all
 };
 
-/// The facts of the shape with the same strips, tokens, halves and split, if there is one.
+/// Returns the properties of the shape with the same strips, tokens, warpgroup split and cluster split.
 pub(super) fn find(shape: TileShape) -> Option<&'static ShapeFacts> {
-    let shape = TileShape::find(shape.strips, shape.tokens, shape.halves, shape.split)?;
+    let shape = TileShape::find(shape.strips, shape.tokens, shape.warpgroup_split, shape.cluster_split)?;
     SHAPES.iter().find(|facts| facts.shape == shape)
 }
 
 impl ShapeFacts {
-    /// Whether a tile would be half empty: that wastes what the next smaller one doesn't. Only the smallest two are alike.
+    /// Returns whether half of a tile or more would be empty, which the next smaller tile avoids.
+    ///
+    /// Tiles of up to 16 tokens are always considered, because the two smallest take about the same time.
     pub(super) fn is_half_empty(&self, m: usize) -> bool {
         self.shape.tokens > 16 && m <= self.shape.tokens as usize / 2
     }
 
-    /// The clusters that the shape can have, at most two: one block, or as many as share a tile's K, and the largest.
+    /// Returns the cluster sizes of the shape, at most two: the smallest and the largest.
+    ///
+    /// The smallest is one thread block, or with cluster split-K the blocks that share a tile's K.
     pub(super) fn clusters(&self) -> [Option<u32>; 2] {
-        let (least, most) = (self.shape.split, self.max_cluster);
+        let (least, most) = (self.shape.cluster_split, self.max_cluster);
         [Some(least), (most > least).then_some(most)]
     }
 }

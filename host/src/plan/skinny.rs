@@ -1,93 +1,106 @@
-//! Plans for few tokens: each thread block has channels of its own and computes them over the whole K.
+//! Plans for few tokens. Each thread block has channels of its own and computes them over the whole K.
+//! The kernels' shapes are in `liquidgemm_format::skinny`; `skinny_cost.rs` estimates the time.
 
 use std::fmt;
 
-use liquidgemm_format::schedule::MAX_WORKERS;
-use liquidgemm_format::skinny::{SKINNY_SHAPES, SkinnyShape, UNIT_CHANNELS, UnitShares};
+use liquidgemm_format::schedule::MAX_CLUSTERS;
+use liquidgemm_format::skinny::{M16_CHANNELS, SKINNY_SHAPES, SkinnyShape, TileRuns};
 
-use super::{Method, Plan, check_problem};
-use crate::Error;
-use crate::gpu::GpuError;
+use super::{Algorithm, Plan, check_problem};
+use crate::error::PlanError;
+use crate::{Error, Problem};
 
-/// How a problem of few tokens is computed: which kernel, and which channels each thread block has.
+/// A skinny launch: the kernel's shape, and the channels of each thread block.
+///
+/// Channels are dealt out in m16 tiles of 16 channels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Skinny {
     shape: SkinnyShape,
     blocks: u32,
-    shares: UnitShares,
+    runs: TileRuns,
 }
 
 impl Skinny {
-    /// What the kernel was compiled for.
+    /// Returns the shape that the kernel was compiled for.
     #[must_use]
     pub fn shape(&self) -> SkinnyShape {
         self.shape
     }
 
-    /// Thread blocks of the launch.
+    /// Returns the number of thread blocks in the launch.
     #[must_use]
     pub fn blocks(&self) -> u32 {
         self.blocks
     }
 
-    /// Thread blocks that have channels.
+    /// Returns the number of thread blocks that have channels.
     #[must_use]
     pub fn busy_blocks(&self) -> u32 {
-        if self.shares.each > 0 { self.blocks } else { self.shares.larger }
+        if self.runs.each > 0 { self.blocks } else { self.runs.larger }
     }
 
-    /// Which units of 16 channels each block has.
+    /// Returns the m16 tiles (16 channels) of each thread block.
     #[must_use]
-    pub fn shares(&self) -> UnitShares {
-        self.shares
+    pub fn runs(&self) -> TileRuns {
+        self.runs
     }
 
-    /// Passes over K of the blocks with the most units.
+    /// Returns the number of passes over K of the thread blocks with the most m16 tiles.
     #[must_use]
     pub fn passes(&self) -> u32 {
-        self.most_units().div_ceil(self.shares.pass)
+        self.most_m16_tiles().div_ceil(self.runs.pass)
     }
 
-    /// The most units that a block has.
+    /// Returns the most m16 tiles that a thread block has.
     #[must_use]
-    pub fn most_units(&self) -> u32 {
-        self.shares.each + u32::from(self.shares.larger > 0)
+    pub fn most_m16_tiles(&self) -> u32 {
+        self.runs.each + u32::from(self.runs.larger > 0)
     }
 }
 
 impl Plan {
-    /// The plan that computes all tokens in one tile, on so many thread blocks. Those beyond the units of 16 channels have nothing to
-    /// do, but launches that have a block on every multiprocessor follow one another sooner. A number that no GPU has room for is brought
-    /// down.
+    /// Makes the plan that computes all tokens in one tile, on `blocks` thread blocks.
+    ///
+    /// Thread blocks beyond the number of m16 tiles (16 channels) have no work.
+    /// Still, launches with a thread block on every SM follow one another sooner.
+    /// `blocks` is limited to 65,535, or to the number of m16 tiles if that is larger.
     ///
     /// # Errors
-    /// If a dimension is 0 or too large, there are more tokens than `shape` has, or no kernel has that shape.
-    pub fn skinny(m: usize, n: usize, k: usize, shape: SkinnyShape, blocks: u32) -> Result<Self, Error> {
-        check_problem(m, n, k)?;
+    /// - [`Error::EmptyDimension`] if a dimension is 0, [`Error::KTooLarge`] if `k` exceeds 131,072.
+    /// - [`PlanError::OutOfRange`] if `m` exceeds the shape's tokens, or `n` exceeds 2³¹ − 1.
+    /// - [`PlanError::UnknownSkinnyShape`] if the shape has no kernel.
+    pub fn skinny(problem: Problem, shape: SkinnyShape, blocks: u32) -> Result<Self, Error> {
+        check_problem(problem)?;
+        let Problem { m, n, .. } = problem;
         if !SKINNY_SHAPES.contains(&shape) {
-            return Err(GpuError::UnknownSkinnyShape { shape }.into());
+            return Err(PlanError::UnknownSkinnyShape { shape }.into());
         }
         let limit = shape.tokens as usize;
         if m > limit {
-            return Err(GpuError::OutOfRange { what: "m", value: m, limit }.into());
+            return Err(PlanError::OutOfRange { what: "m", value: m, limit }.into());
         }
-        let units = n.div_ceil(UNIT_CHANNELS as usize) as u32;
-        let blocks = blocks.clamp(1, units.max(MAX_WORKERS));
-        let shares = UnitShares::new(units, blocks, shape.units);
-        Ok(Self { m, n, k, method: Method::Skinny(Skinny { shape, blocks, shares }) })
+        let m16_tiles = n.div_ceil(M16_CHANNELS as usize) as u32;
+        let blocks = blocks.clamp(1, m16_tiles.max(MAX_CLUSTERS));
+        let runs = TileRuns::new(m16_tiles, blocks, shape.m16_tiles);
+        Ok(Self { problem, algorithm: Algorithm::Skinny(Skinny { shape, blocks, runs }) })
     }
 
-    /// The skinny plans that are worth considering: one for each kernel of the least tokens that hold the batch.
+    /// Returns the skinny plans that are worth considering.
+    ///
+    /// They are one for each kernel with the fewest tokens that hold the batch.
     pub(super) fn skinny_candidates(
-        [m, n, k]: [usize; 3],
+        problem: Problem,
         multiprocessors: u32,
     ) -> impl Iterator<Item = Result<Self, Error>> {
-        let least =
-            SKINNY_SHAPES.iter().map(|shape| shape.tokens).filter(|&tokens| m <= tokens as usize).min();
+        let least = SKINNY_SHAPES
+            .iter()
+            .map(|shape| shape.tokens)
+            .filter(|&tokens| problem.m <= tokens as usize)
+            .min();
         SKINNY_SHAPES
             .into_iter()
             .filter(move |shape| Some(shape.tokens) == least)
-            .map(move |shape| Self::skinny(m, n, k, shape, multiprocessors))
+            .map(move |shape| Self::skinny(problem, shape, multiprocessors))
     }
 }
 
@@ -99,9 +112,9 @@ impl fmt::Display for Skinny {
             self.shape.channels(),
             self.shape.tokens,
             self.blocks,
-            self.most_units() * UNIT_CHANNELS,
+            self.most_m16_tiles() * M16_CHANNELS,
             self.passes(),
-            self.shares.pass * UNIT_CHANNELS,
+            self.runs.pass * M16_CHANNELS,
         )
     }
 }
@@ -111,18 +124,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn few_channels_leave_blocks_idle_on_as_many_multiprocessors() {
+    fn few_channels_leave_blocks_idle_but_every_sm_has_one() {
         for (n, busy) in [(1, 1), (1280, 80), (2112, 132), (2113, 132), (57_344, 132)] {
-            let plan = Plan::skinny(1, n, 8192, SKINNY_SHAPES[0], 132).unwrap();
-            let Method::Skinny(skinny) = plan.method() else { panic!("{plan}") };
+            let plan = Plan::skinny(Problem::new(1, n, 8192), SKINNY_SHAPES[0], 132).unwrap();
+            let Algorithm::Skinny(skinny) = plan.algorithm() else { panic!("{plan}") };
             assert_eq!((skinny.blocks(), skinny.busy_blocks()), (132, busy), "{plan}");
         }
     }
 
     #[test]
-    fn a_number_of_blocks_that_no_gpu_has_room_for_is_brought_down() {
-        for (blocks, launched) in [(0, 1), (u32::MAX, MAX_WORKERS)] {
-            let plan = Plan::skinny(1, 1280, 8192, SKINNY_SHAPES[0], blocks).unwrap();
+    fn a_number_of_blocks_beyond_any_gpu_is_reduced() {
+        for (blocks, launched) in [(0, 1), (u32::MAX, MAX_CLUSTERS)] {
+            let plan = Plan::skinny(Problem::new(1, 1280, 8192), SKINNY_SHAPES[0], blocks).unwrap();
             assert_eq!(plan.blocks(), launched, "{plan}");
         }
     }
@@ -131,19 +144,19 @@ mod tests {
     fn more_tokens_than_the_kernel_has_and_shapes_without_a_kernel_are_refused() {
         for shape in SKINNY_SHAPES {
             let tokens = shape.tokens as usize;
-            assert!(Plan::skinny(tokens, 100, 100, shape, 132).is_ok());
-            match Plan::skinny(tokens + 1, 100, 100, shape, 132) {
-                Err(Error::Gpu(GpuError::OutOfRange { what: "m", limit, .. })) => assert_eq!(limit, tokens),
+            assert!(Plan::skinny(Problem::new(tokens, 100, 100), shape, 132).is_ok());
+            match Plan::skinny(Problem::new(tokens + 1, 100, 100), shape, 132) {
+                Err(Error::Plan(PlanError::OutOfRange { what: "m", limit, .. })) => assert_eq!(limit, tokens),
                 other => panic!("{other:?}"),
             }
-            let unknown = SkinnyShape { units: 100, ..shape };
+            let unknown = SkinnyShape { m16_tiles: 100, ..shape };
             assert!(matches!(
-                Plan::skinny(1, 100, 100, unknown, 132),
-                Err(Error::Gpu(GpuError::UnknownSkinnyShape { .. }))
+                Plan::skinny(Problem::new(1, 100, 100), unknown, 132),
+                Err(Error::Plan(PlanError::UnknownSkinnyShape { .. }))
             ));
         }
         assert!(matches!(
-            Plan::skinny(1, 1, liquidgemm_format::brick::MAX_K + 1, SKINNY_SHAPES[0], 132),
+            Plan::skinny(Problem::new(1, 1, liquidgemm_format::brick::MAX_K + 1), SKINNY_SHAPES[0], 132),
             Err(Error::KTooLarge { .. })
         ));
     }

@@ -1,25 +1,30 @@
-//! A main loop without overlap: a consumer loads a span's codes, dequantizes them, multiplies, waits for the products,
-//! and only then turns to the next.
+//! A main loop without overlap, for the ablation.
+//!
+//! A consumer loads a K-tile's codes, dequantizes them, multiplies, and waits for the products.
+//! Only then does it turn to the next K-tile.
+//! The rest of the kernel is the library's `gemm`.
 
 use core::marker::PhantomData;
 
 use cuda_std::warp;
 use liquidgemm_format::ring::RingCursor;
 use liquidgemm_format::schedule::Segment;
-use liquidgemm_format::tile::{STRIP_SPAN_BYTES, TileShape};
+use liquidgemm_format::tile::STRIP_K_TILE_BYTES;
 
-use crate::dequant::{BrickShare, Dequantization};
-use crate::gemm::MainLoop;
-use crate::pipeline::{Cluster, Consumer, Shared};
+use crate::block::{Block, Consumer};
+use crate::dequant::{AFragment, Dequantization};
+use crate::gemm::main_loop::MainLoop;
 use crate::ptx::wgmma::{self, Accumulator};
+use crate::shape::Shape;
 
-/// The loop, for one consumer a strip.
-pub struct InTurn<D, const STAGES: u32> {
-    dequantization: PhantomData<D>,
+/// The main loop without overlap, for one consumer per strip.
+pub struct InTurn<D, S, const STAGES: u32> {
+    parameters: PhantomData<(D, S)>,
     ring: RingCursor<STAGES>,
 }
 
-impl<D: Dequantization, const STAGES: u32> MainLoop for InTurn<D, STAGES> {
+impl<D: Dequantization, S: Shape, const STAGES: u32> MainLoop for InTurn<D, S, STAGES> {
+    type Shape = S;
     type Position = RingCursor<STAGES>;
 
     const START: Self::Position = RingCursor::start();
@@ -29,27 +34,27 @@ impl<D: Dequantization, const STAGES: u32> MainLoop for InTurn<D, STAGES> {
         accumulator: &mut A,
         position: Self::Position,
         segment: Segment,
-        shared: Shared,
-        shape: TileShape,
-        cluster: Cluster,
+        block: Block<S>,
         consumer: Consumer,
     ) -> Self {
-        let place = shared.share_place(consumer);
+        let Block { shared, cluster, .. } = block;
+        let shape = S::SHAPE;
+        let place = shared.fragment_address(consumer);
         let mut ring = position;
-        for step in segment.k_begin..segment.k_end {
+        for iteration in segment.k_begin..segment.k_end {
             let stage = ring.stage();
             let bricks = stage * shape.stage_bytes();
             let tile = warp::broadcast(shared.activation_descriptor(stage));
-            // SAFETY: the stage is read between acquiring and releasing it, and its MMAs are done after the wait; the
-            // caller vouches for the warpgroup.
+            // SAFETY: a stage is read between its acquisition and its release,
+            // and its MMAs are done after the wait; the caller guarantees the warpgroup.
             unsafe {
-                seq_macro::seq!(SPAN in 0..2 {
-                    if SPAN < shape.spans() {
-                        shared.acquire_full(stage, SPAN, ring.full_parity());
-                        let bricks = bricks + SPAN * STRIP_SPAN_BYTES;
-                        let tile = tile + SPAN * wgmma::descriptor_step(shape.span_bytes());
-                        let first = BrickShare::load(bricks, place);
-                        let second = BrickShare::load_second(bricks, place, shared.stream());
+                seq_macro::seq!(TILE in 0..2 {
+                    if TILE < shape.k_tiles() {
+                        shared.acquire_full(stage, TILE, ring.full_parity());
+                        let bricks = bricks + TILE * STRIP_K_TILE_BYTES;
+                        let tile = tile + TILE * wgmma::descriptor_step(shape.k_tile_bytes());
+                        let first = AFragment::load(bricks, place);
+                        let second = AFragment::load_second(bricks, place, shared.stream());
                         let operands = [
                             first.operand::<D, 0>(),
                             first.operand::<D, 1>(),
@@ -57,7 +62,7 @@ impl<D: Dequantization, const STAGES: u32> MainLoop for InTurn<D, STAGES> {
                             second.operand::<D, 1>(),
                         ];
                         wgmma::fence();
-                        let accumulate = SPAN > 0 || step > segment.k_begin;
+                        let accumulate = TILE > 0 || iteration > segment.k_begin;
                         accumulator.multiply_accumulate_along(operands, tile, accumulate);
                         wgmma::commit();
                         wgmma::wait::<0>();
@@ -67,7 +72,7 @@ impl<D: Dequantization, const STAGES: u32> MainLoop for InTurn<D, STAGES> {
             }
             ring = ring.next();
         }
-        Self { dequantization: PhantomData, ring }
+        Self { parameters: PhantomData, ring }
     }
 
     #[inline(always)]

@@ -1,15 +1,19 @@
-//! The ablation: kernels that do without one of the library's ideas each, to be measured beside it (the paper's figure
-//! 13). Tiles, schedules, producers, partial sums and epilogues are the library's, and so are the results, bit for bit.
+//! The ablation: variants of the GEMM that each lack one of the library's ideas (the paper's figure 13).
+//!
+//! Tiles, schedules, producers, reductions and epilogues are the library's,
+//! and so are the results, bit for bit.
+//! `liquidgemm_format::ablation` has the tiles that have kernels.
+//! The host twin, which measures the variants, is `crates/bench/src/ablation`.
 //!
 //! | kernel | dequantization | overlap |
 //! |---|---|---|
 //! | `ablation_baseline` | QServe's: multiply, then subtract byte by byte | none: [`InTurn`] |
 //! | `ablation_liquidquant` | [`LiquidQuant`] | none |
-//! | `ablation_excp` | [`LiquidQuant`] | warpgroups that dequantize and warpgroups that multiply: [`explicit`] |
-//! | `ablation_qserve_imfp` | QServe's | the library's own |
+//! | `ablation_excp` | [`LiquidQuant`] | warpgroups that dequantize, others that multiply: [`explicit`] |
+//! | `ablation_qserve_imfp` | QServe's | the library's own: [`StageWalk`] |
 //!
-//! The last arm, [`LiquidQuant`] with the library's overlap, is the library's kernel. All write bf16 without bias. The
-//! host twin is `host/src/gpu/ablation.rs`.
+//! The last variant, [`LiquidQuant`] with the library's overlap, is the library's own kernel.
+//! All kernels write bf16 without bias.
 
 pub mod explicit;
 pub mod in_turn;
@@ -20,12 +24,15 @@ use liquidgemm_format::arguments::{GemmArguments, output_type};
 use liquidgemm_format::tile::TileShape;
 
 use crate::dequant::{Dequantization, LiquidQuant};
-use crate::gemm::{StageWalk, TokenBoxes, gemm};
+use crate::gemm::gemm;
+use crate::gemm::main_loop::StageWalk;
+use crate::gemm::producer::TokenBoxes;
 use crate::ptx::integer::multiply_subtract_bytes;
 use crate::ptx::wgmma::{Accumulator, Accumulator16, Accumulator64, Accumulator128};
+use crate::shape::Shape;
 use in_turn::InTurn;
 
-/// `q · s − z`, as QServe dequantizes. The pair's second byte is z.
+/// QServe's dequantization, `q · s − z`. The pair's second byte is z.
 #[derive(Clone, Copy)]
 pub struct QServe;
 
@@ -36,7 +43,10 @@ impl Dequantization for QServe {
     }
 }
 
-/// The tile of so many tokens.
+/// Returns the tile of the ablation's kernels with this many tokens.
+///
+/// # Panics
+/// When the crate is compiled, if the ablation has no such tile.
 const fn tile(tokens: u32) -> TileShape {
     match ablation::tile(tokens) {
         Some(tile) => tile,
@@ -44,12 +54,15 @@ const fn tile(tokens: u32) -> TileShape {
     }
 }
 
-/// The arguments, with what is constant in these kernels as constants, so that they hold no code for anything else.
+/// Returns the arguments with output type and bias as constants.
+///
+/// The compiler then drops the code for other types and for a bias.
 #[inline(always)]
 fn bf16_without_bias(arguments: GemmArguments) -> GemmArguments {
     GemmArguments { output_type: output_type::BF16, bias: 0, ..arguments }
 }
 
+/// Defines a kernel of [`gemm()`] with a main loop, a dequantization and an accumulator.
 macro_rules! ablation_kernel {
     ($name:ident, $accumulator:ident, $threads:literal, $main_loop:ident<$dequantization:ident>) => {
         #[doc = concat!("[`gemm()`] with [`", stringify!($main_loop), "`] and [`", stringify!($dequantization), "`].")]
@@ -63,20 +76,18 @@ macro_rules! ablation_kernel {
             #[grid_constant] output: cuda_std::TensorMap,
             arguments: GemmArguments,
         ) {
-            const SHAPE: TileShape = tile($accumulator::TOKENS);
-            const _: () = assert!(SHAPE.threads() == $threads);
+            #[derive(Clone, Copy)]
+            struct Tile;
+            impl Shape for Tile {
+                const SHAPE: TileShape = tile($accumulator::TOKENS);
+            }
+            const STAGES: u32 = Tile::SHAPE.stages;
+            const _: () = assert!(Tile::SHAPE.threads() == $threads);
             let arguments = bf16_without_bias(arguments);
             let activations = TokenBoxes { whole: activations, last: last_activations };
-            // SAFETY: the launcher vouches for the arguments.
+            // SAFETY: the launcher guarantees that the arguments are valid.
             unsafe {
-                gemm::<
-                    $accumulator,
-                    $main_loop<$dequantization, { SHAPE.stages }>,
-                    { SHAPE.strips },
-                    { SHAPE.halves },
-                    { SHAPE.split },
-                    { SHAPE.stages },
-                >(activations, output, &arguments)
+                gemm::<$accumulator, $main_loop<$dequantization, Tile, STAGES>, STAGES>(activations, output, &arguments)
             }
         }
     };
@@ -92,12 +103,13 @@ ablation_kernel!(ablation_qserve_imfp_128x16, Accumulator16, 320, StageWalk<QSer
 ablation_kernel!(ablation_qserve_imfp_128x64, Accumulator64, 320, StageWalk<QServe>);
 ablation_kernel!(ablation_qserve_imfp_128x128, Accumulator128, 384, StageWalk<QServe>);
 
+/// Defines a kernel of the explicit pipeline with an accumulator.
 macro_rules! explicit_kernel {
     ($name:ident, $accumulator:ident, $threads:literal) => {
         /// [`explicit::gemm`] with [`LiquidQuant`].
         ///
         /// # Safety
-        /// See there; the output is bf16 without bias.
+        /// See [`explicit::gemm`]; the output is bf16 without bias.
         #[kernel(max_threads = $threads, min_blocks = 1)]
         pub unsafe fn $name(
             #[grid_constant] activations: cuda_std::TensorMap,
@@ -105,17 +117,24 @@ macro_rules! explicit_kernel {
             #[grid_constant] output: cuda_std::TensorMap,
             arguments: GemmArguments,
         ) {
-            const SHAPE: ExplicitShape = ExplicitShape::of(tile($accumulator::TOKENS));
-            const _: () = assert!(SHAPE.threads() == $threads);
+            #[derive(Clone, Copy)]
+            struct Tile;
+            impl Shape for Tile {
+                const SHAPE: TileShape = EXPLICIT.tile;
+            }
+            const EXPLICIT: ExplicitShape = ExplicitShape::of(tile($accumulator::TOKENS));
+            const _: () = assert!(EXPLICIT.threads() == $threads);
             let arguments = bf16_without_bias(arguments);
             let activations = TokenBoxes { whole: activations, last: last_activations };
-            // SAFETY: the launcher vouches for the arguments.
+            // SAFETY: the launcher guarantees that the arguments are valid.
             unsafe {
-                explicit::gemm::<$accumulator, LiquidQuant, { SHAPE.tile.stages }, { SHAPE.buffers }>(
-                    activations,
-                    output,
-                    &arguments,
-                )
+                explicit::gemm::<
+                    $accumulator,
+                    LiquidQuant,
+                    Tile,
+                    { EXPLICIT.tile.stages },
+                    { EXPLICIT.buffers },
+                >(activations, output, &arguments)
             }
         }
     };

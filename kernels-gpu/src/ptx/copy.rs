@@ -1,17 +1,18 @@
-//! `cp.async`: asynchronous copies from global to shared memory by the threads themselves, 16 bytes each.
+//! `cp.async`: asynchronous copies from global to shared memory by the threads themselves.
 //!
-//! A thread's copies belong to groups; it waits until at most so many of its latest groups are pending. Others in its warp
-//! see what it copied after a warp barrier.
+//! A thread's copies form groups. A thread can wait until at most so many of its latest groups are pending.
+//! Other threads of its warp see the copied data after a warp barrier.
 
 use core::arch::asm;
 
-/// Copies 16 bytes from `source` to `destination` if `valid`, past the L1 cache.
+/// Copies 16 bytes from `source` to `destination` if `valid`, bypassing the L1 cache.
 ///
 /// # Safety
-/// If `valid`, both are valid and 16-byte aligned, and nothing reads or writes the destination before the copy is done.
+/// If `valid`, both addresses are valid and 16-byte aligned,
+/// and nothing reads or writes the destination before the copy is done.
 #[inline(always)]
 pub unsafe fn copy_16_if(valid: bool, destination: u32, source: u64) {
-    // SAFETY: the caller vouches for the addresses.
+    // SAFETY: the caller guarantees that the addresses are valid.
     unsafe {
         asm!(
             "{{",
@@ -30,10 +31,11 @@ pub unsafe fn copy_16_if(valid: bool, destination: u32, source: u64) {
 /// Copies 4 bytes from `source` to `destination` if `valid`.
 ///
 /// # Safety
-/// If `valid`, both are valid and 4-byte aligned, and nothing reads or writes the destination before the copy is done.
+/// If `valid`, both addresses are valid and 4-byte aligned,
+/// and nothing reads or writes the destination before the copy is done.
 #[inline(always)]
 pub unsafe fn copy_4_if(valid: bool, destination: u32, source: u64) {
-    // SAFETY: the caller vouches for the addresses.
+    // SAFETY: the caller guarantees that the addresses are valid.
     unsafe {
         asm!(
             "{{",
@@ -49,16 +51,16 @@ pub unsafe fn copy_4_if(valid: bool, destination: u32, source: u64) {
     }
 }
 
-/// Ends a group: all copies of this thread since the last one.
+/// Closes a group: all copies of this thread since the last group.
 #[inline(always)]
 pub fn end_group() {
-    // SAFETY: touches no memory of its own.
+    // SAFETY: the instruction accesses no memory of its own.
     unsafe { asm!("cp.async.commit_group;", options(nostack)) }
 }
 
 /// Waits until at most `PENDING` of this thread's latest groups are pending.
 #[inline(always)]
 pub fn await_groups<const PENDING: u32>() {
-    // SAFETY: touches no memory of its own.
+    // SAFETY: the instruction accesses no memory of its own.
     unsafe { asm!("cp.async.wait_group {};", const PENDING, options(nostack)) }
 }

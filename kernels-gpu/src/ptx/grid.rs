@@ -1,19 +1,23 @@
-//! `griddepcontrol`: how a launch overlaps the one before it and the one after.
+//! `griddepcontrol`: programmatic dependent launch (PDL), the overlap of consecutive launches on a stream.
+//!
+//! The launch attribute that enables it is set in `host/src/gpu/launch.rs`.
 
 use core::arch::asm;
 
-/// Waits until the launch before this one on the stream has finished and its writes are visible.
+/// Waits until the preceding launch on the stream has finished and its writes are visible.
 ///
-/// Returns at once where the launch did not ask to overlap.
+/// Returns at once if this launch did not ask to overlap.
 #[inline(always)]
-pub fn await_previous() {
-    // SAFETY: a barrier.
+pub fn wait_for_dependency() {
+    // SAFETY: the instruction only waits.
     unsafe { asm!("griddepcontrol.wait;", options(nostack)) }
 }
 
-/// Lets the next launch on the stream begin, once every block has called this or ended.
+/// Launches dependents.
+///
+/// The next launch on the stream may begin once every thread block has called this or ended.
 #[inline(always)]
-pub fn admit_next() {
-    // SAFETY: a hint; what the next launch may touch before this one has ended is for that launch to know.
+pub fn launch_dependents() {
+    // SAFETY: a hint; the next launch is responsible for what it accesses before this one has ended.
     unsafe { asm!("griddepcontrol.launch_dependents;", options(nostack)) }
 }

@@ -1,8 +1,12 @@
-//! Integer and conversion instructions whose exact form matters.
+//! Integer and conversion instructions whose exact form matters, for speed or for rounding.
+//!
+//! The host computes the same in `liquidgemm_format::dequant` and `host/src/output.rs`.
 
 use core::arch::asm;
 
-/// `(nibbles · s + a4) XOR 0x80808080`: LiquidQuant's dequantization of four codes, one IMAD and one LOP3.
+/// Returns `(nibbles · s + a4) XOR 0x80808080`, LiquidQuant's dequantization of four codes.
+///
+/// It takes one IMAD and one LOP3.
 #[inline(always)]
 pub fn multiply_add_flip(nibbles: u32, s: u32, a4: u32) -> u32 {
     let weights;
@@ -15,15 +19,17 @@ pub fn multiply_add_flip(nibbles: u32, s: u32, a4: u32) -> u32 {
             in(reg32) nibbles,
             in(reg32) s,
             in(reg32) a4,
-            // Not `pure`: it stays where it is written, between the MMAs, instead of crowding the registers.
+            // Not `pure`, so that it stays where it is written, between the MMAs.
+            // Moved elsewhere it would increase register pressure.
             options(nomem, nostack)
         );
     }
     weights
 }
 
-/// `nibbles · s − z4`, byte by byte: dequantization of four codes by a multiplication and the byte-wise subtraction
-/// `vsub4`, for which Hopper has no instruction: the assembler makes several of it.
+/// Returns `nibbles · s − z4`, byte by byte: QServe's dequantization of four codes.
+///
+/// Hopper has no instruction for the byte-wise subtraction `vsub4`; the assembler emits several.
 #[inline(always)]
 pub fn multiply_subtract_bytes(nibbles: u32, s: u32, z4: u32) -> u32 {
     let weights;
@@ -40,14 +46,16 @@ pub fn multiply_subtract_bytes(nibbles: u32, s: u32, z4: u32) -> u32 {
             in(reg32) nibbles,
             in(reg32) s,
             in(reg32) z4,
-            // Not `pure`, for the reason that `multiply_add_flip` has.
+            // Not `pure`, for the same reason as `multiply_add_flip`.
             options(nomem, nostack)
         );
     }
     weights
 }
 
-/// The bytes of `value` that the four hex digits of `SELECTOR` name, lowest digit first.
+/// Returns the bytes of `value` that the four hex digits of `SELECTOR` select, lowest digit first.
+///
+/// Digits from 4 to 7 select zero bytes.
 #[inline(always)]
 pub fn permute_bytes<const SELECTOR: u32>(value: u32) -> u32 {
     let permuted;
@@ -58,7 +66,7 @@ pub fn permute_bytes<const SELECTOR: u32>(value: u32) -> u32 {
     permuted
 }
 
-/// Two f32 rounded to bf16, `low` in the lower half.
+/// Returns two f32 rounded to bf16, `low` in the lower half.
 #[inline(always)]
 pub fn pack_bf16(low: f32, high: f32) -> u32 {
     let packed;
@@ -69,7 +77,7 @@ pub fn pack_bf16(low: f32, high: f32) -> u32 {
     packed
 }
 
-/// Two f32 rounded to f16, `low` in the lower half.
+/// Returns two f32 rounded to f16, `low` in the lower half.
 #[inline(always)]
 pub fn pack_f16(low: f32, high: f32) -> u32 {
     let packed;
@@ -80,7 +88,7 @@ pub fn pack_f16(low: f32, high: f32) -> u32 {
     packed
 }
 
-/// `rn(rn(f32(accumulator) · channel_scale) · token_scale)`: three rounded operations.
+/// Returns `rn(rn(f32(accumulator) · channel_scale) · token_scale)`, three rounded operations.
 #[inline(always)]
 pub fn scale(accumulator: i32, channel_scale: f32, token_scale: f32) -> f32 {
     let result;
@@ -100,8 +108,9 @@ pub fn scale(accumulator: i32, channel_scale: f32, token_scale: f32) -> f32 {
     result
 }
 
-/// `rn(scaled + bias)`, never fused with the product before it. A bias of −0.0 changes nothing, not even the sign of a
-/// zero.
+/// Returns `rn(scaled + bias)`, never fused with the product before it.
+///
+/// A bias of −0.0 changes nothing, not even the sign of a zero.
 #[inline(always)]
 pub fn add_bias(scaled: f32, bias: f32) -> f32 {
     let result;

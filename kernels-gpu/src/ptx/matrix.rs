@@ -1,17 +1,20 @@
-//! `stmatrix` and `ldmatrix`: 8×8 matrices of 16-bit elements, or 8×16 of bytes, between the registers of a warp and
-//! shared memory.
+//! `stmatrix` and `ldmatrix`: 8×8 matrices between the registers of a warp and shared memory.
+//!
+//! Elements are 16 bits. For bytes, such a matrix is 8×16.
 
 use core::arch::asm;
 
-/// Stores four 8×8 matrices. Lane `8·i + r` gives the address of row `r` of matrix `i`, 16 bytes; lane `4·r + c` holds
-/// the row's bytes from `4·c` on.
+/// Stores four 8×8 matrices.
+///
+/// Lane `8·i + r` gives the address of row `r` of matrix `i`, 16 bytes.
+/// Lane `4·r + c` holds bytes `4·c ..` of row `r` of each matrix.
 ///
 /// # Safety
 /// As for [`store_transposed_x4`].
 #[inline(always)]
 pub unsafe fn store_x4(address: u32, matrices: [u32; 4]) {
     let [a, b, c, d] = matrices;
-    // SAFETY: the caller vouches for the addresses.
+    // SAFETY: the caller guarantees the lanes and their addresses.
     unsafe {
         asm!(
             "stmatrix.sync.aligned.m8n8.x4.shared.b16 [{}], {{{}, {}, {}, {}}};",
@@ -21,14 +24,17 @@ pub unsafe fn store_x4(address: u32, matrices: [u32; 4]) {
     }
 }
 
-/// Stores four 8×8 matrices, transposed. Lane `8·i + r` gives the address of row `r` of matrix `i`, 16 bytes.
+/// Stores four 8×8 matrices, transposed.
+///
+/// Lane `8·i + r` gives the address of row `r` of matrix `i`, 16 bytes.
 ///
 /// # Safety
-/// All lanes take part; each address is 16-byte aligned and has 16 bytes of the block's shared memory.
+/// All lanes take part.
+/// Each address is 16-byte aligned and has 16 bytes of the thread block's shared memory.
 #[inline(always)]
 pub unsafe fn store_transposed_x4(address: u32, matrices: [u32; 4]) {
     let [a, b, c, d] = matrices;
-    // SAFETY: the caller vouches for the addresses.
+    // SAFETY: the caller guarantees the lanes and their addresses.
     unsafe {
         asm!(
             "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [{}], {{{}, {}, {}, {}}};",
@@ -38,15 +44,16 @@ pub unsafe fn store_transposed_x4(address: u32, matrices: [u32; 4]) {
     }
 }
 
-/// Stores two 8×8 matrices, transposed. Lane `8·i + r` of the lower half-warp gives the address of row `r` of
-/// matrix `i`.
+/// Stores two 8×8 matrices, transposed.
+///
+/// Lane `8·i + r` of the lower half-warp gives the address of row `r` of matrix `i`, 16 bytes.
 ///
 /// # Safety
 /// As for [`store_transposed_x4`].
 #[inline(always)]
 pub unsafe fn store_transposed_x2(address: u32, matrices: [u32; 2]) {
     let [a, b] = matrices;
-    // SAFETY: the caller vouches for the addresses.
+    // SAFETY: the caller guarantees the lanes and their addresses.
     unsafe {
         asm!(
             "stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [{}], {{{}, {}}};",
@@ -56,15 +63,17 @@ pub unsafe fn store_transposed_x2(address: u32, matrices: [u32; 2]) {
     }
 }
 
-/// Loads four 8×8 matrices. Lane `8·i + r` gives the address of row `r` of matrix `i`, 16 bytes; lane `4·r + c` receives
-/// bytes `4·c ..` of row `r` of each.
+/// Loads four 8×8 matrices.
+///
+/// Lane `8·i + r` gives the address of row `r` of matrix `i`, 16 bytes.
+/// Lane `4·r + c` receives bytes `4·c ..` of row `r` of each matrix.
 ///
 /// # Safety
-/// All lanes take part; each address is 16-byte aligned in the block's shared memory.
+/// All lanes take part. Each address is 16-byte aligned in the thread block's shared memory.
 #[inline(always)]
 pub unsafe fn load_x4(address: u32) -> [u32; 4] {
     let (a, b, c, d);
-    // SAFETY: the caller vouches for the addresses.
+    // SAFETY: the caller guarantees the lanes and their addresses.
     unsafe {
         asm!(
             "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{{}, {}, {}, {}}}, [{}];",

@@ -1,50 +1,50 @@
-//! `mbarrier`: the transaction barriers on which producer and consumers meet.
+//! `mbarrier`: transaction barriers in shared memory, which synchronize producers and consumers.
 
 use core::arch::asm;
 use cuda_std::thread;
 
-/// Cycles after which a wait is taken for a deadlock and ends the kernel with an error: about ten seconds.
-const DEADLOCK_CYCLES: u64 = 20_000_000_000;
+use super::memory::DEADLOCK_CYCLES;
 
-/// Makes the 8 bytes at `address` a barrier whose phase ends after `arrivals` arrivals.
+/// Initializes the 8 bytes at `address` as a barrier whose phase ends after `arrivals` arrivals.
 ///
 /// # Safety
-/// One thread calls it, and no thread uses the barrier before [`fence_init`] and a block barrier.
+/// One thread calls it.
+/// No thread uses the barrier before [`fence_init`] and a barrier of the thread block.
 #[inline(always)]
 pub unsafe fn init(address: u32, arrivals: u32) {
-    // SAFETY: the caller vouches for the address.
+    // SAFETY: the caller guarantees that the address is valid.
     unsafe {
         asm!("mbarrier.init.shared::cta.b64 [{}], {};", in(reg32) address, in(reg32) arrivals, options(nostack));
     }
 }
 
-/// Makes initialised barriers visible to the copy engine and to the cluster.
+/// Makes initialized barriers visible to TMA and to the cluster.
 ///
 /// # Safety
-/// None beyond being called by the thread that initialised them.
+/// The thread that initialized the barriers calls it.
 #[inline(always)]
 pub unsafe fn fence_init() {
     // SAFETY: a fence.
     unsafe { asm!("fence.mbarrier_init.release.cluster;", options(nostack)) }
 }
 
-/// Makes this thread's earlier stores to shared memory visible to the tensor cores and the copy engine.
+/// Makes this thread's earlier stores to shared memory visible to the tensor cores and TMA.
 ///
 /// # Safety
-/// None; a barrier must follow before others rely on it.
+/// No requirements. A barrier must follow before other threads rely on it.
 #[inline(always)]
 pub unsafe fn fence_async() {
     // SAFETY: a fence.
     unsafe { asm!("fence.proxy.async.shared::cta;", options(nostack)) }
 }
 
-/// Arrives once for the warp, and lets the phase wait for `bytes` more of asynchronous copies.
+/// Arrives once for the warp, and makes the phase wait for `bytes` more of asynchronous copies.
 ///
 /// # Safety
-/// `address` is an initialised barrier; the whole warp calls it, converged.
+/// `address` is an initialized barrier; the whole warp calls it, converged.
 #[inline(always)]
 pub unsafe fn arrive_expect(address: u32, bytes: u32) {
-    // SAFETY: the caller vouches for the address.
+    // SAFETY: the caller guarantees that the address is valid.
     unsafe {
         asm!(
             "{{",
@@ -59,17 +59,17 @@ pub unsafe fn arrive_expect(address: u32, bytes: u32) {
     }
 }
 
-/// Arrives.
+/// Arrives at the barrier.
 ///
 /// # Safety
-/// `address` is an initialised barrier.
+/// `address` is an initialized barrier.
 #[inline(always)]
 pub unsafe fn arrive(address: u32) {
-    // SAFETY: the caller vouches for the address.
+    // SAFETY: the caller guarantees that the address is valid.
     unsafe { asm!("mbarrier.arrive.shared::cta.b64 _, [{}];", in(reg32) address, options(nostack)) }
 }
 
-/// Arrives by `instruction` at the barrier that lies at `address` in the shared memory of the cluster's block `rank`.
+/// Arrives by `$instruction` at the barrier at `$address` in the cluster's thread block `$rank`.
 macro_rules! arrive_remote {
     ($instruction:literal, $address:expr, $rank:expr) => {
         asm!(
@@ -85,35 +85,38 @@ macro_rules! arrive_remote {
     };
 }
 
-/// Arrives at the barrier that lies at `address` in the shared memory of the cluster's block `rank`. Loads from shared memory whose values
-/// have not been used yet may come after.
+/// Arrives at the barrier at `address` in the shared memory of the cluster's thread block `rank`.
+///
+/// Earlier loads from shared memory may complete after the arrival if their values have not been used yet.
 ///
 /// # Safety
-/// `address` is an initialised barrier there, and that block has not ended.
+/// `address` is an initialized barrier there, and that thread block has not ended.
 #[inline(always)]
 pub unsafe fn arrive_remote(address: u32, rank: u32) {
-    // SAFETY: the caller vouches for the address.
+    // SAFETY: the caller guarantees the barrier and its thread block.
     unsafe { arrive_remote!("mbarrier.arrive.shared::cluster.b64", address, rank) }
 }
 
-/// As [`arrive_remote`], after all that this thread has read and written before, as seen by the whole cluster. It takes as long as a fence.
+/// As [`arrive_remote`], but ordered for the whole cluster after all reads and writes of this thread.
+///
+/// It takes as long as a fence.
 ///
 /// # Safety
 /// As for [`arrive_remote`].
 #[inline(always)]
 pub unsafe fn arrive_remote_in_order(address: u32, rank: u32) {
-    // SAFETY: the caller vouches for the address.
+    // SAFETY: the caller guarantees the barrier and its thread block.
     unsafe { arrive_remote!("mbarrier.arrive.release.cluster.shared::cluster.b64", address, rank) }
 }
 
-/// Whether the phase of this parity has ended.
+/// Returns whether the phase of this parity has ended.
 ///
 /// # Safety
-/// `address` is an initialised barrier.
+/// `address` is an initialized barrier.
 #[inline(always)]
 pub unsafe fn test(address: u32, parity: u32) -> bool {
     let done: u32;
-    // SAFETY: the caller vouches for the address.
+    // SAFETY: the caller guarantees that the address is valid.
     unsafe {
         asm!(
             "{{",
@@ -130,11 +133,14 @@ pub unsafe fn test(address: u32, parity: u32) -> bool {
     done != 0
 }
 
-/// Whether the phase of this parity has ended; suspends the thread for a while if not.
+/// Returns whether the phase of this parity has ended. If not, it first suspends the thread for a while.
+///
+/// # Safety
+/// `address` is an initialized barrier.
 #[inline(always)]
 unsafe fn try_wait(address: u32, parity: u32) -> bool {
     let done: u32;
-    // SAFETY: the caller vouches for the address.
+    // SAFETY: the caller guarantees that the address is valid.
     unsafe {
         asm!(
             "{{",
@@ -154,10 +160,10 @@ unsafe fn try_wait(address: u32, parity: u32) -> bool {
 /// Waits until the phase of this parity has ended.
 ///
 /// # Safety
-/// `address` is an initialised barrier.
+/// `address` is an initialized barrier.
 #[inline(always)]
 pub unsafe fn wait(address: u32, parity: u32) {
-    // SAFETY: the caller vouches for the address.
+    // SAFETY: the caller guarantees that the address is valid.
     if unsafe { try_wait(address, parity) } {
         return;
     }

@@ -1,9 +1,11 @@
-//! Loads, stores and fences with the state space and width spelled out.
+//! Loads, stores and flags, with state space and width explicit.
 
 use core::arch::asm;
 use cuda_std::thread;
 
-/// 16 bytes by the load instruction if `valid`, else zeros; no branch. The address has a register of class `$class`.
+/// Loads 16 bytes by the instruction `$load` if `$valid`, otherwise returns zeros, without a branch.
+///
+/// `$class` is the register class of the address.
 macro_rules! load_x4_if {
     ($load:literal, $class:ident, $valid:expr, $address:expr) => {{
         let (a, b, c, d);
@@ -25,17 +27,17 @@ macro_rules! load_x4_if {
     }};
 }
 
-/// Polls after which a wait on another block is taken for a deadlock: about ten seconds of cycles.
-const DEADLOCK_CYCLES: u64 = 20_000_000_000;
+/// Cycles after which a wait for another thread block counts as a deadlock: about ten seconds.
+pub(super) const DEADLOCK_CYCLES: u64 = 20_000_000_000;
 
-/// 16 bytes of shared memory.
+/// Loads 16 bytes of shared memory.
 ///
 /// # Safety
-/// `address` is 16-byte aligned in the block's shared memory.
+/// `address` is 16-byte aligned in the thread block's shared memory.
 #[inline(always)]
 pub unsafe fn load_shared_x4(address: u32) -> [u32; 4] {
     let (a, b, c, d);
-    // SAFETY: the caller vouches for the address.
+    // SAFETY: the caller guarantees that the address is valid.
     unsafe {
         asm!(
             "ld.shared.v4.u32 {{{}, {}, {}, {}}}, [{}];",
@@ -46,26 +48,26 @@ pub unsafe fn load_shared_x4(address: u32) -> [u32; 4] {
     [a, b, c, d]
 }
 
-/// 4 bytes of shared memory.
+/// Loads 4 bytes of shared memory.
 ///
 /// # Safety
-/// `address` is 4-byte aligned in the block's shared memory.
+/// `address` is 4-byte aligned in the thread block's shared memory.
 #[inline(always)]
 pub unsafe fn load_shared(address: u32) -> u32 {
     let value;
-    // SAFETY: the caller vouches for the address.
+    // SAFETY: the caller guarantees that the address is valid.
     unsafe { asm!("ld.shared.u32 {}, [{}];", out(reg32) value, in(reg32) address, options(nostack)) }
     value
 }
 
-/// 2 bytes of shared memory.
+/// Loads 2 bytes of shared memory, zero-extended.
 ///
 /// # Safety
-/// `address` is 2-byte aligned in the block's shared memory.
+/// `address` is 2-byte aligned in the thread block's shared memory.
 #[inline(always)]
 pub unsafe fn load_shared_u16(address: u32) -> u32 {
     let value;
-    // SAFETY: the caller vouches for the address.
+    // SAFETY: the caller guarantees that the address is valid.
     unsafe {
         asm!(
             "{{",
@@ -81,26 +83,26 @@ pub unsafe fn load_shared_u16(address: u32) -> u32 {
     value
 }
 
-/// An f32 of shared memory.
+/// Loads an f32 from shared memory.
 ///
 /// # Safety
-/// `address` is 4-byte aligned in the block's shared memory.
+/// `address` is 4-byte aligned in the thread block's shared memory.
 #[inline(always)]
 pub unsafe fn load_shared_f32(address: u32) -> f32 {
     let value;
-    // SAFETY: the caller vouches for the address.
+    // SAFETY: the caller guarantees that the address is valid.
     unsafe { asm!("ld.shared.f32 {}, [{}];", out(reg32) value, in(reg32) address, options(nostack)) }
     value
 }
 
-/// Two f32 of shared memory.
+/// Loads two f32 from shared memory.
 ///
 /// # Safety
-/// `address` is 8-byte aligned in the block's shared memory.
+/// `address` is 8-byte aligned in the thread block's shared memory.
 #[inline(always)]
 pub unsafe fn load_shared_f32x2(address: u32) -> [f32; 2] {
     let (a, b);
-    // SAFETY: the caller vouches for the address.
+    // SAFETY: the caller guarantees that the address is valid.
     unsafe {
         asm!("ld.shared.v2.f32 {{{}, {}}}, [{}];", out(reg32) a, out(reg32) b, in(reg32) address, options(nostack));
     }
@@ -110,41 +112,41 @@ pub unsafe fn load_shared_f32x2(address: u32) -> [f32; 2] {
 /// Stores an f32 to shared memory.
 ///
 /// # Safety
-/// `address` is 4-byte aligned in the block's shared memory.
+/// `address` is 4-byte aligned in the thread block's shared memory.
 #[inline(always)]
 pub unsafe fn store_shared_f32(address: u32, value: f32) {
-    // SAFETY: the caller vouches for the address.
+    // SAFETY: the caller guarantees that the address is valid.
     unsafe { asm!("st.shared.f32 [{}], {};", in(reg32) address, in(reg32) value, options(nostack)) }
 }
 
 /// Stores 4 bytes to shared memory.
 ///
 /// # Safety
-/// `address` is 4-byte aligned in the block's shared memory.
+/// `address` is 4-byte aligned in the thread block's shared memory.
 #[inline(always)]
 pub unsafe fn store_shared(address: u32, value: u32) {
-    // SAFETY: the caller vouches for the address.
+    // SAFETY: the caller guarantees that the address is valid.
     unsafe { asm!("st.shared.u32 [{}], {};", in(reg32) address, in(reg32) value, options(nostack)) }
 }
 
-/// 16 bytes of shared memory if `valid`, else zeros; no branch.
+/// Loads 16 bytes of shared memory if `valid`, otherwise returns zeros, without a branch.
 ///
 /// # Safety
-/// If `valid`, `address` is 16-byte aligned in the block's shared memory.
+/// If `valid`, `address` is 16-byte aligned in the thread block's shared memory.
 #[inline(always)]
 pub unsafe fn load_shared_x4_if(valid: bool, address: u32) -> [i32; 4] {
-    // SAFETY: the caller vouches for the address.
+    // SAFETY: the caller guarantees that the address is valid.
     unsafe { load_x4_if!("ld.shared.v4.u32", reg32, valid, address) }
 }
 
-/// Stores 16 bytes to shared memory if `valid`; no branch.
+/// Stores 16 bytes to shared memory if `valid`, without a branch.
 ///
 /// # Safety
-/// If `valid`, `address` is 16-byte aligned in the block's shared memory.
+/// If `valid`, `address` is 16-byte aligned in the thread block's shared memory.
 #[inline(always)]
 pub unsafe fn store_shared_x4_if(valid: bool, address: u32, values: [u32; 4]) {
     let [a, b, c, d] = values;
-    // SAFETY: the caller vouches for the address.
+    // SAFETY: the caller guarantees that the address is valid.
     unsafe {
         asm!(
             "{{",
@@ -158,16 +160,17 @@ pub unsafe fn store_shared_x4_if(valid: bool, address: u32, values: [u32; 4]) {
     }
 }
 
-/// An f32 of global memory if `valid`, else `otherwise`; no branch, so that several are under way at once.
+/// Loads an f32 from global memory if `valid`, otherwise returns `otherwise`.
 ///
-/// Not the read-only load: the launch before may write the value after this one has begun.
+/// It has no branch, so that several loads are in flight at once.
+/// It is not the read-only load: the preceding launch may write the value after this one has begun.
 ///
 /// # Safety
-/// If `valid`, `address` is.
+/// If `valid`, `address` is valid and 4-byte aligned.
 #[inline(always)]
 pub unsafe fn load_global_f32_if(valid: bool, address: u64, otherwise: f32) -> f32 {
     let value;
-    // SAFETY: the caller vouches for the address.
+    // SAFETY: the caller guarantees that the address is valid.
     unsafe {
         asm!(
             "{{",
@@ -186,14 +189,16 @@ pub unsafe fn load_global_f32_if(valid: bool, address: u64, otherwise: f32) -> f
     value
 }
 
-/// 16 bytes of global memory if `valid`, else zeros; from L2, for what other blocks wrote during this kernel. No branch,
-/// so that several are under way at once.
+/// Loads 16 bytes of global memory if `valid`, otherwise returns zeros.
+///
+/// It reads from L2, for data that other thread blocks have written during this kernel.
+/// It has no branch, so that several loads are in flight at once.
 ///
 /// # Safety
-/// If `valid`, `address` is, and it is 16-byte aligned.
+/// If `valid`, `address` is valid and 16-byte aligned.
 #[inline(always)]
 pub unsafe fn load_global_x4_if(valid: bool, address: u64) -> [i32; 4] {
-    // SAFETY: the caller vouches for the address.
+    // SAFETY: the caller guarantees that the address is valid.
     unsafe { load_x4_if!("ld.global.cg.v4.u32", reg64, valid, address) }
 }
 
@@ -204,7 +209,7 @@ pub unsafe fn load_global_x4_if(valid: bool, address: u64) -> [i32; 4] {
 #[inline(always)]
 pub unsafe fn store_global_x4(address: u64, values: [u32; 4]) {
     let [a, b, c, d] = values;
-    // SAFETY: the caller vouches for the address.
+    // SAFETY: the caller guarantees that the address is valid.
     unsafe {
         asm!(
             "st.global.v4.u32 [{}], {{{}, {}, {}, {}}};",
@@ -221,7 +226,7 @@ pub unsafe fn store_global_x4(address: u64, values: [u32; 4]) {
 #[inline(always)]
 pub unsafe fn store_global_x2(address: u64, values: [u32; 2]) {
     let [a, b] = values;
-    // SAFETY: the caller vouches for the address.
+    // SAFETY: the caller guarantees that the address is valid.
     unsafe {
         asm!("st.global.v2.u32 [{}], {{{}, {}}};", in(reg64) address, in(reg32) a, in(reg32) b, options(nostack));
     }
@@ -233,7 +238,7 @@ pub unsafe fn store_global_x2(address: u64, values: [u32; 2]) {
 /// `address` is valid and 4-byte aligned.
 #[inline(always)]
 pub unsafe fn store_global(address: u64, value: u32) {
-    // SAFETY: the caller vouches for the address.
+    // SAFETY: the caller guarantees that the address is valid.
     unsafe { asm!("st.global.u32 [{}], {};", in(reg64) address, in(reg32) value, options(nostack)) }
 }
 
@@ -243,7 +248,7 @@ pub unsafe fn store_global(address: u64, value: u32) {
 /// `address` is valid and 2-byte aligned.
 #[inline(always)]
 pub unsafe fn store_global_u16(address: u64, value: u32) {
-    // SAFETY: the caller vouches for the address.
+    // SAFETY: the caller guarantees that the address is valid.
     unsafe {
         asm!(
             "{{",
@@ -257,27 +262,29 @@ pub unsafe fn store_global_u16(address: u64, value: u32) {
     }
 }
 
-/// Raises the flag at `address`: what this thread and, through a barrier, its warpgroup wrote before is visible
-/// to whoever sees the flag.
+/// Raises the flag at `address`, a u32, with release semantics.
+///
+/// Whoever sees the flag also sees the earlier writes of this thread,
+/// and those of its warpgroup if a barrier came before.
 ///
 /// # Safety
 /// `address` is valid and 4-byte aligned.
 #[inline(always)]
 pub unsafe fn raise_flag(address: u64) {
-    // SAFETY: the caller vouches for the address.
+    // SAFETY: the caller guarantees that the address is valid.
     unsafe { asm!("st.release.gpu.global.u32 [{}], 1;", in(reg64) address, options(nostack)) }
 }
 
-/// Waits until the flag at `address` is raised, then lowers it again for the next launch.
+/// Waits until the flag at `address` is raised, then lowers it for the next launch.
 ///
 /// # Safety
-/// `address` is valid and 4-byte aligned; one thread waits for it.
+/// `address` is valid and 4-byte aligned; one thread waits for the flag.
 #[inline(always)]
 pub unsafe fn await_flag(address: u64) {
     let start = thread::clock64();
     loop {
         let raised: u32;
-        // SAFETY: the caller vouches for the address.
+        // SAFETY: the caller guarantees that the address is valid.
         unsafe {
             asm!("ld.acquire.gpu.global.u32 {}, [{}];", out(reg32) raised, in(reg64) address, options(nostack))
         }
@@ -292,16 +299,17 @@ pub unsafe fn await_flag(address: u64) {
     unsafe { store_global(address, 0) }
 }
 
-/// Stores 16 bytes, asynchronously, at `address` in the shared memory of the cluster's block `rank`, and counts them on the barrier that
-/// lies at `barrier` there; if `valid`, and without a branch.
+/// Stores 16 bytes asynchronously to the shared memory of the cluster's thread block `rank`, if `valid`.
+///
+/// The bytes go to `address` there, and count on the barrier at `barrier` there. It has no branch.
 ///
 /// # Safety
-/// If `valid`, both addresses are valid in that block, `address` on 16 bytes; nobody else uses the bytes until the barrier's phase ends, and the block has not
-/// ended.
+/// If `valid`, both addresses are valid in that thread block, and `address` is 16-byte aligned.
+/// Nobody else uses the bytes until the barrier's phase ends, and the thread block has not ended.
 #[inline(always)]
 pub unsafe fn store_remote_x4_if(valid: bool, address: u32, values: [u32; 4], barrier: u32, rank: u32) {
     let [a, b, c, d] = values;
-    // SAFETY: the caller vouches for the addresses.
+    // SAFETY: the caller guarantees the addresses and their thread block.
     unsafe {
         asm!(
             "{{",

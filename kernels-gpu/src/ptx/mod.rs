@@ -1,8 +1,8 @@
-//! One thin wrapper for each PTX instruction that the kernels use and that neither `core` nor `cuda_std` has.
+//! Thin wrappers, one for each PTX instruction that the kernels use and neither `core` nor `cuda_std` has.
 //!
-//! Shared-memory addresses are `u32` in the shared window, global ones `u64`. Every wrapper is `unsafe` for the
-//! same reason: it is the caller who knows that the addresses are valid and that the threads which the
-//! instruction is meant for are there.
+//! Shared-memory addresses are `u32` in the shared window, global addresses `u64`.
+//! A wrapper is `unsafe` if only its caller can know that addresses are valid
+//! and that the threads for which the instruction is meant execute it.
 
 pub mod copy;
 pub mod grid;

@@ -1,21 +1,22 @@
-//! Asynchronous copies between global and shared memory by the copy engine.
+//! TMA: asynchronous bulk copies between global and shared memory.
 //!
-//! A whole warp, converged, calls these; one lane that the hardware elects issues the copy. Issued by a lane that the
-//! compiler can't see to be alone, each copy would become a loop over the lanes.
+//! A whole warp, converged, calls these functions, and the hardware elects the lane that issues the copy.
+//! If a lane were selected by a comparison,
+//! the compiler could not see that it is alone, and would make a loop over the lanes of each copy.
 
 use core::arch::asm;
 use cuda_std::TensorMap;
 
-/// How long the L2 cache keeps what is read.
+/// How long the L2 cache keeps the data that a copy reads.
 #[derive(Clone, Copy)]
 pub struct Policy(u64);
 
 impl Policy {
-    /// For what is read once.
+    /// Returns the policy for data that is read once.
     #[inline(always)]
     pub fn evict_first() -> Self {
         let policy;
-        // SAFETY: makes a number.
+        // SAFETY: the instruction only computes a number.
         unsafe {
             asm!("createpolicy.fractional.L2::evict_first.b64 {}, 1.0;", out(reg64) policy, options(pure, nomem, nostack));
         }
@@ -23,23 +24,24 @@ impl Policy {
     }
 }
 
-/// Fetches a tensor map ahead of its first use.
+/// Prefetches a tensor map.
 ///
 /// # Safety
 /// `map` points into the kernel's parameters.
 #[inline(always)]
 pub unsafe fn prefetch_map(map: *const TensorMap) {
-    // SAFETY: the caller vouches for the map.
+    // SAFETY: the caller guarantees the map.
     unsafe { asm!("prefetch.tensormap [{}];", in(reg64) map, options(nostack)) }
 }
 
-/// Copies the box at `(x, y)` of a two-dimensional tensor to `destination`, and counts its bytes on `barrier`.
+/// Copies the box at `(x, y)` of a two-dimensional tensor to `destination`.
+/// The bytes count on `barrier`.
 ///
 /// # Safety
-/// The box fits at `destination`, aligned as the map's swizzle wants; `barrier` expects the bytes.
+/// The box fits at `destination`, aligned as the map's swizzle requires; `barrier` expects the bytes.
 #[inline(always)]
 pub unsafe fn load_2d(destination: u32, map: *const TensorMap, x: u32, y: u32, barrier: u32) {
-    // SAFETY: the caller vouches for the addresses.
+    // SAFETY: the caller guarantees that the addresses are valid.
     unsafe {
         asm!(
             "{{",
@@ -53,11 +55,12 @@ pub unsafe fn load_2d(destination: u32, map: *const TensorMap, x: u32, y: u32, b
     }
 }
 
-/// As [`load_2d`], to the same place in every block of the cluster that `blocks` has a bit for, each counting the
-/// bytes on its own barrier.
+/// As [`load_2d`], to the same place in every thread block of the cluster that has a bit in `blocks`.
+///
+/// Each of them counts the bytes on its own barrier.
 ///
 /// # Safety
-/// As for [`load_2d`], in each of the blocks.
+/// As for [`load_2d`], in each of the thread blocks.
 #[inline(always)]
 pub unsafe fn load_2d_multicast(
     destination: u32,
@@ -67,7 +70,7 @@ pub unsafe fn load_2d_multicast(
     barrier: u32,
     blocks: u32,
 ) {
-    // SAFETY: the caller vouches for the addresses.
+    // SAFETY: the caller guarantees that the addresses are valid.
     unsafe {
         asm!(
             "{{",
@@ -83,13 +86,15 @@ pub unsafe fn load_2d_multicast(
     }
 }
 
-/// Copies `bytes` from `source` to `destination`, and counts them on `barrier`; the L2 cache keeps them as `policy` says.
+/// Copies `bytes` bytes from `source` to `destination`, and counts them on `barrier`.
+///
+/// The L2 cache keeps them as `policy` says.
 ///
 /// # Safety
-/// Both are 16-byte aligned and valid for `bytes`, a multiple of 16; `barrier` expects the bytes.
+/// Both addresses are 16-byte aligned and valid for `bytes`, a multiple of 16; `barrier` expects the bytes.
 #[inline(always)]
 pub unsafe fn load_bulk(destination: u32, source: u64, bytes: u32, barrier: u32, policy: Policy) {
-    // SAFETY: the caller vouches for the addresses.
+    // SAFETY: the caller guarantees that the addresses are valid.
     unsafe {
         asm!(
             "{{",
@@ -103,15 +108,17 @@ pub unsafe fn load_bulk(destination: u32, source: u64, bytes: u32, barrier: u32,
     }
 }
 
-/// Copies `source` to the box at `(x, y)` of a two-dimensional tensor, as a group of its own. What lies outside the
-/// tensor is not written.
+/// Copies `source` to the box at `(x, y)` of a two-dimensional tensor, as a group of its own.
+///
+/// Elements of the box outside the tensor are not written.
 ///
 /// # Safety
-/// The box lies at `source`, aligned as the map's swizzle wants, in stores that `mbarrier::fence_async` and a barrier
-/// have made visible, and stays there until [`await_stores`]. The tensor is writable.
+/// The box lies at `source`, aligned as the map's swizzle requires.
+/// `mbarrier::fence_async` and a barrier have made its stores visible,
+/// and it stays there until [`await_stores`]. The tensor is writable.
 #[inline(always)]
 pub unsafe fn store_2d(map: *const TensorMap, x: u32, y: u32, source: u32) {
-    // SAFETY: the caller vouches for the addresses.
+    // SAFETY: the caller guarantees that the addresses are valid.
     unsafe {
         asm!(
             "{{",
@@ -126,11 +133,11 @@ pub unsafe fn store_2d(map: *const TensorMap, x: u32, y: u32, source: u32) {
     }
 }
 
-/// Waits until at most `PENDING` of this thread's groups of stores have still to read their source.
+/// Waits until at most `PENDING` of this thread's groups of stores have not read their source yet.
 ///
-/// The hardware elects the same lane every time, so that the warp which stores is the warp which waits.
+/// The hardware elects the same lane every time, so the warp that stores must be the warp that waits.
 #[inline(always)]
 pub fn await_stores<const PENDING: u32>() {
-    // SAFETY: a wait.
+    // SAFETY: the instruction only waits.
     unsafe { asm!("cp.async.bulk.wait_group.read {};", const PENDING, options(nostack)) }
 }

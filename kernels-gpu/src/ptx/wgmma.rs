@@ -1,4 +1,6 @@
-//! `wgmma` m64nNk32 on int8: the A operand from registers or shared memory, B from shared memory, int32 accumulators.
+//! `wgmma` m64nNk32 on int8: the A operand from registers or shared memory, B from shared memory.
+//!
+//! The int32 accumulators are types, one for each n, because the assembly must name every register.
 
 use core::arch::asm;
 use seq_macro::seq;
@@ -13,13 +15,13 @@ pub unsafe fn fence() {
     unsafe { asm!("wgmma.fence.sync.aligned;", options(nostack)) }
 }
 
-/// Closes the group of the wgmmas issued since the last one.
+/// Closes the group of the wgmmas issued since the last group.
 ///
 /// # Safety
 /// All threads of the warpgroup call it.
 #[inline(always)]
 pub unsafe fn commit() {
-    // SAFETY: touches no memory.
+    // SAFETY: the instruction accesses no memory.
     unsafe { asm!("wgmma.commit_group.sync.aligned;", options(nostack)) }
 }
 
@@ -29,58 +31,66 @@ pub unsafe fn commit() {
 /// All threads of the warpgroup call it.
 #[inline(always)]
 pub unsafe fn wait<const PENDING: u32>() {
-    // SAFETY: touches no memory.
+    // SAFETY: the instruction accesses no memory.
     unsafe { asm!("wgmma.wait_group.sync.aligned {};", const PENDING, options(nostack)) }
 }
 
-/// The lower half of the descriptor of a K-major tile with 128-byte swizzle; the upper half is a constant of the
-/// layout, [`DESCRIPTOR_UPPER`].
+/// Returns the lower half of the descriptor of a K-major tile with 128-byte swizzle.
 ///
-/// Adding [`DESCRIPTOR_K32`] moves on by 32 bytes along K.
+/// The upper half is a constant of the layout, [`DESCRIPTOR_UPPER`].
+/// Adding [`DESCRIPTOR_K32`] advances the descriptor by 32 bytes along K.
 #[inline(always)]
 pub fn descriptor(address: u32) -> u32 {
     const LEADING: u32 = 1 << 16;
     LEADING | (address & 0x3_FFFF) >> 4
 }
 
-/// 128-byte swizzle, and 1,024 bytes from eight rows to the next eight.
+/// Upper half of a descriptor: 128-byte swizzle, and 1,024 bytes from eight rows to the next eight.
 const DESCRIPTOR_UPPER: u32 = 1 << 30 | 1024 >> 4;
 
-/// What to add to a descriptor for a tile that lies `bytes` further on.
+/// Returns the difference between the descriptors of two tiles that lie `bytes` apart.
 #[inline(always)]
 pub const fn descriptor_step(bytes: u32) -> u32 {
     bytes >> 4
 }
 
-/// From one k32 of a tile to the next, in a descriptor.
+/// The difference between the descriptors of one k32 of a tile and the next.
 pub const DESCRIPTOR_K32: u32 = descriptor_step(32);
 
-/// A thread's share of a 64-channel × [`TOKENS`](Self::TOKENS) int32 accumulator tile.
+/// A thread's part of a 64-channel × [`TOKENS`](Self::TOKENS) int32 accumulator.
 ///
-/// Thread `t` of the warpgroup (warp `w`, `g = lane/4`, `c = lane%4`) holds for each eight tokens `j` the four
-/// sums of channels `16w+g` and `16w+g+8`: `[(g, 8j+2c), (g, 8j+2c+1), (g+8, 8j+2c), (g+8, 8j+2c+1)]`.
+/// For each eight tokens it has an accumulator fragment of four sums.
+/// With warp `w`, `g = lane/4` and `c = lane%4`,
+/// fragment `j` of a thread has the sums of channels `16w+g` and `16w+g+8`:
+/// `[(g, 8j+2c), (g, 8j+2c+1), (g+8, 8j+2c), (g+8, 8j+2c+1)]`.
 ///
-/// The registers may only be named by constants: one rolled loop over them would send them all to local
-/// memory. So whatever walks them does it through [`visit`](Self::visit), unrolled here.
+/// Only constants may index the registers: one rolled loop over them would send them all to local memory.
+/// So all code that iterates over them uses [`visit`](Self::visit), which is unrolled here.
 pub trait Accumulator {
     /// Tokens of the tile: the instruction's n.
     const TOKENS: u32;
 
-    /// All zeros.
+    /// Returns an accumulator of zeros.
     fn zero() -> Self;
 
-    /// Whatever its registers happen to hold, for products that replace it: zeros would have to be written.
+    /// Returns an accumulator with arbitrary contents, for products that replace it.
+    ///
+    /// Zeros would have to be written.
     fn arbitrary() -> Self;
 
-    /// Issues `self += A · B`, A being 64×32 from the warpgroup's registers, or without `accumulate` `self = A · B`.
+    /// Issues `self += A · B`, or without `accumulate` `self = A · B`.
+    ///
+    /// A is 64×32 from the warpgroup's registers, B is the tile of `descriptor`.
     ///
     /// # Safety
-    /// All threads of the warpgroup call it after [`fence`], and touch neither `self` nor `a`'s registers until
-    /// [`wait`] says that the group is done. `descriptor` describes a tile in the block's shared memory.
+    /// All threads of the warpgroup call it after [`fence`].
+    /// They touch neither `self` nor the registers of `a` until [`wait`] says that the group is done.
+    /// `descriptor` describes a tile in the thread block's shared memory.
     unsafe fn multiply_accumulate(&mut self, a: [u32; 4], descriptor: u32, accumulate: bool);
 
-    /// Issues the products of up to four such operands, each with the next k32 of the tile from `descriptor` on. `accumulate` is the
-    /// first one's; the others are added to it.
+    /// Issues the products of up to four A operands with consecutive k32 of the tile, from `descriptor` on.
+    ///
+    /// `accumulate` applies to the first product; the others are added to it.
     ///
     /// # Safety
     /// As for [`multiply_accumulate`](Self::multiply_accumulate).
@@ -94,20 +104,23 @@ pub trait Accumulator {
         seq!(I in 0..4 {
             if I < COUNT {
                 let accumulate = I > 0 || accumulate;
-                // SAFETY: the caller vouches for all of them.
+                // SAFETY: the caller guarantees all of them.
                 unsafe { self.multiply_accumulate(a[I], descriptor + I * DESCRIPTOR_K32, accumulate) };
             }
         });
     }
 
-    /// As [`multiply_accumulate`](Self::multiply_accumulate), A being a tile in shared memory too, of the same layout.
+    /// As [`multiply_accumulate`](Self::multiply_accumulate), with A in shared memory.
+    ///
+    /// `a` is the descriptor of A, a tile with the same layout as B.
     ///
     /// # Safety
-    /// As there; both descriptors describe tiles in the block's shared memory.
+    /// As for [`multiply_accumulate`](Self::multiply_accumulate).
+    /// Both descriptors describe tiles in the thread block's shared memory.
     unsafe fn multiply_accumulate_shared(&mut self, a: u32, descriptor: u32, accumulate: bool);
 
-    /// Hands each block of four sums, `j` ascending, to `visitor`.
-    fn visit(&mut self, visitor: &mut impl BlockVisitor);
+    /// Calls `visitor` with each accumulator fragment, `j` ascending.
+    fn visit(&mut self, visitor: &mut impl FragmentVisitor);
 }
 
 /// A tile's number of tokens, as a type.
@@ -115,17 +128,25 @@ pub struct Tokens<const COUNT: u32>;
 
 /// A number of tokens that has an accumulator.
 pub trait HasAccumulator {
-    /// The accumulator of a tile with so many tokens.
+    /// The accumulator of a tile with this many tokens.
     type Accumulator: Accumulator;
 }
 
-/// What [`Accumulator::visit`] calls for every eight tokens.
-pub trait BlockVisitor {
-    /// `block` holds the four sums of tokens `8·j …`; see [`Accumulator`].
-    fn block(&mut self, j: u32, block: &mut [i32; 4]);
+/// An operation on every fragment of an accumulator, for [`Accumulator::visit`].
+pub trait FragmentVisitor {
+    /// Visits fragment `j`: `sums` are those of tokens `8·j ..`, in the order that [`Accumulator`] describes.
+    fn fragment(&mut self, j: u32, sums: &mut [i32; 4]);
 }
 
-/// Adds sums of the same block that were computed elsewhere.
+/// Returns the sums as 32-bit words.
+///
+/// `map` would leave a loop with a drop guard in every kernel until late in the compilation.
+#[inline(always)]
+pub fn words([a, b, c, d]: [i32; 4]) -> [u32; 4] {
+    [a as u32, b as u32, c as u32, d as u32]
+}
+
+/// Adds sums of the same fragment that were computed elsewhere.
 #[inline(always)]
 pub fn add_sums(block: &mut [i32; 4], other: [i32; 4]) {
     block[0] = block[0].wrapping_add(other[0]);
@@ -134,11 +155,11 @@ pub fn add_sums(block: &mut [i32; 4], other: [i32; 4]) {
     block[3] = block[3].wrapping_add(other[3]);
 }
 
-/// Whatever four registers happen to hold.
+/// Returns the arbitrary contents of four registers.
 #[inline(always)]
 fn arbitrary_block() -> [i32; 4] {
     let (a, b, c, d): (i32, i32, i32, i32);
-    // SAFETY: a comment does nothing; whatever the registers hold is a valid number.
+    // SAFETY: the assembly is only a comment, and any register contents are valid numbers.
     unsafe {
         asm!(
             "// {} {} {} {}",
@@ -152,7 +173,7 @@ fn arbitrary_block() -> [i32; 4] {
     [a, b, c, d]
 }
 
-// The integer instruction's n is 8, 16, 24, 32, or a multiple of 16 up to 256.
+// For int8 the instruction's n is 8, 16, 24, 32, or a multiple of 16 up to 256.
 macro_rules! accumulator {
     ($name:ident, $tokens:tt, $blocks:tt) => {
         #[doc = concat!("64 channels × ", $tokens, " tokens.")]
@@ -183,7 +204,7 @@ macro_rules! accumulator {
             unsafe fn multiply_accumulate(&mut self, a: [u32; 4], descriptor: u32, accumulate: bool) {
                 let [x0, x1, x2, x3] = a;
                 seq!(J in 1..$blocks {
-                    // SAFETY: the caller vouches for the warpgroup and the descriptor.
+                    // SAFETY: the caller guarantees the warpgroup and the descriptor.
                     unsafe {
                         asm!(
                             "{{",
@@ -223,7 +244,7 @@ macro_rules! accumulator {
             #[inline(always)]
             unsafe fn multiply_accumulate_shared(&mut self, a: u32, descriptor: u32, accumulate: bool) {
                 seq!(J in 1..$blocks {
-                    // SAFETY: the caller vouches for the warpgroup and the descriptors.
+                    // SAFETY: the caller guarantees the warpgroup and the descriptors.
                     unsafe {
                         asm!(
                             "{{",
@@ -259,9 +280,9 @@ macro_rules! accumulator {
             }
 
             #[inline(always)]
-            fn visit(&mut self, visitor: &mut impl BlockVisitor) {
+            fn visit(&mut self, visitor: &mut impl FragmentVisitor) {
                 seq!(J in 0..$blocks {
-                    #( visitor.block(J, &mut self.0[J]); )*
+                    #( visitor.fragment(J, &mut self.0[J]); )*
                 });
             }
         }

@@ -1,44 +1,53 @@
-//! Blocks of a cluster that share a tile's K: each consumer hands the ones with the same channels in the other blocks the sums of the tokens
-//! that those finish, adds what it gets to its own part, and finishes that alone. The sums are int32, so the order is of no
-//! consequence.
+//! Cluster split-K: the reduction between the thread blocks of a cluster that share a tile's K.
 //!
-//! They go straight from registers to the other SMs' shared memory, as asynchronous stores whose bytes barriers
-//! there count, one for each round of the epilogue: the first round's results are on their way out while the second's sums arrive. The
-//! tokens that a block finishes lie first in its activation tiles, and so in its accumulators; which block finishes what is
-//! `liquidgemm_format::tile`'s to say.
+//! Each thread block finishes a part of the tokens.
+//! A consumer keeps its sums of that part, and sends its other sums to the thread blocks that finish them,
+//! there to the consumer with the same channels. It adds the sums that it receives to its own.
+//! The sums are int32, so the order of additions does not change the result.
+//!
+//! The sums go straight from registers to the other SMs' shared memory, as asynchronous stores.
+//! A barrier there counts their bytes, one barrier for each round of the epilogue:
+//! the results of the first round are on their way out while the sums of the second arrive.
+//!
+//! A thread block's activation tiles, and so its accumulators, begin with the tokens that it finishes.
+//! `liquidgemm_format::tile` says which thread block finishes which tokens, and lays out the buffers.
 
 use cuda_std::warp::{self, WARP_SIZE};
 use liquidgemm_format::tile::{TileShape, WARPGROUP};
 
-use crate::halves::keeps;
-use crate::pipeline::{Cluster, Consumer, Shared, SplitBarriers};
+use crate::block::{Block, Cluster, Consumer, SplitBarriers};
 use crate::ptx::mbarrier;
 use crate::ptx::memory::{load_shared_x4_if, store_remote_x4_if};
-use crate::ptx::wgmma::{Accumulator, BlockVisitor, add_sums};
+use crate::ptx::wgmma::{Accumulator, FragmentVisitor, add_sums, words};
+use crate::reduce::warpgroup::keeps;
+use crate::shape::Shape;
 
-/// Whether a consumer finishes the eight tokens of block `j` of its accumulator, in a block that finishes any.
+/// Returns whether a consumer finishes accumulator fragment `j`, the sums of eight tokens.
+///
+/// The answer holds for thread blocks that finish tokens.
 #[inline(always)]
 pub fn finishes(shape: TileShape, consumer: Consumer, j: u32) -> bool {
-    keeps(shape, consumer, j) && shape.part_of_block(j) == 0
+    keeps(shape, consumer, j) && shape.part_of_fragment(j) == 0
 }
 
-/// A consumer's exchange with the ones in the other blocks.
+/// A consumer's exchange with the consumers of the same channels in the cluster's other thread blocks.
 #[derive(Clone, Copy)]
 pub struct Exchange {
     shape: TileShape,
     cluster: Cluster,
     consumer: Consumer,
-    /// Where this thread gets its first sums.
+    /// Address of the first sums that this thread receives.
     buffer: u32,
     barriers: SplitBarriers,
 }
 
 impl Exchange {
-    /// Of a consumer.
+    /// Returns the exchange of a consumer.
     #[inline(always)]
-    pub fn new(shared: Shared, shape: TileShape, cluster: Cluster, consumer: Consumer) -> Self {
+    pub fn new<S: Shape>(block: Block<S>, consumer: Consumer) -> Self {
+        let Block { shared, cluster, .. } = block;
         Self {
-            shape,
+            shape: S::SHAPE,
             cluster,
             consumer,
             buffer: shared.other_sums(consumer) + consumer.thread * 16,
@@ -46,26 +55,29 @@ impl Exchange {
         }
     }
 
-    /// Whether this block finishes tokens.
+    /// Returns whether this thread block finishes tokens, and so receives sums.
     #[inline(always)]
     pub fn takes(self) -> bool {
-        self.shape.finishers() == self.shape.split || self.cluster.part < self.shape.finishers()
+        self.shape.finishers() == self.shape.cluster_split || self.cluster.part < self.shape.finishers()
     }
 
-    /// Makes ready for a tile's sums, and waits until the others have taken those of the tile before. `parity` alternates
-    /// from tile to tile, and begins with 0.
+    /// Prepares the barriers for a tile's sums.
+    /// Then waits until the receivers have added this consumer's sums of the preceding tile.
+    ///
+    /// `parity` starts with 0 and alternates from tile to tile.
     ///
     /// # Safety
-    /// All threads of the consumer call it; the cluster's barriers are made.
+    /// All threads of the consumer call it; the barriers of the whole cluster are initialized.
     #[inline(always)]
     pub unsafe fn open(self, parity: u32) {
         let shape = self.shape;
-        // SAFETY: the caller vouches for the barriers.
+        // SAFETY: the caller guarantees that the barriers are initialized.
         unsafe {
             if warp::broadcast(self.consumer.thread / WARP_SIZE) == 0 && self.takes() {
                 let mut round = 0;
-                while round < shape.epilogue_rounds() {
-                    let bytes = shape.split_bytes() / shape.finished_tokens() * shape.round_tokens(round);
+                while round < shape.split_rounds() {
+                    let bytes =
+                        shape.split_bytes() / shape.finished_tokens() * shape.split_round_tokens(round);
                     mbarrier::arrive_expect(self.barriers.arrived(round), bytes);
                     round += 1;
                 }
@@ -76,44 +88,48 @@ impl Exchange {
         }
     }
 
-    /// Hands over the sums of the tokens that other blocks finish.
+    /// Sends the sums of the tokens that other thread blocks finish.
     ///
     /// # Safety
-    /// All threads of the consumer call it, after [`open`](Self::open); the same consumers of the other blocks do all of this, too.
+    /// All threads of the consumer call it after [`open`](Self::open).
+    /// The same consumers of the cluster's other thread blocks execute the whole exchange, too.
     #[inline(always)]
     pub unsafe fn give<A: Accumulator>(self, accumulator: &mut A) {
         accumulator.visit(&mut Give(self));
     }
 
-    /// Adds what the other blocks have of a round of the epilogue.
+    /// Waits for the other thread blocks' sums of a round, and adds them.
     ///
     /// # Safety
-    /// As for [`give`](Self::give), where the block [takes](Self::takes) any; for each round in turn.
+    /// As for [`give`](Self::give), for each round in turn.
+    /// The thread block must be one that [receives](Self::takes) sums.
     #[inline(always)]
     pub unsafe fn take<A: Accumulator>(self, accumulator: &mut A, round: u32, parity: u32) {
-        // SAFETY: the caller vouches for the barriers.
+        // SAFETY: the caller guarantees that the barriers are initialized.
         unsafe { mbarrier::wait(self.barriers.arrived(round), parity) };
         accumulator.visit(&mut Take { exchange: self, round });
     }
 
-    /// Lets the other blocks send the next tile's sums.
+    /// Lets the other thread blocks send the next tile's sums.
     ///
-    /// Behind a barrier of the consumer that comes after the last [`take`](Self::take): an arrival right behind the loads would overtake
-    /// those that wait in the SM's queue, and the next sums would be where they look.
+    /// A barrier of the consumer must separate the last [`take`](Self::take) from this call.
+    /// Directly behind the loads, the arrival would overtake loads that wait in the SM's queue,
+    /// and the next sums would overwrite what they have still to read.
     ///
     /// # Safety
-    /// All threads of the consumer call it, once for each tile that another follows; no other block has ended before this one.
+    /// All threads of the consumer call it, once for each tile that another tile follows.
+    /// No thread block of the cluster ends before this one.
     #[inline(always)]
     pub unsafe fn release(self) {
         warp::sync_warp();
         let lane = self.consumer.thread % WARP_SIZE;
-        if lane < self.shape.split && lane != self.cluster.part {
-            // SAFETY: the caller vouches for the barriers.
+        if lane < self.shape.cluster_split && lane != self.cluster.part {
+            // SAFETY: the caller guarantees the barriers, and that their thread blocks have not ended.
             unsafe { mbarrier::arrive_remote_in_order(self.barriers.taken(), lane) };
         }
     }
 
-    /// The place of a block's sums in a slot of the buffer.
+    /// Returns the address of fragment `j` in a slot of the buffer.
     #[inline(always)]
     fn place(self, slot: u32, j: u32) -> u32 {
         let in_slot = j % (self.shape.finished_tokens() / 8) * WARPGROUP * 16;
@@ -121,43 +137,45 @@ impl Exchange {
     }
 }
 
+/// Visitor that sends the fragments that other thread blocks finish.
 struct Give(Exchange);
 
-impl BlockVisitor for Give {
+impl FragmentVisitor for Give {
     #[inline(always)]
-    fn block(&mut self, j: u32, block: &mut [i32; 4]) {
+    fn fragment(&mut self, j: u32, sums: &mut [i32; 4]) {
         let Self(exchange) = *self;
         let Exchange { shape, cluster, consumer, barriers, .. } = exchange;
-        let position = shape.part_of_block(j);
-        if position == 0 && shape.finishers() == shape.split {
+        let position = shape.part_of_fragment(j);
+        if position == 0 && shape.finishers() == shape.cluster_split {
             return;
         }
         let finisher = shape.finisher(cluster.part, position);
         let given = keeps(shape, consumer, j) && finisher != cluster.part;
         let place = exchange.place(shape.slot(finisher, cluster.part), j);
-        let barrier = barriers.arrived(shape.round_of_block(j));
-        // SAFETY: inside the other block's buffer, whose barrier counts the bytes.
-        unsafe { store_remote_x4_if(given, place, block.map(|sum| sum as u32), barrier, finisher) };
+        let barrier = barriers.arrived(shape.split_round_of_fragment(j));
+        // SAFETY: the address is inside the receiver's buffer, and its barrier counts the bytes.
+        unsafe { store_remote_x4_if(given, place, words(*sums), barrier, finisher) };
     }
 }
 
+/// Visitor that adds the other thread blocks' sums to the fragments of a round.
 struct Take {
     exchange: Exchange,
     round: u32,
 }
 
-impl BlockVisitor for Take {
+impl FragmentVisitor for Take {
     #[inline(always)]
-    fn block(&mut self, j: u32, block: &mut [i32; 4]) {
+    fn fragment(&mut self, j: u32, sums: &mut [i32; 4]) {
         let Exchange { shape, consumer, .. } = self.exchange;
-        if shape.part_of_block(j) != 0 || shape.round_of_block(j) != self.round {
+        if shape.part_of_fragment(j) != 0 || shape.split_round_of_fragment(j) != self.round {
             return;
         }
         let kept = keeps(shape, consumer, j);
         seq_macro::seq!(SLOT in 0..7 {
-            if SLOT + 1 < shape.split {
-                // SAFETY: the other block's sums are there.
-                add_sums(block, unsafe { load_shared_x4_if(kept, self.exchange.place(SLOT, j)) });
+            if SLOT + 1 < shape.cluster_split {
+                // SAFETY: the other thread block's sums have arrived.
+                add_sums(sums, unsafe { load_shared_x4_if(kept, self.exchange.place(SLOT, j)) });
             }
         });
     }

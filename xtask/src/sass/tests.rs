@@ -1,8 +1,8 @@
-//! Operands traced through short listings.
+//! Tests of the SASS trace on short hand-written listings.
 
 use super::*;
 
-/// A listing in nvdisasm's form; lines that end in a colon are labels.
+/// Returns a listing in nvdisasm's format. Lines that end in a colon are labels.
 fn listing(lines: &[&str]) -> String {
     let mut address = 0;
     let lines = lines.iter().map(|line| {
@@ -19,7 +19,7 @@ fn traced(lines: &[&str]) -> anyhow::Result<Dequantization> {
     Kernel::parse(&listing(lines))?.dequantization(Form::MultiplyAddFlip, "IGMMA")
 }
 
-/// Nibbles in R4 to R7, times R2 plus R3, flipped, in R8 to R11.
+/// Unpacks nibbles to R4 to R7. `MULTIPLY` multiplies by R2 and adds R3, and `FLIPS` writes R8 to R11.
 const UNPACK: [&str; 6] = [
     "LDS.64 R12, [R20]",
     "SHF.R.U32.HI R14, RZ, 0x4, R12",
@@ -38,7 +38,7 @@ const FLIPS: [&str; 4] = [
 ];
 const MMA: &str = "IGMMA.64x8x32.S8.S8 R24, R8, gdesc[UR4], R24, gsb0";
 
-/// The straight loop: unpack, multiply, flip, MMA.
+/// Returns a loop that unpacks, multiplies, flips and issues the MMA, in this order.
 fn straight() -> Vec<&'static str> {
     [&["MOV R1, R2", ".L_x_1:"][..], &UNPACK, &MULTIPLY, &FLIPS, &[MMA, "@P0 BRA `(.L_x_1)", "EXIT"]].concat()
 }
@@ -51,7 +51,7 @@ fn multiply_and_flip_are_two_instructions_a_word() {
 }
 
 #[test]
-fn weights_of_a_warps_own_mma_are_traced_too() {
+fn weights_of_warp_level_mma_are_traced() {
     let mut lines = straight();
     let place = lines.iter().position(|line| *line == MMA).unwrap();
     lines[place] = "IMMA.16832.S8.S8 R24, R8.ROW, R32.COL, R24";
@@ -61,7 +61,7 @@ fn weights_of_a_warps_own_mma_are_traced_too() {
 }
 
 #[test]
-fn operands_of_the_next_round_are_followed_around_the_back_edge() {
+fn operands_of_the_next_iteration_are_traced_around_the_back_edge() {
     let pipelined = [
         &["CS2R R8, SRZ", "CS2R R10, SRZ", ".L_x_1:"][..],
         &[MMA, "@!P0 BRA `(.L_x_2)"],
@@ -75,7 +75,7 @@ fn operands_of_the_next_round_are_followed_around_the_back_edge() {
 }
 
 #[test]
-fn a_wait_inside_the_loop_is_no_obstacle_and_not_the_loop() {
+fn a_wait_loop_inside_the_main_loop_does_not_end_the_trace() {
     let wait = [
         "BSSY B0, `(.L_x_4)",
         ".L_x_3:",
@@ -90,7 +90,7 @@ fn a_wait_inside_the_loop_is_no_obstacle_and_not_the_loop() {
 }
 
 #[test]
-fn moves_cost_what_they_are() {
+fn a_move_costs_one_instruction() {
     for (moved, then) in [
         ("IMAD.MOV.U32 R16, RZ, RZ, R4", [FLIPS[0], "LOP3.LUT R8, R16, 0x80808080, RZ, 0x3c, !PT"]),
         ("MOV R16, R4", [MULTIPLY[0], "IMAD R4, R2, R16, R3"]),
@@ -118,13 +118,13 @@ fn constants_may_live_in_registers() {
 }
 
 #[test]
-fn an_operand_made_otherwise_is_an_error_that_shows_it() {
+fn an_operand_in_another_form_is_an_error_that_shows_the_instruction() {
     for (good, bad) in [
         (FLIPS[2], "IADD3 R10, R6, 0x1, RZ"),
         (FLIPS[2], "LOP3.LUT R10, R6, 0x80808080, RZ, 0xfc, !PT"),
         (MULTIPLY[1], "IMAD.IADD R5, R5, 0x1, R3"),
         (UNPACK[3], "LOP3.LUT R5, R13, 0xff, RZ, 0xc0, !PT"),
-        // A later load overwrites a finished operand.
+        // A load overwrites a finished operand before the MMA.
         ("@P0 BRA `(.L_x_1)", "BRA `(.L_x_9)"),
     ] {
         let mut lines = straight();
@@ -158,7 +158,7 @@ fn multiplies_outside_loops_and_from_shared_memory_have_no_words() {
 
 #[test]
 fn code_placed_out_of_line_makes_no_loop() {
-    // The last block jumps back into the middle, without a way around.
+    // The last block jumps backwards, but the code there never reaches that block again.
     let lines = ["@P0 BRA `(.L_x_2)", ".L_x_1:", MMA, "EXIT", ".L_x_2:", "MOV R8, R9", "BRA `(.L_x_1)"];
     assert_eq!(traced(&lines).unwrap(), Dequantization::default());
 }
@@ -171,7 +171,7 @@ fn instructions_are_found_by_their_opcode() {
 }
 
 #[test]
-fn destinations_are_told_from_sources() {
+fn destinations_are_distinguished_from_sources() {
     let writes = |line: &str, number: u32| {
         let instruction = Instruction::parse(&format!("/*0010*/ {line} ;")).unwrap();
         instruction.writes(Register { uniform: false, number })
@@ -190,7 +190,7 @@ fn destinations_are_told_from_sources() {
     }
 }
 
-/// Products of R4 to R7 with R2, less R3 byte by byte, in R8 to R11.
+/// Multiplies R4 to R7 by R2, subtracts R3 byte by byte, and writes R8 to R11.
 const SUBTRACT: [&str; 21] = [
     "LOP3.LUT R16, R3, 0x7f7f7f7f, RZ, 0xc0, !PT",
     "IMAD R4, R2.reuse, R4, RZ",
@@ -225,7 +225,7 @@ fn byte_wise_subtraction_counts_what_depends_on_the_codes() {
 }
 
 #[test]
-fn weights_that_go_to_shared_memory_are_followed_from_there() {
+fn weights_stored_to_shared_memory_are_traced_from_the_store() {
     let store = "STSM.16.M88.4 [R30], R8";
     let multiply = "IGMMA.64x8x32.S8.S8 R24, gdesc[UR4], R24, gsb0";
     let epilogue = "STSM.16.MT88.4 [R31], R24";
@@ -241,7 +241,7 @@ fn weights_that_go_to_shared_memory_are_followed_from_there() {
 }
 
 #[test]
-fn a_loop_whose_lanes_may_part_is_found() {
+fn a_main_loop_compiled_for_divergent_lanes_is_found() {
     let found = |lines: &[&str]| Kernel::parse(&listing(lines)).unwrap().parted("IGMMA");
     assert_eq!(found(&straight()), None);
     for sign in ["SHFL.IDX PT, R20, R20, RZ, 0x1f", "BRA.DIV UR18, `(.L_x_1)"] {
@@ -249,7 +249,7 @@ fn a_loop_whose_lanes_may_part_is_found() {
         lines.insert(2, sign);
         assert!(found(&lines).unwrap().contains(sign), "{sign}");
     }
-    // Outside of the loop it is of no interest.
+    // A shuffle outside the loop does not matter.
     let mut lines = straight();
     lines.insert(0, "SHFL.IDX PT, R20, R20, RZ, 0x1f");
     assert_eq!(found(&lines), None);

@@ -1,4 +1,5 @@
-//! The ablation as a page: circumstances, how the arms differ, means, pictures, and every point.
+//! Writes the ablation as a Markdown page: circumstances, variants, means, pictures and points.
+//! Tables and links use the helpers of [`markdown`](crate::markdown).
 
 use std::fmt::Write;
 use std::path::Path;
@@ -6,11 +7,11 @@ use std::path::Path;
 use anyhow::Context;
 
 use super::{Ablation, Point};
-use crate::bench::markdown::{facts, show};
-use crate::bench::plots::{self, Picture};
-use crate::bench::record::write_atomically;
-use crate::bench::statistics::geometric_mean;
-use crate::gpu::ablation::Arm;
+use crate::ablation::Variant;
+use crate::markdown::{facts, show};
+use crate::plots::{self, Picture};
+use crate::record::write_atomically;
+use crate::statistics::geometric_mean;
 
 /// Writes the page to `path`, with links to the pictures.
 ///
@@ -22,26 +23,29 @@ pub fn write(run: &Ablation, pictures: &[Picture], path: &Path) -> anyhow::Resul
     write_atomically(path, text.as_bytes())
 }
 
-/// How to read the figures.
+/// The explanation of the variants and of the method.
 const METHOD: &str = "
-| arm | dequantization of four weights | overlap |
+| variant | dequantization of four weights | overlap |
 |---|---|---|
-| baseline | as QServe: multiply, then subtract byte by byte (`vsub4`, five instructions in all) | none: a consumer loads \
- its codes of 128 along K, dequantizes them in registers, multiplies, waits, and goes on to the next |
+| baseline | as in QServe: multiply, then subtract byte by byte (`vsub4`, five instructions in all) | none: for each \
+ K-tile of 128, a consumer loads its codes, dequantizes them in registers, issues the MMAs and waits for them |
 | +LiquidQuant | multiply-add and XOR, two instructions | none |
-| +ExCP | LiquidQuant | explicit: for each strip of 64 channels one warpgroup dequantizes into int8 buffers in shared memory, \
- another multiplies from there |
-| ImFP | LiquidQuant | implicit: the library's own kernel, which dequantizes in registers while the products before run |
-| QServe in ImFP | as QServe | implicit |
+| +ExCP | LiquidQuant | explicit: for each strip of 64 channels, one warpgroup dequantizes into int8 buffers in shared \
+ memory and another multiplies from there |
+| ImFP | LiquidQuant | implicit: the library's own kernel, which dequantizes in registers while earlier MMAs run |
+| QServe in ImFP | as in QServe | implicit |
 
-Every arm of a point has the same tile (128 channels × the tokens given), the same schedule, the same producers, partial sums
-and epilogue, and gives the same bits. The schedule is the one that the planner takes for the fastest with the library's kernel at that
-tile; the library itself chooses among more tiles than these. In all arms copies run ahead of the consumers, and the two consumers of a
-block, one a strip, overlap each other; without overlap means that a consumer's own dequantization and products take turns. QServe's arms
-get pairs that hold what is subtracted, so that finding it costs them nothing. ExCP has fewer stages, as its buffers take their room.
+All variants of a point use the same tile (128 channels × the given number of tokens), the same schedule, and the same producers,
+partial sums and epilogue. Their results are bit-identical. The schedule is the one that the planner expects to be the fastest for
+the library's kernel with this tile; outside the ablation, the library chooses among more tiles.
 
-Launches replay from a CUDA graph, weights rotate through more than 200 MB, data are random, times are medians. All arms of a point
-are measured one after the other, twice, each after an idle rest of 60 ms. × is the speed relative to the baseline.
+In all variants, copies run ahead of the consumers. A thread block has two consumers, one per strip, whose work overlaps. Where
+the table says none, the dequantization of a consumer does not overlap its own MMAs. The QServe variants read pairs that already
+hold the number to subtract, so computing it costs them nothing. ExCP has fewer pipeline stages, because its buffers take shared
+memory.
+
+Launches are replayed from a CUDA graph, weights rotate through more than 200 MB, data are random, and times are medians. All
+variants of a point are measured in two turns, each after an idle rest of 60 ms. × is the speed relative to the baseline.
 ";
 
 fn page(run: &Ablation, pictures: &[Picture], base: &Path) -> Result<String, std::fmt::Error> {
@@ -57,7 +61,7 @@ fn page(run: &Ablation, pictures: &[Picture], base: &Path) -> Result<String, std
     for matrix in run.matrices() {
         writeln!(text, "\n### {}\n", plots::title(matrix))?;
         text.push_str("| M | tile |");
-        Arm::ALL.iter().try_for_each(|arm| write!(text, " {arm} µs | × |"))?;
+        Variant::ALL.iter().try_for_each(|variant| write!(text, " {variant} µs | × |"))?;
         text.push_str("\n|---|---|---|---|---|---|---|---|---|---|---|---|\n");
         for point in run.points.iter().filter(|point| point.matrix() == matrix) {
             row(point, &mut text)?;
@@ -67,12 +71,12 @@ fn page(run: &Ablation, pictures: &[Picture], base: &Path) -> Result<String, std
 }
 
 fn circumstances(run: &Ablation, text: &mut String) -> std::fmt::Result {
-    writeln!(text, "# What each idea is worth, on {}\n", run.circumstances.device_name())?;
+    writeln!(text, "# Ablation: the value of each idea, on {}\n", run.circumstances.device_name())?;
     writeln!(text, "Written by `liquidgemm bench --ablation`; don't edit.\n")?;
-    let results = run.points.iter().map(|point| point.arms.len()).sum::<usize>();
+    let results = run.points.iter().map(|point| point.variants.len()).sum::<usize>();
     let exact = match run.mismatches() {
         0 => format!(
-            "all {results} results bit for bit those of the CPU backend, each on {} tokens at the most with every channel of them",
+            "all {results} results are bit-identical to the CPU backend's, compared on up to {} tokens with all channels",
             run.points.iter().map(|point| point.tokens_checked).max().unwrap_or(0)
         ),
         wrong => format!("**{wrong} of {results} results are wrong**"),
@@ -84,16 +88,16 @@ fn means(run: &Ablation, text: &mut String) -> std::fmt::Result {
     text.push_str(
         "\n## Means\n\nSpeed relative to the baseline, geometric means over the matrices.\n\n| M | tile |",
     );
-    Arm::ALL.iter().try_for_each(|arm| write!(text, " {arm} |"))?;
+    Variant::ALL.iter().try_for_each(|variant| write!(text, " {variant} |"))?;
     text.push_str("\n|---|---|---|---|---|---|---|\n");
     let mut tokens: Vec<(usize, u32)> = run.points.iter().map(|point| (point.m, point.tile)).collect();
     tokens.sort_unstable();
     tokens.dedup();
     for (m, tile) in tokens {
         write!(text, "| {m} | {tile} |")?;
-        for arm in Arm::ALL {
+        for variant in Variant::ALL {
             let points = run.points.iter().filter(|point| point.m == m);
-            let mean = geometric_mean(points.filter_map(|point| point.speedup(arm)));
+            let mean = geometric_mean(points.filter_map(|point| point.speedup(variant)));
             write!(text, " {:.2} |", mean.unwrap_or(f64::NAN))?;
         }
         text.push('\n');
@@ -103,8 +107,8 @@ fn means(run: &Ablation, text: &mut String) -> std::fmt::Result {
 
 fn row(point: &Point, text: &mut String) -> std::fmt::Result {
     write!(text, "| {} | {} |", point.m, point.tile)?;
-    for time in &point.arms {
-        let speedup = point.speedup(time.arm).unwrap_or(f64::NAN);
+    for time in &point.variants {
+        let speedup = point.speedup(time.variant).unwrap_or(f64::NAN);
         let wrong = if time.mismatch.is_some() { " **wrong**" } else { "" };
         write!(text, " {:.2}{wrong} | {speedup:.2} |", time.timing.us)?;
     }
@@ -115,16 +119,16 @@ fn row(point: &Point, text: &mut String) -> std::fmt::Result {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::bench::ablation::tests::point;
-    use crate::bench::circumstances::Circumstances;
-    use crate::bench::markdown::tests::assert_tables_are_whole;
+    use crate::ablation::tests::point;
+    use crate::circumstances::Circumstances;
+    use crate::markdown::tests::assert_tables_are_whole;
 
     #[test]
-    fn page_has_every_arm_of_every_point_and_whole_tables() {
+    fn page_has_every_variant_of_every_point_and_complete_tables() {
         let speeds = [1.0, 1.2, 1.5, 2.0, 1.1];
         let run = Ablation {
             circumstances: Circumstances {
-                device: "NVIDIA H100 80GB HBM3, 132 multiprocessors".into(),
+                device: "NVIDIA H100 80GB HBM3, 132 SMs".into(),
                 ..Circumstances::default()
             },
             points: vec![point(1, 22016, 4096, speeds), point(64, 22016, 4096, speeds)],

@@ -1,177 +1,205 @@
-//! Launches the ablation's kernels: GEMMs that do without one of the library's ideas each. The device twin is
-//! `kernels-gpu/src/ablation`.
+//! The variants of the GEMM that the ablation compares; all but one lack some of the library's ideas.
+//! The device twin is `kernels-gpu/src/ablation`; tile sizes are in `liquidgemm_format::ablation`.
 
 use std::fmt;
 use std::sync::OnceLock;
 
-use liquidgemm_format::ablation::{self, ExplicitShape};
+use anyhow::{Context, ensure};
+use liquidgemm::gpu::{CustomKernel, DeviceWeights, Gpu, Operands, StreamHandle, Workspace};
+use liquidgemm::{Error, OutputType, PackedWeights, Plan};
+use liquidgemm_format::ablation::{self, ExplicitShape, TOKENS};
 use liquidgemm_format::tile::TileShape;
 use serde::{Deserialize, Serialize};
 
-use crate::gpu::error::GpuError;
-use crate::gpu::gemm::Block;
-use crate::gpu::kernels::{Kernel, KernelSource, get_or_load, source};
-use crate::gpu::{DeviceWeights, Gpu, Operands, StreamHandle, Workspace};
-use crate::{Error, Method, OutputType, PackedWeights, Plan};
-
-/// A way to dequantize and to overlap, in the order of the paper's figure 13 with one more at the end.
+/// A combination of dequantization and overlap.
+/// The order is that of figure 13 of the paper, with one more variant at the end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Arm {
-    /// QServe's dequantization, a multiplication and a byte-wise subtraction, in turn with the products.
+pub enum Variant {
+    /// QServe's dequantization (a multiplication and a byte-wise subtraction), without overlap with the MMAs.
     Baseline,
-    /// LiquidQuant's dequantization, a multiply-add and an XOR, in turn with the products.
+    /// LiquidQuant's dequantization (a multiply-add and an XOR), without overlap with the MMAs.
     LiquidQuant,
-    /// LiquidQuant's, in warpgroups of its own that hand int8 weights over through shared memory (explicit coarse-grained
-    /// pipeline).
+    /// LiquidQuant's dequantization in warpgroups of its own (explicit coarse-grained pipeline).
+    /// They pass int8 weights on through shared memory.
     Explicit,
-    /// LiquidQuant's, in registers while products run (implicit fine-grained pipeline): the library's own kernel.
+    /// LiquidQuant's dequantization in registers while MMAs run (implicit fine-grained pipeline).
+    /// This is the library's own kernel.
     Implicit,
-    /// QServe's, in the implicit pipeline.
+    /// QServe's dequantization in the implicit pipeline.
     QServeImplicit,
 }
 
-impl Arm {
-    /// Every arm.
-    pub const ALL: [Arm; 5] =
-        [Arm::Baseline, Arm::LiquidQuant, Arm::Explicit, Arm::Implicit, Arm::QServeImplicit];
+impl Variant {
+    /// Every variant.
+    pub const ALL: [Self; 5] =
+        [Self::Baseline, Self::LiquidQuant, Self::Explicit, Self::Implicit, Self::QServeImplicit];
 
-    /// What tables and pictures call it.
+    /// The name in tables and plots.
     pub const fn name(self) -> &'static str {
         match self {
-            Arm::Baseline => "baseline",
-            Arm::LiquidQuant => "+LiquidQuant",
-            Arm::Explicit => "+ExCP",
-            Arm::Implicit => "ImFP",
-            Arm::QServeImplicit => "QServe in ImFP",
+            Self::Baseline => "baseline",
+            Self::LiquidQuant => "+LiquidQuant",
+            Self::Explicit => "+ExCP",
+            Self::Implicit => "ImFP",
+            Self::QServeImplicit => "QServe in ImFP",
         }
     }
 
-    /// Whether the arm subtracts, and so takes weights whose pairs hold what is subtracted.
+    /// Whether the variant subtracts, and therefore needs pairs that hold the number to subtract.
     const fn subtracts(self) -> bool {
-        matches!(self, Arm::Baseline | Arm::QServeImplicit)
+        matches!(self, Self::Baseline | Self::QServeImplicit)
+    }
+
+    /// The variant's row in [`SOURCES`]. `None` for the library's own kernel.
+    const fn row(self) -> Option<usize> {
+        match self {
+            Self::Baseline => Some(0),
+            Self::LiquidQuant => Some(1),
+            Self::Explicit => Some(2),
+            Self::Implicit => None,
+            Self::QServeImplicit => Some(3),
+        }
     }
 }
 
-impl fmt::Display for Arm {
+impl fmt::Display for Variant {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name())
     }
 }
 
-const SIZES: usize = ablation::TOKENS.len();
+/// The name of a kernel's entry point, and its PTX.
+type Source = (&'static str, &'static str);
 
-/// The kernels of the arms that the library has no kernel for, by arm and by tile in the order of [`ablation::TOKENS`].
-const SOURCES: [[KernelSource; SIZES]; 4] = [
-    [
-        source!("ablation_baseline_128x16"),
-        source!("ablation_baseline_128x64"),
-        source!("ablation_baseline_128x128"),
-    ],
-    [
-        source!("ablation_liquidquant_128x16"),
-        source!("ablation_liquidquant_128x64"),
-        source!("ablation_liquidquant_128x128"),
-    ],
-    [source!("ablation_excp_128x16"), source!("ablation_excp_128x64"), source!("ablation_excp_128x128")],
-    [
-        source!("ablation_qserve_imfp_128x16"),
-        source!("ablation_qserve_imfp_128x64"),
-        source!("ablation_qserve_imfp_128x128"),
-    ],
-];
+macro_rules! sources {
+    ($($name:literal),*) => {
+        [$([
+            source!($name, "_128x16"),
+            source!($name, "_128x64"),
+            source!($name, "_128x128"),
+        ]),*]
+    };
+}
 
-/// The kernels of one context, loaded when first asked for, in the order of [`SOURCES`].
-#[derive(Debug, Default)]
-pub(super) struct Kernels([[OnceLock<Kernel>; SIZES]; SOURCES.len()]);
+macro_rules! source {
+    ($name:literal, $tile:literal) => {
+        (
+            concat!("ablation_", $name, $tile),
+            include_str!(concat!("../../ptx/ablation_", $name, $tile, ".ptx")),
+        )
+    };
+}
 
-/// Weights in device memory as every arm wants them: the library's bricks, and the same with QServe's pairs, whose second
-/// byte is what is subtracted.
+/// The kernels that the library itself does not have, by variant and by tile in the order of [`TOKENS`].
+const SOURCES: [[Source; TOKENS.len()]; 4] = sources!["baseline", "liquidquant", "excp", "qserve_imfp"];
+
+/// Weights in device memory in two forms: the library's bricks and pairs, and the same with QServe's pairs.
+/// The second byte of a QServe pair is the number to subtract.
 #[derive(Debug)]
-pub struct ArmWeights {
+pub struct VariantWeights {
     adding: DeviceWeights,
     subtracting: DeviceWeights,
 }
 
-impl ArmWeights {
+impl VariantWeights {
+    /// Uploads packed weights in both forms.
+    ///
+    /// # Errors
+    /// If memory runs out or the driver fails.
+    pub fn upload(gpu: &Gpu, weights: &PackedWeights) -> Result<Self, Error> {
+        let mut pairs = weights.pairs().to_vec();
+        ablation::to_subtrahends(&mut pairs);
+        Ok(Self { adding: gpu.upload(weights)?, subtracting: gpu.upload_with_pairs(weights, &pairs)? })
+    }
+
     /// Output channels.
     pub fn n(&self) -> usize {
         self.adding.n()
     }
 
-    /// Elements a channel.
+    /// Elements per channel.
     pub fn k(&self) -> usize {
         self.adding.k()
     }
 
-    fn of(&self, arm: Arm) -> &DeviceWeights {
-        if arm.subtracts() { &self.subtracting } else { &self.adding }
+    fn of(&self, variant: Variant) -> &DeviceWeights {
+        if variant.subtracts() { &self.subtracting } else { &self.adding }
     }
 }
 
-impl Gpu {
-    /// Copies packed weights to the GPU in both of the forms that the arms take.
-    ///
-    /// # Errors
-    /// If memory runs out or the driver fails.
-    pub fn upload_for_ablation(&self, weights: &PackedWeights) -> Result<ArmWeights, Error> {
-        let mut pairs = weights.pairs().to_vec();
-        ablation::to_subtrahends(&mut pairs);
-        Ok(ArmWeights {
-            adding: DeviceWeights::upload(&self.context, weights)?,
-            subtracting: DeviceWeights::upload_as(&self.context, weights, &pairs)?,
-        })
+/// The variants' kernels on one GPU, each compiled on its first launch.
+#[derive(Debug)]
+pub struct Variants<'a> {
+    gpu: &'a Gpu,
+    /// The kernels, in the order of [`SOURCES`].
+    kernels: [[OnceLock<CustomKernel>; TOKENS.len()]; SOURCES.len()],
+}
+
+impl<'a> Variants<'a> {
+    /// Prepares the variants for a GPU without compiling anything.
+    pub fn new(gpu: &'a Gpu) -> Self {
+        Self { gpu, kernels: Default::default() }
     }
 
-    /// As [`Gpu::gemm_with_plan`], in the way of `arm`: bf16 output without bias, and tiles of 128 channels with one consumer a strip
-    /// and as many tokens as [`liquidgemm_format::ablation::TOKENS`] lists.
+    /// Launches one of the variants, like [`Gpu::gemm_with_plan`].
+    ///
+    /// The output must be bf16, without bias.
+    /// The tile must have 128 channels, one consumer per strip, and a number of tokens that [`TOKENS`] lists.
     ///
     /// # Errors
-    /// As [`Gpu::gemm_with_plan`]; another output, a bias, and a plan with another tile.
+    /// The errors of [`Gpu::gemm_with_plan`]; also another output type, a bias, or a plan with another tile.
     ///
     /// # Safety
-    /// As for [`Gpu::gemm_with_plan`].
-    pub unsafe fn ablation(
+    /// The requirements of [`Gpu::gemm_with_plan`].
+    pub unsafe fn launch(
         &self,
-        arm: Arm,
-        weights: &ArmWeights,
+        variant: Variant,
+        weights: &VariantWeights,
         operands: &Operands,
         plan: &Plan,
         workspace: &Workspace,
         stream: impl Into<StreamHandle>,
-    ) -> Result<(), Error> {
-        let weights = weights.of(arm);
-        if operands.output_type != OutputType::Bf16 || operands.bias.is_some() {
-            return Err(GpuError::NotInAblation { what: "an output other than bf16 without bias" }.into());
-        }
-        let _entered = self.check_gemm(weights, operands, plan, workspace)?;
-        let Method::Tiled(tiled) = plan.method() else {
-            return Err(GpuError::NotInAblation { what: "a plan that isn't one launch in tiles" }.into());
+    ) -> anyhow::Result<()> {
+        ensure!(
+            operands.output_type == OutputType::Bf16 && operands.bias.is_none(),
+            "the ablation has no kernel for an output type other than bf16, nor for a bias"
+        );
+        let tile =
+            plan.tiled().context("the ablation has no kernel for a plan other than a single tiled launch")?;
+        let size = TOKENS.iter().position(|&tokens| ablation::tile(tokens) == Some(tile.shape()));
+        let size = size.context("the ablation has no kernel for the plan's tile")?;
+        let weights = weights.of(variant);
+        let Some(row) = variant.row() else {
+            // SAFETY: the caller upholds the requirements of `Gpu::gemm_with_plan`.
+            return Ok(unsafe { self.gpu.gemm_with_plan(weights, operands, plan, workspace, stream) }?);
         };
-        let block = self.ablation_block(arm, tiled.shape())?;
-        let launch = self.prepare_tiled(block, weights, operands, 0..weights.n(), tiled, workspace)?;
-        // SAFETY: everything is checked; the caller vouches for the memory.
-        unsafe { self.launch_tiled(launch, stream.into()) }?;
+        let kernel = self.kernel(variant, [row, size], tile.shape())?;
+        // SAFETY: as above. The variants' kernels take the parameters of the library's kernel for this tile
+        // and compute the same tiles.
+        unsafe { self.gpu.gemm_with_kernel(kernel, weights, operands, plan, workspace, stream) }?;
         Ok(())
     }
 
-    fn ablation_block(&self, arm: Arm, tile: TileShape) -> Result<Block, GpuError> {
-        let size = ablation::TOKENS.iter().position(|&tokens| ablation::tile(tokens) == Some(tile));
-        let size = size.ok_or(GpuError::NotInAblation { what: "the plan's tile" })?;
-        let (index, threads, shared_bytes) = match arm {
-            Arm::Implicit => {
-                let function = self.kernels.gemm(tile)?.function();
-                return Ok(Block { function, threads: tile.threads(), shared_bytes: tile.shared_bytes() });
-            }
-            Arm::Baseline => (0, tile.threads(), tile.shared_bytes()),
-            Arm::LiquidQuant => (1, tile.threads(), tile.shared_bytes()),
-            Arm::Explicit => {
+    fn kernel(
+        &self,
+        variant: Variant,
+        [row, size]: [usize; 2],
+        tile: TileShape,
+    ) -> Result<&CustomKernel, Error> {
+        let cell = &self.kernels[row][size];
+        if let Some(kernel) = cell.get() {
+            return Ok(kernel);
+        }
+        let (threads, shared_bytes) = match variant {
+            Variant::Explicit => {
                 let shape = ExplicitShape::of(tile);
-                (2, shape.threads(), shape.shared_bytes())
+                (shape.threads(), shape.shared_bytes())
             }
-            Arm::QServeImplicit => (3, tile.threads(), tile.shared_bytes()),
+            _ => (tile.threads(), tile.shared_bytes()),
         };
-        let kernel = get_or_load(&self.kernels.ablation.0[index][size], &SOURCES[index][size], shared_bytes)?;
-        Ok(Block { function: kernel.function(), threads, shared_bytes })
+        let (entry, ptx) = SOURCES[row][size];
+        let kernel = self.gpu.load_kernel(ptx, entry, threads, shared_bytes)?;
+        Ok(cell.get_or_init(|| kernel))
     }
 }

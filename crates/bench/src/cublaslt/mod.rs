@@ -1,12 +1,13 @@
-//! NVIDIA's cuBLASLt as a baseline, where it is installed: `sys` is the raw interface, this the safe one.
+//! NVIDIA's cuBLASLt as a baseline, if it is installed. `sys` is the raw interface, this module the safe one.
 //!
-//! All three products are laid out as cuBLASLt likes them best on Hopper, "TN": weights `[n, k]` and activations
-//! `[m, k]`, both with k contiguous, output `[m, n]` with n contiguous. In its column-major terms that is
-//! `Dᵀ[n, m] = Aᵀ[n, k] · B[k, m]`. For int8 it is the only layout that Hopper has.
+//! All three products use the layout that is fastest for cuBLASLt on Hopper, "TN":
+//! weights `[n, k]` and activations `[m, k]`, both with k contiguous, and output `[m, n]` with n contiguous.
+//! In cuBLASLt's column-major notation this is `Dᵀ[n, m] = Aᵀ[n, k] · B[k, m]`.
+//! For int8 it is the only layout that Hopper supports.
 //!
-//! The library is looked for at `LIQUIDGEMM_CUBLASLT` (the file or its directory, such as
-//! `…/site-packages/nvidia/cu13/lib` beside torch), then where the system's loader looks, then in
-//! `/usr/local/cuda/lib64`.
+//! The library is searched for at `LIQUIDGEMM_CUBLASLT` only, if that is set.
+//! It is the file or its directory, such as `…/site-packages/nvidia/cu13/lib` beside torch.
+//! Otherwise the search goes through the system's loader first and `/usr/local/cuda/lib64` second.
 
 mod sys;
 
@@ -19,26 +20,26 @@ use cust::memory::DeviceBuffer;
 use libloading::Library;
 
 use super::record::Baseline;
-use crate::gpu::StreamHandle;
+use liquidgemm::gpu::StreamHandle;
 use sys::{Algorithm, ComputeType, DataType, Functions, Handle, HeuristicResult, MatmulAttribute, Status};
 
-/// Names the library, for installations that the loader doesn't know.
+/// Environment variable that holds the library's path, for installations that the loader does not find.
 pub const VARIABLE: &str = "LIQUIDGEMM_CUBLASLT";
-/// Newest first.
+/// File names of the library, the newest version first.
 const FILE_NAMES: [&str; 3] = ["libcublasLt.so.13", "libcublasLt.so.12", "libcublasLt.so"];
-/// Where CUDA's own installer puts it.
+/// Directory that CUDA's installer uses.
 const USUAL_DIRECTORY: &str = "/usr/local/cuda/lib64";
-/// What every algorithm may use.
+/// Workspace that every algorithm may use, in bytes.
 const WORKSPACE_BYTES: usize = 64 << 20;
 
-/// The library, ready to multiply in the context that was current when it was opened.
+/// The library, initialized in the context that was current when it was opened.
 pub struct CublasLt {
     functions: Functions,
     handle: Handle,
     workspace: DeviceBuffer<u8>,
     /// The fp8 scale of either operand, 1.0.
     scale: DeviceBuffer<f32>,
-    /// Where it was found, and its version.
+    /// Version and path.
     description: String,
 }
 
@@ -46,15 +47,15 @@ impl CublasLt {
     /// Finds and opens the library. A CUDA context must be current.
     ///
     /// # Errors
-    /// One line that says what is missing.
+    /// If the library can't be found, loaded or initialized; the error is one line.
     pub fn open() -> anyhow::Result<Self> {
         let (library, path) = find(std::env::var_os(VARIABLE))?;
-        // SAFETY: the file has cuBLASLt's name, or the user said that it is one.
+        // SAFETY: the file has cuBLASLt's name, or the user named it as cuBLASLt.
         let functions = unsafe { Functions::load(library) }?;
-        // SAFETY: it takes no arguments.
+        // SAFETY: the function takes no arguments.
         let version = unsafe { (functions.version)() };
         let description = format!("cuBLASLt {} ({path})", version_text(version));
-        // SAFETY: scratch memory, which cuBLASLt writes before it reads.
+        // SAFETY: this is scratch memory, which cuBLASLt writes before it reads.
         let workspace = unsafe { DeviceBuffer::uninitialized(WORKSPACE_BYTES) }?;
         let scale = DeviceBuffer::from_slice(&[1.0])?;
         let mut handle = ptr::null_mut();
@@ -63,15 +64,16 @@ impl CublasLt {
         Ok(Self { functions, handle, workspace, scale, description })
     }
 
-    /// Where the library was found, and its version.
+    /// Version and path of the library.
     pub fn description(&self) -> &str {
         &self.description
     }
 
-    /// Prepares a product, with the first `count` algorithms that the library's heuristics propose, best first.
+    /// Prepares a product `[m, n, k]` with each of the first `count` algorithms that the heuristics propose.
+    /// The best proposal is the first.
     ///
     /// # Errors
-    /// If the library has no algorithm for it.
+    /// If the library has no algorithm for the product.
     pub fn gemm(
         &self,
         baseline: Baseline,
@@ -120,7 +122,7 @@ impl CublasLt {
             let scale = self.scale.as_device_ptr().as_raw();
             self.set(&operation, MatmulAttribute::ScalePointerA, &scale)?;
             self.set(&operation, MatmulAttribute::ScalePointerB, &scale)?;
-            // The faster of its two accumulations, as inference engines ask for it.
+            // Of cuBLASLt's two accumulation modes this is the faster, which inference engines request too.
             self.set(&operation, MatmulAttribute::FastAccumulation, &1i8)?;
         }
         Ok(operation)
@@ -144,7 +146,7 @@ impl CublasLt {
         check(&self.functions, "describing a product", status)
     }
 
-    /// Of A, B and D, column-major.
+    /// Creates the column-major layouts of A `[k, n]`, B `[k, m]` and D `[n, m]`.
     fn layouts(
         &self,
         input: DataType,
@@ -189,7 +191,7 @@ impl CublasLt {
         let mut results = vec![HeuristicResult::default(); count.max(1)];
         let mut found = 0;
         let [a, b, d] = layouts;
-        // SAFETY: all handles are alive, and `results` has room for as many as are asked for.
+        // SAFETY: all handles are alive, and `results` has room for as many entries as are requested.
         let status = unsafe {
             (self.functions.heuristic)(
                 self.handle,
@@ -214,18 +216,18 @@ impl CublasLt {
 
 impl Drop for CublasLt {
     fn drop(&mut self) {
-        // SAFETY: the handle is alive, and nothing uses it any more. A failure here can't be helped.
+        // SAFETY: the handle is alive, and nothing uses it any more. A failure can't be reported from here.
         unsafe { (self.functions.destroy)(self.handle) };
     }
 }
 
-/// A product with its algorithm.
+/// A product with its algorithm, ready to launch.
 pub struct Gemm<'l> {
     library: &'l CublasLt,
     operation: Descriptor,
     layouts: [Descriptor; 3],
     algorithm: Algorithm,
-    /// Whether the scalars of the call are integers.
+    /// Whether alpha and beta are integers.
     integer: bool,
 }
 
@@ -233,12 +235,13 @@ impl Gemm<'_> {
     /// Launches the product and returns at once.
     ///
     /// # Errors
-    /// Whatever cuBLASLt says.
+    /// If cuBLASLt refuses the launch.
     ///
     /// # Safety
-    /// The addresses are device memory of the product's sizes, aligned to 16 bytes and alive until the launch has
-    /// finished; `stream` belongs to the library's context; no other launch runs at the same time, because all
-    /// share a workspace.
+    /// - The addresses are device memory of the product's sizes, aligned to 16 bytes.
+    ///   The memory stays allocated until the launch has finished.
+    /// - `stream` belongs to the library's context.
+    /// - No other launch of this library runs at the same time, because all launches share one workspace.
     pub unsafe fn launch(
         &self,
         weights: u64,
@@ -255,8 +258,8 @@ impl Gemm<'_> {
         let [a, b, d] = &self.layouts;
         let (functions, workspace) = (&self.library.functions, &self.library.workspace);
         let output = output as *mut c_void;
-        // SAFETY: all handles are alive, the scalars are of the type that the operation declares and read before
-        // the call returns; the caller vouches for the memory and the stream.
+        // SAFETY: all handles are alive. The scalars have the type that the operation declares,
+        // and the call reads them before it returns. The caller guarantees memory and stream.
         let status = unsafe {
             (functions.matmul)(
                 self.library.handle,
@@ -281,7 +284,7 @@ impl Gemm<'_> {
     }
 }
 
-/// A description that the library keeps, destroyed with this value.
+/// An object of the library, such as a layout, that is destroyed when this value is dropped.
 struct Descriptor {
     handle: Handle,
     destroy: unsafe extern "C" fn(Handle) -> Status,
@@ -302,32 +305,34 @@ impl Descriptor {
 
 impl Drop for Descriptor {
     fn drop(&mut self) {
-        // SAFETY: the handle came from the matching function, and nothing else destroys it; what is dropped here
-        // never outlives the library.
+        // SAFETY: the handle came from the matching create function, and nothing else destroys it.
+        // Descriptors never outlive the library.
         unsafe { (self.destroy)(self.handle) };
     }
 }
 
-/// Opens the first library that there is.
+/// Opens the first of the candidates that can be loaded.
 fn find(variable: Option<OsString>) -> anyhow::Result<(Library, String)> {
     let mut failure = String::new();
     let candidates = candidates(variable.as_deref().map(Path::new));
     for path in &candidates {
-        // SAFETY: it is NVIDIA's library, made to be opened like this, or one that the user named.
+        // SAFETY: the library is NVIDIA's, which is made to be loaded like this, or one that the user named.
         match unsafe { Library::new(path) } {
             Ok(library) => return Ok((library, path.display().to_string())),
-            // The first failure is about the place that the user named, if there is one.
-            Err(error) if failure.is_empty() => failure = error.to_string().replace('\n', " "),
+            // Keep the first failure: it concerns the place that the user named, if there is one.
+            Err(error) if failure.is_empty() => {
+                failure = format!("{:#}", anyhow::Error::from(error)).replace('\n', " ");
+            }
             Err(_) => {}
         }
     }
     if variable.is_some() {
-        bail!("cuBLASLt not found where {VARIABLE} points: {failure}");
+        bail!("cannot load cuBLASLt from the path in {VARIABLE}: {failure}");
     }
-    bail!("cuBLASLt not found; install CUDA's libcublas or point {VARIABLE} at libcublasLt.so")
+    bail!("cuBLASLt not found; install CUDA's libcublas or set {VARIABLE} to the path of libcublasLt.so")
 }
 
-/// Where to look, in order.
+/// The paths to try, in order.
 fn candidates(named: Option<&Path>) -> Vec<PathBuf> {
     let inside = |directory: &Path| FILE_NAMES.map(|name| directory.join(name));
     match named {
@@ -337,17 +342,17 @@ fn candidates(named: Option<&Path>) -> Vec<PathBuf> {
     }
 }
 
-/// 130200 → 13.2.0.
+/// Formats cuBLASLt's version number: 130200 becomes `13.2.0`.
 fn version_text(version: usize) -> String {
     format!("{}.{}.{}", version / 10_000, version / 100 % 100, version % 100)
 }
 
-/// A status other than 0 is an error.
+/// Turns a status other than 0 into an error that names `action`.
 fn check(functions: &Functions, action: &str, status: Status) -> anyhow::Result<()> {
     if status == 0 {
         return Ok(());
     }
-    // SAFETY: the library takes any number; it answers with a string of its own, or null.
+    // SAFETY: the function accepts any number and returns a static string or null.
     let name = unsafe {
         let name = (functions.status_name)(status);
         if name.is_null() { c"unknown status" } else { CStr::from_ptr(name) }
@@ -360,7 +365,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn named_place_is_the_only_one_that_is_looked_at() {
+    fn a_named_path_is_the_only_candidate() {
         let directory = tempfile::tempdir().unwrap();
         let paths = candidates(Some(directory.path()));
         assert_eq!(paths.len(), FILE_NAMES.len());
@@ -372,14 +377,14 @@ mod tests {
     }
 
     #[test]
-    fn without_a_name_the_loader_is_asked_first() {
+    fn without_a_named_path_the_system_loader_comes_first() {
         let paths = candidates(None);
         assert_eq!(paths[0], Path::new("libcublasLt.so.13"));
         assert_eq!(paths.last().unwrap(), Path::new("/usr/local/cuda/lib64/libcublasLt.so"));
     }
 
     #[test]
-    fn versions_read_as_they_are_spoken_of() {
+    fn version_numbers_become_dotted_text() {
         assert_eq!(version_text(130_200), "13.2.0");
         assert_eq!(version_text(120_805), "12.8.5");
     }

@@ -1,8 +1,8 @@
-//! The part of cuBLASLt's C interface that the bench calls, resolved from the library when the program runs.
-//! Types and numbers are those of `cublasLt.h`, the same in CUDA 11.8, 12 and 13.
+//! The part of cuBLASLt's C interface that the bench calls, resolved at run time.
+//! Types and numbers are those of `cublasLt.h`; they are the same in CUDA 11.8, 12 and 13.
 //!
-//! Bound here by hand because the library may lie anywhere: a generated binding looks only where the system's
-//! loader does, and panics where it finds nothing.
+//! The bindings are written by hand because the library may lie anywhere:
+//! generated bindings search only where the system's loader does, and panic if they find nothing.
 
 use std::ffi::{c_char, c_int, c_void};
 
@@ -68,21 +68,22 @@ pub(super) struct HeuristicResult {
 
 macro_rules! functions {
     ($($field:ident = $symbol:literal: fn($($argument:ty),* $(,)?) -> $result:ty;)*) => {
-        /// The library with its functions.
+        /// The functions of the library.
         pub(super) struct Functions {
             $(pub(super) $field: unsafe extern "C" fn($($argument),*) -> $result,)*
-            /// Keeps the functions loaded.
+            /// Keeps the library loaded as long as the functions can be called.
             _library: Library,
         }
 
         impl Functions {
-            /// Looks every function up.
+            /// Looks up every function.
             ///
             /// # Safety
-            /// `library` is cuBLASLt, 11.8 or newer.
+            /// `library` must be cuBLASLt 11.8 or newer.
             pub(super) unsafe fn load(library: Library) -> Result<Self, libloading::Error> {
                 Ok(Self {
-                    // SAFETY: by the caller, the symbols are functions with the signatures of `cublasLt.h`.
+                    // SAFETY: the caller guarantees cuBLASLt, so each symbol is a function
+                    // with the signature of `cublasLt.h`.
                     $($field: unsafe { *library.get($symbol)? },)*
                     _library: library,
                 })

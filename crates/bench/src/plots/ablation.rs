@@ -1,32 +1,33 @@
-//! The speed of every arm of the ablation relative to the baseline, against the number of tokens, for one matrix.
+//! Draws the speed of every variant of the ablation relative to the baseline, against M, for one matrix.
+//! The speeds come from [`ablation`](crate::ablation).
 
 use anyhow::anyhow;
 use plotters::prelude::*;
 
 use super::style::{self, Anchor, Entry, legend, text};
 use super::{line_across, title};
-use crate::bench::ablation::{Ablation, Point};
-use crate::bench::shapes::Matrix;
-use crate::gpu::ablation::Arm;
+use crate::ablation::Variant;
+use crate::ablation::{Ablation, Point};
+use crate::shapes::Matrix;
 
 const SIZE: (u32, u32) = (860, 460);
 
-fn colour(arm: Arm) -> RGBColor {
-    match arm {
-        Arm::Baseline => style::LIMIT,
-        Arm::LiquidQuant => style::INT8,
-        Arm::Explicit => style::FP8,
-        Arm::Implicit => style::OURS,
-        Arm::QServeImplicit => style::BF16,
+fn colour(variant: Variant) -> RGBColor {
+    match variant {
+        Variant::Baseline => style::LIMIT,
+        Variant::LiquidQuant => style::INT8,
+        Variant::Explicit => style::FP8,
+        Variant::Implicit => style::OURS,
+        Variant::QServeImplicit => style::BF16,
     }
 }
 
-/// The library's own is the strongest.
-fn width(arm: Arm) -> u32 {
-    if arm == Arm::Implicit { 4 } else { 2 }
+/// The library's own variant has the widest line.
+fn width(variant: Variant) -> u32 {
+    if variant == Variant::Implicit { 4 } else { 2 }
 }
 
-/// The picture as SVG; `None` where there is no line to draw.
+/// Returns the picture as SVG. `None` if there is no line to draw.
 pub(super) fn draw(run: &Ablation, matrix: Matrix) -> anyhow::Result<Option<String>> {
     let points = run.points.iter().filter(|point| point.matrix() == matrix);
     let Some((points, across)) = line_across(points, |point| point.m) else {
@@ -44,10 +45,13 @@ fn render(
     points: &[&Point],
     across: std::ops::Range<f64>,
 ) -> Result<(), Box<dyn std::error::Error>> {
-    let line = |arm: Arm| {
-        points.iter().filter_map(move |point| Some((point.m as f64, point.speedup(arm)?))).collect::<Vec<_>>()
+    let line = |variant: Variant| {
+        points
+            .iter()
+            .filter_map(move |point| Some((point.m as f64, point.speedup(variant)?)))
+            .collect::<Vec<_>>()
     };
-    let all = || Arm::ALL.into_iter().flat_map(line).map(|(_, speed)| speed);
+    let all = || Variant::ALL.into_iter().flat_map(line).map(|(_, speed)| speed);
     let low = (all().fold(1.0, f64::min) * 10.0 - 1.0).floor() / 10.0;
     let high = (all().fold(1.0, f64::max) * 10.0 + 1.0).ceil() / 10.0;
 
@@ -68,9 +72,9 @@ fn render(
         .label_style(text(13, false, style::FAINT_TEXT, Anchor::Middle))
         .axis_desc_style(text(14, false, style::TEXT, Anchor::Middle))
         .draw()?;
-    for arm in Arm::ALL {
-        let (line, colour, width) = (line(arm), colour(arm), width(arm));
-        if arm == Arm::Baseline {
+    for variant in Variant::ALL {
+        let (line, colour, width) = (line(variant), colour(variant), width(variant));
+        if variant == Variant::Baseline {
             chart.draw_series(DashedLineSeries::new(line, 5, 4, colour.stroke_width(width)))?;
             continue;
         }
@@ -78,11 +82,11 @@ fn render(
         chart.draw_series(line.iter().map(|&point| Circle::new(point, width + 1, colour.filled())))?;
     }
 
-    let entries = Arm::ALL.into_iter().map(|arm| Entry {
-        name: arm.name(),
-        colour: colour(arm),
-        width: width(arm),
-        dashed: arm == Arm::Baseline,
+    let entries = Variant::ALL.into_iter().map(|variant| Entry {
+        name: variant.name(),
+        colour: colour(variant),
+        width: width(variant),
+        dashed: variant == Variant::Baseline,
     });
     legend(&area, style::LEGEND_Y, entries)?;
     area.present()?;

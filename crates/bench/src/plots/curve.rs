@@ -1,31 +1,35 @@
-//! Time against the number of tokens in steps of 8 for one matrix, both linear: where a larger tile takes over, and where
-//! time would fall with M, shows only here.
+//! Draws time against the number of tokens in steps of 8 for one matrix, with linear axes.
+//! Only this picture shows where the next larger tile takes over and where time falls with M.
 
 use anyhow::anyhow;
 use plotters::prelude::*;
 
 use super::style::{self, Anchor, Entry, legend, text};
 use super::title;
-use crate::bench::record::{Point, Run};
-use crate::bench::shapes::Matrix;
+use crate::record::{Point, Run};
+use crate::shapes::Matrix;
 
 const SIZE: (u32, u32) = (860, 460);
-/// The largest M of the picture.
+/// Largest M of the picture.
 const LAST: usize = 512;
+/// Distance of the batch sizes that make a curve.
 const STEP: usize = 8;
-/// Tokens of a division of the axis, which plotters would put at round decimal numbers.
+/// Tokens per unit of the M axis.
+/// plotters places labels at round numbers of units, which are then multiples of 64 tokens.
 const TICK: f64 = 64.0;
-/// As many of the steps make a curve.
+/// Number of multiples of [`STEP`] that a run needs for a curve.
 const ENOUGH: usize = LAST / STEP / 2;
 
-/// A line of the picture.
+/// A line of the picture, with points in axis units and microseconds.
 struct Line {
     entry: Entry<'static>,
     points: Vec<(f64, f64)>,
 }
 
-/// The picture as SVG; `None` where no run has enough points. All lines are one run's, because times move from machine to
-/// machine: of the runs with enough points, the one with the most that have cuBLASLt fp8 beside them.
+/// Returns the picture as SVG. `None` if no run has enough points.
+///
+/// All lines come from one run, because times differ between machines.
+/// Among the runs with enough points, it is the one with the most points that have cuBLASLt fp8.
 pub(super) fn draw(runs: &[Run], matrix: Matrix) -> anyhow::Result<Option<String>> {
     let points = |run: &'_ Run| -> Vec<Point> {
         let on_curve = |point: &&Point| point.matrix() == matrix && point.m <= LAST;
@@ -41,7 +45,7 @@ pub(super) fn draw(runs: &[Run], matrix: Matrix) -> anyhow::Result<Option<String
         return Ok(None);
     };
     let line = |name, colour, width, time: &dyn Fn(&Point) -> Option<f64>| Line {
-        // The floor is the one in dashes.
+        // Only the floor is dashed; its width marks it.
         entry: Entry { name, colour, width, dashed: width == 1 },
         points: points.iter().filter_map(|point| Some((point.m as f64 / TICK, time(point)?))).collect(),
     };
@@ -86,7 +90,7 @@ fn render(svg: &mut String, title: &str, lines: &[Line]) -> Result<(), Box<dyn s
                 .draw_series(points.iter().map(|&point| Circle::new(point, radius, entry.colour.filled())))?;
         }
     }
-    // Ours first.
+    // Our kernel comes first in the legend.
     legend(&area, style::LEGEND_Y, lines.iter().rev().map(|line| line.entry))?;
     area.present()?;
     Ok(())

@@ -1,20 +1,20 @@
-//! Time against the number of tokens for one matrix, both logarithmic, as a roofline turned over: the floor is
-//! flat where bytes decide and rises where multiplications do, and nothing can be below it.
+//! Draws time against the number of tokens for one matrix, with logarithmic axes: an inverted roofline.
+//! The floor is flat where bytes are the limit and rises where multiply-adds are; no kernel can be below it.
 
 use anyhow::anyhow;
 use plotters::prelude::*;
 
 use super::style::{self, Anchor, Entry, legend, microseconds, text};
 use super::{line_across, title};
-use crate::bench::record::{Baseline, Point, Run};
-use crate::bench::shapes::Matrix;
+use crate::record::{Baseline, Point, Run};
+use crate::shapes::Matrix;
 
 const SIZE: (u32, u32) = (860, 520);
 
-/// Points of a line that each have a mark.
+/// Lines with more points than this have a mark only at powers of two.
 const MANY: usize = 24;
 
-/// A line of the picture.
+/// A line of the picture, with points in tokens and microseconds.
 struct Line {
     name: &'static str,
     colour: RGBColor,
@@ -22,14 +22,14 @@ struct Line {
     points: Vec<(f64, f64)>,
 }
 
-/// 1, 2 and 5 times the powers of ten in a range.
+/// The numbers 1, 2 and 5 times a power of ten within a range.
 fn ticks(range: &std::ops::Range<f64>) -> Vec<f64> {
     let decades = range.start.log10().floor() as i32..=range.end.log10().ceil() as i32;
     let all = decades.flat_map(|decade| [1.0, 2.0, 5.0].map(|step| step * 10f64.powi(decade)));
     all.filter(|tick| range.contains(tick)).collect()
 }
 
-/// The picture as SVG; `None` where there is no line to draw.
+/// Returns the picture as SVG. `None` if there is no line to draw.
 pub(super) fn draw(run: &Run, matrix: Matrix) -> anyhow::Result<Option<String>> {
     let points = run.points.iter().filter(|point| point.matrix() == matrix);
     let Some((points, across)) = line_across(points, |point| point.m) else {
@@ -77,7 +77,7 @@ fn render(
     let mut chart = style::begin(&area, title)?
         .build_cartesian_2d(across.log_scale().base(2.0), up.clone().log_scale())?;
 
-    // Beneath everything else, the ground that no kernel enters.
+    // Draw the unreachable area below the floor first, so that everything else covers it.
     let mut ground = vec![(first, low)];
     ground.extend(floor.points.first().map(|&(_, us)| (first, us)));
     ground.extend(&floor.points);
@@ -94,7 +94,7 @@ fn render(
         .axis_style(style::GRID)
         .x_desc("M (tokens)")
         .x_labels(16)
-        // Its logarithmic axis has only powers of ten; ours are drawn below.
+        // plotters labels only powers of ten on a logarithmic axis; our labels are drawn below.
         .disable_y_mesh()
         .y_label_formatter(&|_| String::new())
         .x_label_formatter(&|m| format!("{m}"))
@@ -120,15 +120,15 @@ fn render(
             line.colour.stroke_width(line.width),
         ))?;
         let radius = line.width + 1;
-        // Where points are many, only those at powers of two have a mark.
+        // Lines with many points have a mark only at powers of two.
         let few = line.points.len() <= MANY;
         let marked = line.points.iter().filter(|(m, _)| few || (*m as usize).is_power_of_two());
         chart.draw_series(marked.map(|&point| Circle::new(point, radius, line.colour.filled())))?;
     }
 
-    // Ours first.
+    // Our kernel comes first in the legend.
     let entries = lines.iter().rev().chain([floor]).filter(|line| !line.points.is_empty()).map(|line| {
-        // The floor is the one in dashes.
+        // Only the floor is dashed; its width marks it.
         Entry { name: line.name, colour: line.colour, width: line.width, dashed: line.width == 1 }
     });
     legend(&area, style::LEGEND_Y, entries)?;

@@ -1,4 +1,6 @@
-//! The results as pictures: SVG text, drawn without a font system, so the same run gives the same file everywhere.
+//! Draws the results as SVG files.
+//! No font system is involved, so the same run gives the same file everywhere.
+//! Each submodule draws one kind of picture; `style` holds colours and text styles.
 
 mod ablation;
 mod curve;
@@ -9,22 +11,23 @@ mod style;
 use std::path::{Path, PathBuf};
 
 use super::ablation::Ablation;
+use super::matrix::{Matrix, distinct};
 use super::record::{Run, write_atomically};
-use super::shapes::{Matrix, distinct, is_shard, origin};
+use super::shapes::{is_shard, origin};
 
-/// A picture that was written.
+/// A picture file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Picture {
-    /// Where.
+    /// Path of the file.
     pub path: PathBuf,
-    /// What it shows, for readers who can't see it.
+    /// Description of the picture, for readers who can't see it.
     pub title: String,
 }
 
-/// The pictures of some runs, by the section of the page that they belong to.
+/// The pictures of a page, by section.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Pictures {
-    /// The comparison with peers, and time against M for every matrix that is no shard.
+    /// The comparison with peer kernels, and time against M for every matrix that is not a shard.
     pub general: Vec<Picture>,
     /// Time against M in steps of 8.
     pub curves: Vec<Picture>,
@@ -32,11 +35,11 @@ pub struct Pictures {
     pub shards: Vec<Picture>,
 }
 
-/// Writes every picture of some runs into a directory: the comparison with peers, if they have their points; time against M
-/// for each matrix with more than one batch size; and the curves of each matrix that one run has in steps of 8.
+/// Writes the pictures of one or several runs into a directory.
 ///
-/// # Errors
-/// If a file can't be written.
+/// These are the comparison with peer kernels, if the runs have points in common with them,
+/// time against M for each matrix with more than one batch size,
+/// and a curve for each matrix that one run has in steps of 8.
 pub fn write(runs: &[Run], directory: &Path) -> anyhow::Result<Pictures> {
     let mut pictures = Pictures::default();
     let run = Run::merged(runs);
@@ -59,10 +62,8 @@ pub fn write(runs: &[Run], directory: &Path) -> anyhow::Result<Pictures> {
     Ok(pictures)
 }
 
-/// Writes an ablation's pictures into a directory: the arms' speeds for each matrix with more than one batch size.
-///
-/// # Errors
-/// If a file can't be written.
+/// Writes the pictures of an ablation into a directory.
+/// There is one for each matrix with more than one batch size, with the speeds of all variants.
 pub fn write_ablation(run: &Ablation, directory: &Path) -> anyhow::Result<Vec<Picture>> {
     let mut pictures = Vec::new();
     for matrix in run.matrices() {
@@ -80,8 +81,8 @@ fn save(directory: &Path, name: String, title: String, svg: &str) -> anyhow::Res
     Ok(Picture { path, title })
 }
 
-/// The points of one matrix by rising batch size, each once, and the range of a picture's axis of tokens; `None` where
-/// they make no line.
+/// The distinct points of one matrix by ascending batch size, and the range of the picture's token axis.
+/// `None` if there are fewer than two batch sizes, which make no line.
 fn line_across<'a, P>(
     points: impl Iterator<Item = &'a P>,
     m: impl Fn(&P) -> usize,
@@ -93,7 +94,7 @@ fn line_across<'a, P>(
     (first < last).then(|| (points, first as f64 / 1.15..last as f64 * 1.15))
 }
 
-/// A matrix and whose layers it is.
+/// A matrix with the layers that have it.
 pub(super) fn title(matrix: Matrix) -> String {
     let Matrix { n, k } = matrix;
     match origin(matrix) {
@@ -105,15 +106,15 @@ pub(super) fn title(matrix: Matrix) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::bench::record::Point;
-    use crate::bench::record::tests::point;
+    use crate::record::Point;
+    use crate::record::tests::point;
 
     fn synthetic() -> Run {
-        synthetic_of(&crate::bench::shapes::peer_cases())
+        synthetic_of(&crate::shapes::peer_cases())
     }
 
-    /// Times near those that a GPU has: the ideal floor and a few microseconds.
-    fn synthetic_of(cases: &[crate::bench::shapes::Case]) -> Run {
+    /// A run whose times are near a GPU's: the ideal floor plus a few microseconds.
+    fn synthetic_of(cases: &[crate::shapes::Case]) -> Run {
         let mut run = Run::default();
         run.circumstances.device = "NVIDIA H100 80GB HBM3".into();
         for case in cases {
@@ -127,7 +128,7 @@ mod tests {
                 ] {
                     timing.us = us;
                 }
-                let baseline = |timing: &mut Option<crate::bench::statistics::Timing>, us| {
+                let baseline = |timing: &mut Option<crate::statistics::Timing>, us| {
                     timing.as_mut().unwrap().us = us;
                 };
                 let wide = if m > 256 { 1.4 } else { 2.0 };
@@ -151,15 +152,15 @@ mod tests {
             assert!(svg.contains("LiquidGEMM"), "{}", picture.path.display());
             assert!(!svg.contains("NaN") && !svg.contains("inf"));
         }
-        // To look at them: LIQUIDGEMM_KEEP_PLOTS=directory.
+        // To view the pictures, set LIQUIDGEMM_KEEP_PLOTS to a directory.
         if let Some(keep) = std::env::var_os("LIQUIDGEMM_KEEP_PLOTS") {
             write(&[synthetic()], Path::new(&keep)).unwrap();
         }
     }
 
     #[test]
-    fn curves_are_drawn_from_the_run_with_the_most_columns_and_shards_apart() {
-        use crate::bench::shapes;
+    fn curves_come_from_the_run_with_the_most_columns_and_shards_are_separate() {
+        use crate::shapes;
         let directory = tempfile::tempdir().unwrap();
         let mut monotone = synthetic_of(&shapes::monotone_cases());
         monotone.breaks = Some(Vec::new());
@@ -169,7 +170,7 @@ mod tests {
         let curves = synthetic_of(&shapes::curve_cases());
         let runs = [monotone, curves, synthetic_of(&shapes::shard_cases())];
         let pictures = write(&runs, directory.path()).unwrap();
-        // The peers have points among the curves' too.
+        // Some points of the curves are points of the peer kernels too.
         assert_eq!((pictures.general.len(), pictures.shards.len(), pictures.curves.len()), (1 + 4, 8, 10));
         let with_fp8 = |picture: &&Picture| {
             let svg = std::fs::read_to_string(&picture.path).unwrap();
@@ -184,11 +185,11 @@ mod tests {
     }
 
     #[test]
-    fn every_matrix_of_an_ablation_gets_a_picture_with_every_arm() {
-        use crate::bench::ablation::tests::point;
-        use crate::gpu::ablation::Arm;
+    fn every_matrix_of_an_ablation_gets_a_picture_with_every_variant() {
+        use crate::ablation::Variant;
+        use crate::ablation::tests::point;
         let mut run = Ablation::default();
-        for case in crate::bench::shapes::ablation_cases() {
+        for case in crate::shapes::ablation_cases() {
             run.points.extend(case.tokens.iter().map(|&m| {
                 let gain = (m as f64).log2() / 20.0;
                 let speeds = [1.0, 1.1 + gain, 1.2 + gain, 1.5 + 2.0 * gain, 1.05];
@@ -200,7 +201,11 @@ mod tests {
         assert_eq!(pictures.len(), 4);
         for picture in &pictures {
             let svg = std::fs::read_to_string(&picture.path).unwrap();
-            assert!(Arm::ALL.iter().all(|arm| svg.contains(arm.name())), "{}", picture.path.display());
+            assert!(
+                Variant::ALL.iter().all(|variant| svg.contains(variant.name())),
+                "{}",
+                picture.path.display()
+            );
             assert!(!svg.contains("NaN") && !svg.contains("inf"));
         }
         if let Some(keep) = std::env::var_os("LIQUIDGEMM_KEEP_PLOTS") {
@@ -209,7 +214,7 @@ mod tests {
     }
 
     #[test]
-    fn missing_columns_leave_lines_out_and_break_nothing() {
+    fn missing_columns_only_leave_out_their_lines() {
         let bare = |m| Point { int8: None, fp8: None, bf16: None, ..point(m, 4096, 4096, 5.0 + m as f64) };
         let directory = tempfile::tempdir().unwrap();
         let run = Run { points: vec![bare(1), bare(64)], ..Run::default() };

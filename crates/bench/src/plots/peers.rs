@@ -1,18 +1,19 @@
-//! How fast kernels are relative to cuBLASLt fp8, at a few batch sizes: ours from the run, the peers from their
-//! page. Each bar is the geometric mean over the matrices that both have.
+//! Draws the speed of our kernel and of the peer kernels relative to cuBLASLt fp8, at a few batch sizes.
+//! Our speeds come from the run, the peers' from their pages ([`peers`](crate::peers)).
+//! Each bar is the geometric mean over the matrices that both have.
 
 use anyhow::anyhow;
 use plotters::coord::Shift;
 use plotters::prelude::*;
 
 use super::style::{self, Anchor, text};
-use crate::bench::peers::{Comparison, compare};
-use crate::bench::record::Run;
+use crate::peers::{Comparison, compare};
+use crate::record::Run;
 
 const SIZE: (u32, u32) = (1080, 800);
 /// Batch sizes, one panel each.
 const TOKENS: [usize; 6] = [16, 64, 128, 256, 1024, 4096];
-/// Room for the heading.
+/// Height of the heading, in pixels.
 const TOP: u32 = 70;
 
 /// A bar: a name and a speed relative to cuBLASLt fp8.
@@ -22,13 +23,13 @@ struct Bar {
     colour: RGBColor,
 }
 
-/// One batch size.
+/// The bars of one batch size.
 struct Panel {
     comparison: Comparison,
     bars: Vec<Bar>,
 }
 
-/// The picture as SVG; `None` if the run has no point with peers.
+/// Returns the picture as SVG. `None` if the run has no point in common with the peers.
 pub(super) fn draw(run: &Run) -> anyhow::Result<Option<String>> {
     let panels: Vec<Panel> = TOKENS.into_iter().filter_map(|m| Some(panel(compare(run, m)?))).collect();
     if panels.is_empty() {
@@ -60,8 +61,8 @@ fn render(svg: &mut String, panels: &[Panel]) -> Result<(), Box<dyn std::error::
         text(20, true, style::TEXT, Anchor::Left),
     ))?;
     area.draw(&Text::new(
-        "Geometric mean over the matrices; peers as measured on their own H100, each relative to cuBLASLt fp8 there; \
-         dashed: the ideal floor",
+        "Geometric mean over the matrices. Other kernels were measured in earlier runs, relative to cuBLASLt fp8 in the same \
+         run. Dashed: the ideal floor",
         (22, 50),
         text(14, false, style::FAINT_TEXT, Anchor::Left),
     ))?;
@@ -106,7 +107,7 @@ fn render_panel<'a>(
         let corners = [(left, middle - half), (x(bar.speed), middle + half)];
         area.draw(&Rectangle::new(corners, bar.colour.filled()))?;
         area.draw(&Text::new(bar.name, (left - 8, middle), text(13, ours, style::TEXT, Anchor::Right)))?;
-        // In a column of their own, where no bar or line runs through them.
+        // The values have a column of their own, where no bar or line crosses them.
         let value = format!("{:.2}", bar.speed);
         area.draw(&Text::new(value, (right + 36, middle), text(13, ours, style::TEXT, Anchor::Right)))?;
     }

@@ -1,5 +1,6 @@
-//! Colours and lettering of all pictures. The colours are Okabe and Ito's, which people with colour blindness
-//! tell apart; ours is the strongest.
+//! Colours, text styles and legends of all pictures, drawn with `plotters`.
+//! The colours are Okabe and Ito's, which people with colour blindness can distinguish.
+//! Our kernel has the strongest colour.
 
 use plotters::coord::Shift;
 use plotters::drawing::DrawingAreaErrorKind;
@@ -11,15 +12,15 @@ pub(super) const FP8: RGBColor = RGBColor(0, 114, 178);
 pub(super) const INT8: RGBColor = RGBColor(0, 158, 115);
 pub(super) const BF16: RGBColor = RGBColor(204, 121, 167);
 pub(super) const LIMIT: RGBColor = RGBColor(90, 90, 90);
-/// Bars that are there for comparison.
+/// Colour of the bars of other kernels.
 pub(super) const PLAIN: RGBColor = RGBColor(158, 178, 194);
 pub(super) const TEXT: RGBColor = RGBColor(31, 35, 40);
 pub(super) const FAINT_TEXT: RGBColor = RGBColor(87, 96, 106);
 pub(super) const GRID: RGBColor = RGBColor(228, 231, 235);
-/// What no kernel can reach.
+/// Colour of the area below the floor, which no kernel can reach.
 pub(super) const OUT_OF_REACH: RGBColor = RGBColor(241, 243, 245);
 
-/// Where text stands relative to its point.
+/// Which point of a text lies at its position.
 #[derive(Clone, Copy)]
 pub(super) enum Anchor {
     Left,
@@ -27,7 +28,7 @@ pub(super) enum Anchor {
     Middle,
 }
 
-/// Lettering, vertically centred on its point.
+/// A text style, vertically centred on the position.
 pub(super) fn text(size: u32, bold: bool, colour: RGBColor, anchor: Anchor) -> TextStyle<'static> {
     let style = if bold { FontStyle::Bold } else { FontStyle::Normal };
     let horizontal = match anchor {
@@ -42,15 +43,15 @@ pub(super) fn text(size: u32, bold: bool, colour: RGBColor, anchor: Anchor) -> T
     }
 }
 
-/// Microseconds without needless digits.
+/// Formats microseconds without needless digits.
 pub(super) fn microseconds(us: f64) -> String {
     if us >= 1000.0 { format!("{} ms", us / 1000.0) } else { format!("{us} µs") }
 }
 
-/// Where the legend of a picture with one chart is.
+/// Height of the legend in a picture with one chart, in pixels from the top.
 pub(super) const LEGEND_Y: i32 = 54;
 
-/// Begins a picture with one chart: white, with its title, and room for the legend and for what stands at the axes.
+/// Begins a picture with one chart: white background, title, and room for the legend and the axis labels.
 pub(super) fn begin<'a, B: DrawingBackend>(
     area: &'a DrawingArea<B, Shift>,
     title: &str,
@@ -73,12 +74,12 @@ pub(super) fn begin<'a, B: DrawingBackend>(
 pub(super) struct Entry<'a> {
     pub(super) name: &'a str,
     pub(super) colour: RGBColor,
-    /// Of the line, in pixels; a line of more than two is the library's own, and its name is bold.
+    /// Width of the line in pixels. Only our kernel's line is wider than 2; its name is bold.
     pub(super) width: u32,
     pub(super) dashed: bool,
 }
 
-/// Names the lines of a picture, in one line at the height `y`.
+/// Draws the legend as one row of entries at height `y`.
 pub(super) fn legend<'a, B: DrawingBackend>(
     area: &DrawingArea<B, Shift>,
     y: i32,

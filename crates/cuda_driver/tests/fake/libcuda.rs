@@ -1,11 +1,12 @@
-//! A driver for tests: a library that exports a few driver functions, which write the arguments they got
-//! to where the test can read them. `tests/fake_driver.rs` compiles it at run time.
+//! A fake CUDA driver for tests. `tests/fake_driver.rs` compiles it at run time.
+//!
+//! It exports a few driver functions. They write their arguments to memory that the test can read.
 
 use std::ffi::{c_char, c_int, c_uint, c_void};
 
 #[unsafe(no_mangle)]
 extern "C" fn cuInit(flags: c_uint) -> c_int {
-    // Not 0, so that a test can tell an answer of ours from a driver's success.
+    // Return 1 for other flags, so that the test can see that its argument arrived.
     if flags == 0 { 0 } else { 1 }
 }
 
@@ -21,7 +22,7 @@ extern "C" fn cuDeviceGetCount(count: *mut c_int) -> c_int {
     0
 }
 
-/// Knows all statuses but negative ones.
+/// Describes all statuses except negative ones.
 #[unsafe(no_mangle)]
 extern "C" fn cuGetErrorString(status: c_int, text: *mut *const c_char) -> c_int {
     let known = match status {
@@ -33,7 +34,7 @@ extern "C" fn cuGetErrorString(status: c_int, text: *mut *const c_char) -> c_int
     if known.is_some() { 0 } else { 1 }
 }
 
-/// Eleven integers and pointers: more than the registers hold on any calling convention.
+/// Takes eleven integers and pointers, which is more than any calling convention passes in registers.
 #[unsafe(no_mangle)]
 extern "C" fn cuLaunchKernel(
     function: *mut c_void,
@@ -64,14 +65,14 @@ extern "C" fn cuLaunchKernel(
     700
 }
 
-/// Floats, which travel in registers of their own.
+/// Takes floats, which calling conventions pass in separate registers.
 #[unsafe(no_mangle)]
 extern "C" fn cuTexRefSetMipmapLevelClamp(texture: *mut c_void, low: f32, high: f32) -> c_int {
     unsafe { texture.cast::<[f32; 2]>().write([low, high]) };
     0
 }
 
-/// A 64-byte structure by value, which travels on the stack.
+/// A 64-byte structure, which calling conventions pass by value on the stack.
 #[repr(C)]
 pub struct IpcHandle {
     bytes: [c_char; 64],
@@ -84,7 +85,7 @@ extern "C" fn cuIpcOpenMemHandle_v2(pointer: *mut u64, handle: IpcHandle, flags:
     flags as c_int
 }
 
-/// An entry point that cust does not know.
+/// A function that cust does not declare.
 #[unsafe(no_mangle)]
 extern "C" fn cuTensorMapEncodeTiled(rank: c_uint) -> c_int {
     rank as c_int + 1

@@ -1,0 +1,60 @@
+//! Argument checks that the public functions share. They run before anything is written.
+
+use liquidgemm_format::brick::MAX_K;
+
+use crate::{ActivationsView, Error, Output, OutputType};
+
+/// Fails if `value` is 0.
+pub(crate) fn check_dimension(dimension: &'static str, value: usize) -> Result<(), Error> {
+    if value == 0 { Err(Error::EmptyDimension { dimension }) } else { Ok(()) }
+}
+
+/// Fails if K is 0 or too large for exact int32 accumulation.
+pub(crate) fn check_k(k: usize) -> Result<(), Error> {
+    check_dimension("k", k)?;
+    if k > MAX_K { Err(Error::KTooLarge { k }) } else { Ok(()) }
+}
+
+/// Returns `rows · columns`, or an error if `usize` cannot hold it.
+pub(crate) fn checked_elements(what: &'static str, rows: usize, columns: usize) -> Result<usize, Error> {
+    rows.checked_mul(columns).ok_or(Error::TooLarge { what, rows, columns })
+}
+
+/// Fails unless a slice has the length that its shape requires.
+pub(crate) fn check_length(
+    what: &'static str,
+    shape: &'static str,
+    expected: usize,
+    actual: usize,
+) -> Result<(), Error> {
+    if expected == actual { Ok(()) } else { Err(Error::ShapeMismatch { what, expected, actual, shape }) }
+}
+
+/// Fails unless all values are finite. `what` names one of them: a scale or a bias.
+pub(crate) fn check_finite(what: &'static str, values: &[f32]) -> Result<(), Error> {
+    match values.iter().position(|value| !value.is_finite()) {
+        Some(index) => Err(Error::NonFiniteParameter { what, index, value: values[index] }),
+        None => Ok(()),
+    }
+}
+
+/// Checks all operands of a product with weights `[n, k]` that writes `out_length` elements of `T`.
+pub(crate) fn check_call<T: Output>(
+    [n, k]: [usize; 2],
+    x: &ActivationsView<'_>,
+    bias: Option<&[f32]>,
+    out_length: usize,
+) -> Result<(), Error> {
+    if k != x.k() {
+        return Err(Error::KMismatch { weights: k, activations: x.k() });
+    }
+    check_length("output", "[m, n]", checked_elements("output matrix", x.m(), n)?, out_length)?;
+    if let Some(bias) = bias {
+        if T::TYPE == OutputType::I32 {
+            return Err(Error::BiasWithRawOutput);
+        }
+        check_length("bias", "[n]", n, bias.len())?;
+        check_finite("bias", bias)?;
+    }
+    Ok(())
+}

@@ -2,12 +2,19 @@
 //!
 //! `steps.rs` runs and times the steps; `ptx.rs` and `deny.rs` hold the longer ones.
 
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::thread;
 
-use anyhow::bail;
+use anyhow::{Context, bail, ensure};
 
 use crate::steps::{Steps, cargo, check};
 use crate::{deny, ptx};
+
+/// The packages that are checked without their default features, and with which features instead.
+const REDUCED: [(&str, &str); 4] =
+    [("liquidgemm", ""), ("liquidgemm", "files"), ("liquidgemm", "gpu"), ("liquidgemm-cli", "")];
 
 /// Runs all steps and lists them with their times.
 ///
@@ -22,12 +29,10 @@ pub fn run() -> anyhow::Result<()> {
     });
     steps.run("clippy", || {
         check(&mut cargo(["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]))?;
-        // Check the library without the GPU backend and the command-line tool without the bench, too.
-        for package in ["liquidgemm", "liquidgemm-cli"] {
+        REDUCED.iter().try_for_each(|(package, features)| {
             let without = ["clippy", "--package", package, "--all-targets", "--no-default-features"];
-            check(cargo(without).args(["--", "-D", "warnings"]))?;
-        }
-        Ok(())
+            check(cargo(without).args(["--features", features, "--", "-D", "warnings"]))
+        })
     });
     steps.run("documentation", || {
         // Leave out `cuda_std`, because most of it exists on the device only.
@@ -47,15 +52,32 @@ pub fn run() -> anyhow::Result<()> {
         tests.env("BOLERO_RANDOM_SEED", "1").env("BOLERO_RANDOM_ITERATIONS", "2000");
         check(tests.env("BOLERO_RANDOM_TEST_TIME_MS", "600000"))
     });
+    // The step before has built these, with the features of the whole workspace.
     steps.run("examples", || {
-        for example in ["01_quantize", "02_backend", "03_stream"] {
-            check(&mut cargo(["run", "--quiet", "--package", "liquidgemm", "--example", example]))?;
-        }
-        Ok(())
+        let examples = examples(Path::new("host/examples"))?;
+        ensure!(!examples.is_empty(), "host/examples has no example");
+        examples.iter().try_for_each(|example| check(&mut Command::new(built(&["examples", example]))))
     });
     // List the CPU kernels that were not tested because this machine lacks their instructions.
-    steps.run("machine", || {
-        check(&mut cargo(["run", "--quiet", "--package", "liquidgemm-cli", "--", "info"]))
-    });
+    steps.run("machine", || check(Command::new(built(&["liquidgemm"])).arg("info")));
     steps.finish()
+}
+
+/// Returns the names of a directory's examples, sorted.
+fn examples(directory: &Path) -> anyhow::Result<Vec<String>> {
+    let mut names = Vec::new();
+    for entry in fs::read_dir(directory).with_context(|| format!("cannot list {}", directory.display()))? {
+        names.extend(entry?.path().file_stem().map(|stem| stem.to_string_lossy().into_owned()));
+    }
+    names.sort();
+    Ok(names)
+}
+
+/// Returns the path of a program that `cargo test` has built in the debug profile.
+fn built(parts: &[&str]) -> PathBuf {
+    let mut path = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| "target".into(), PathBuf::from);
+    path.push("debug");
+    path.extend(parts);
+    path.set_extension(std::env::consts::EXE_EXTENSION);
+    path
 }

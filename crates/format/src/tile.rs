@@ -38,6 +38,8 @@ pub const MAX_CLUSTER: u32 = 2;
 /// The most bytes of a stage with two K-tiles.
 /// With larger stages the ring would have too few of them.
 const MAX_TWO_K_TILES_BYTES: u32 = 36 * 1024;
+/// The most thread blocks that share a tile's K (cluster split-K).
+pub const MAX_CLUSTER_SPLIT: u32 = 4;
 /// The most rounds in which a consumer receives another thread block's sums (cluster split-K).
 pub const MAX_SPLIT_ROUNDS: u32 = 2;
 /// Bytes of one consumer's barriers for the exchange of cluster split-K.
@@ -620,7 +622,7 @@ mod tests {
             assert_eq!(shape.split_barriers_offset() % 8, 0);
             assert!(shape.split_rounds() <= MAX_SPLIT_ROUNDS, "{shape:?}");
             assert!(shape.tokens / shape.finished_tokens() <= 16, "the producer loads up to 16 boxes");
-            assert!(shape.cluster_split <= 8, "clusters of more blocks are not portable");
+            assert!(shape.cluster_split <= MAX_CLUSTER_SPLIT, "clusters of more blocks are not portable");
             assert!(shape.cluster_split.is_power_of_two(), "{shape:?}");
             assert_eq!(shape.barriers_offset() % 8, 0);
         }

@@ -182,7 +182,7 @@ impl<'a> Epilogue<'a> {
         end_group();
     }
 
-    /// Writes the tile's results.
+    /// Writes the results of a tile of shape `S`, that of the epilogue's thread block.
     ///
     /// With cluster split-K, `only` is the round of the exchange whose tokens to write; rounds come in order.
     /// Scales and biases are in shared memory.
@@ -190,10 +190,10 @@ impl<'a> Epilogue<'a> {
     /// # Safety
     /// All threads of the consumer call it, and the arguments' output is valid.
     #[inline(always)]
-    pub unsafe fn store<A: Accumulator>(&self, accumulator: &mut A, only: Option<u32>) {
+    pub unsafe fn store<S: Shape, A: Accumulator>(&self, accumulator: &mut A, only: Option<u32>) {
         if let None | Some(0) = only {
             // TMA may still read a buffer of the last tile, if this tile's main loop was short.
-            if self.shape.maps_output() {
+            if const { S::SHAPE.maps_output() } {
                 tma::await_stores::<0>();
             }
             sync_consumer(self.consumer.index);
@@ -208,9 +208,9 @@ impl<'a> Epilogue<'a> {
         };
         let output_type = self.arguments.output_type;
         let is_bf16 = output_type == output_type::BF16;
-        if self.shape.maps_output() && self.arguments.output_is_mapped != 0 {
+        if const { S::SHAPE.maps_output() } && self.arguments.output_is_mapped != 0 {
             // The most frequent cases of large tiles have code of their own.
-            if self.arguments.bias == 0 && self.shape.cluster_split == 1 {
+            if const { S::SHAPE.cluster_split == 1 } && self.arguments.bias == 0 {
                 let scaling = Scaling::<false> { epilogue: self, upper, lower, only };
                 if is_bf16 {
                     accumulator.visit(&mut Transposed::new(scaling, Bf16, Mapped));

@@ -80,7 +80,7 @@ pub(crate) unsafe fn consume<A: Accumulator, L: MainLoop>(
                     seq_macro::seq!(ROUND in 0..2 {
                         if const { ROUND < L::Shape::SHAPE.split_rounds() } {
                             exchange.take(&mut accumulator, ROUND, parity);
-                            epilogue.store(&mut accumulator, Some(ROUND));
+                            epilogue.store::<L::Shape, A>(&mut accumulator, Some(ROUND));
                         }
                     });
                     if segment.is_some() {
@@ -91,7 +91,7 @@ pub(crate) unsafe fn consume<A: Accumulator, L: MainLoop>(
             } else if schedule.owns(current) {
                 let first = schedule.first_peer(cluster_index, current);
                 slots.collect(&mut accumulator, arguments, first..cluster_index);
-                epilogue.store(&mut accumulator, None);
+                epilogue.store::<L::Shape, A>(&mut accumulator, None);
             } else {
                 slots.store_partials(&mut accumulator, arguments, cluster_index);
             }

@@ -13,7 +13,7 @@
 //! `liquidgemm_format::tile` says which thread block finishes which tokens, and lays out the buffers.
 
 use cuda_std::warp::{self, WARP_SIZE};
-use liquidgemm_format::tile::{TileShape, WARPGROUP};
+use liquidgemm_format::tile::{MAX_CLUSTER_SPLIT, TileShape, WARPGROUP};
 
 use crate::block::{Block, Cluster, Consumer, SplitBarriers};
 use crate::ptx::mbarrier;
@@ -172,7 +172,8 @@ impl FragmentVisitor for Take {
             return;
         }
         let kept = keeps(shape, consumer, j);
-        seq_macro::seq!(SLOT in 0..7 {
+        const { assert!(MAX_CLUSTER_SPLIT == 4) };
+        seq_macro::seq!(SLOT in 0..3 {
             if SLOT + 1 < shape.cluster_split {
                 // SAFETY: the other thread block's sums have arrived.
                 add_sums(sums, unsafe { load_shared_x4_if(kept, self.exchange.place(SLOT, j)) });

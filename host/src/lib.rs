@@ -60,6 +60,7 @@ mod packed;
 mod plan;
 mod problem;
 mod quantize;
+mod shard;
 
 pub use activations::{ActivationsView, QuantizedActivations, smooth_weights};
 pub use backend::Backend;

@@ -83,6 +83,41 @@ pub enum Error {
         k: usize,
     },
 
+    /// A range of weights that cannot be cut out.
+    #[error(
+        "cannot cut {what} {start}..{end} out of {length}: a shard must not be empty, \
+         must begin at a multiple of {multiple}, and end at one or at {length}"
+    )]
+    BadCut {
+        /// What is cut: `"channels"` or `"inputs"`.
+        what: &'static str,
+        /// First index of the range.
+        start: usize,
+        /// Index after the range.
+        end: usize,
+        /// Number of channels or inputs.
+        length: usize,
+        /// The multiple at which cuts may lie.
+        multiple: usize,
+    },
+
+    /// An empty list of shards.
+    #[error("there are no shards to join; give one at least")]
+    NoShards,
+
+    /// Shards that do not belong together.
+    #[error("shard {shard} does not fit the first one: its {what} is {found}, not {expected}")]
+    ShardsDiffer {
+        /// Number of the shard, from 0.
+        shard: usize,
+        /// What differs.
+        what: &'static str,
+        /// The first shard's value.
+        expected: String,
+        /// This shard's value.
+        found: String,
+    },
+
     /// A weight is NaN or infinite.
     #[error("the weight of channel {channel} at k = {k} is {value}; weights must be finite")]
     NonFiniteWeight {

@@ -20,14 +20,10 @@ impl PackedWeights {
     /// [`Error::BadCut`] if the range is empty or ends beyond `n`.
     pub fn channel_shard(&self, channels: Range<usize>) -> Result<Self, Error> {
         check_cut("channels", &channels, self.n(), 1)?;
-        let mut packer = Packer::new(channels.len(), self.k(), self.group())?;
-        packer.for_each_strip(|own, mut strip| {
-            for (row, channel) in own.enumerate() {
-                let (codes, pairs) = self.channel(channels.start + channel, 0..self.k());
-                strip.write_channel(row, &codes, &pairs);
-            }
-        });
-        Ok(packer.finish(self.channel_scales()[channels].to_vec()))
+        let scales = self.channel_scales()[channels.clone()].to_vec();
+        packed([channels.len(), self.k()], self.group(), scales, |channel, codes, pairs| {
+            self.append_channel(channels.start + channel, 0..self.k(), codes, pairs);
+        })
     }
 
     /// Returns the weights of some input channels, `[n, inputs.len()]`: a shard for row parallelism.
@@ -42,14 +38,10 @@ impl PackedWeights {
     /// [`Error::BadCut`] if the range is empty, ends beyond `k`, or cuts through a group.
     pub fn input_shard(&self, inputs: Range<usize>) -> Result<Self, Error> {
         check_cut("inputs", &inputs, self.k(), self.group_elements())?;
-        let mut packer = Packer::new(self.n(), inputs.len(), self.group())?;
-        packer.for_each_strip(|own, mut strip| {
-            for (row, channel) in own.enumerate() {
-                let (codes, pairs) = self.channel(channel, inputs.clone());
-                strip.write_channel(row, &codes, &pairs);
-            }
-        });
-        Ok(packer.finish(self.channel_scales().to_vec()))
+        let scales = self.channel_scales().to_vec();
+        packed([self.n(), inputs.len()], self.group(), scales, |channel, codes, pairs| {
+            self.append_channel(channel, inputs.clone(), codes, pairs);
+        })
     }
 
     /// Joins shards by channels: the inverse of [`channel_shard`](Self::channel_shard) over consecutive ranges.
@@ -77,17 +69,12 @@ impl PackedWeights {
                 Some(*end)
             })
             .collect();
-        let mut packer = Packer::new(n, k, group)?;
-        packer.for_each_strip(|own, mut strip| {
-            for (row, channel) in own.enumerate() {
-                let index = ends.partition_point(|&end| end <= channel);
-                let shard = &shards[index];
-                let (codes, pairs) = shard.channel(channel - (ends[index] - shard.n()), 0..k);
-                strip.write_channel(row, &codes, &pairs);
-            }
-        });
-        let scales = shards.iter().flat_map(|shard| shard.channel_scales()).copied();
-        Ok(packer.finish(scales.collect()))
+        let scales = shards.iter().flat_map(|shard| shard.channel_scales()).copied().collect();
+        packed([n, k], group, scales, |channel, codes, pairs| {
+            let index = ends.partition_point(|&end| end <= channel);
+            let shard = &shards[index];
+            shard.append_channel(channel - (ends[index] - shard.n()), 0..k, codes, pairs);
+        })
     }
 
     /// Joins shards along K: the inverse of [`input_shard`](Self::input_shard) over consecutive ranges.
@@ -118,19 +105,11 @@ impl PackedWeights {
                 }
             }
         }
-        let mut packer = Packer::new(n, k, group)?;
-        packer.for_each_strip(|own, mut strip| {
-            for (row, channel) in own.enumerate() {
-                let (mut codes, mut pairs) = (Vec::with_capacity(k), Vec::new());
-                for shard in shards {
-                    let (shard_codes, shard_pairs) = shard.channel(channel, 0..shard.k());
-                    codes.extend(shard_codes);
-                    pairs.extend(shard_pairs);
-                }
-                strip.write_channel(row, &codes, &pairs);
+        packed([n, k], group, first.channel_scales().to_vec(), |channel, codes, pairs| {
+            for shard in shards {
+                shard.append_channel(channel, 0..shard.k(), codes, pairs);
             }
-        });
-        Ok(packer.finish(first.channel_scales().to_vec()))
+        })
     }
 
     /// The elements along K between which a cut may lie.
@@ -141,15 +120,38 @@ impl PackedWeights {
         }
     }
 
-    /// The codes of a channel's inputs, and the pair of each of their groups.
-    fn channel(&self, channel: usize, inputs: Range<usize>) -> (Vec<u8>, Vec<(u8, u8)>) {
-        let group = match self.group() {
-            Group::K(group) => group,
-            Group::Channel => inputs.len(),
-        };
-        let pairs = inputs.clone().step_by(group).map(|k| self.pair(channel, k / BRICK_K)).collect();
-        (inputs.map(|k| self.code(channel, k)).collect(), pairs)
+    /// Appends the codes of a channel's inputs, and the pair of each of their groups.
+    fn append_channel(
+        &self,
+        channel: usize,
+        inputs: Range<usize>,
+        codes: &mut Vec<u8>,
+        pairs: &mut Vec<(u8, u8)>,
+    ) {
+        let group = self.group_blocks() * BRICK_K;
+        pairs.extend(inputs.clone().step_by(group).map(|k| self.pair(channel, k / BRICK_K)));
+        codes.extend(inputs.map(|k| self.code(channel, k)));
     }
+}
+
+/// Packs `[n, k]` weights whose channels `append` gives, each as its codes and the pairs of its groups.
+fn packed(
+    [n, k]: [usize; 2],
+    group: Group,
+    channel_scales: Vec<f32>,
+    append: impl Fn(usize, &mut Vec<u8>, &mut Vec<(u8, u8)>) + Sync,
+) -> Result<PackedWeights, Error> {
+    let mut packer = Packer::new(n, k, group)?;
+    packer.for_each_strip(|channels, mut strip| {
+        let (mut codes, mut pairs) = (Vec::with_capacity(k), Vec::new());
+        for (row, channel) in channels.enumerate() {
+            codes.clear();
+            pairs.clear();
+            append(channel, &mut codes, &mut pairs);
+            strip.write_channel(row, &codes, &pairs);
+        }
+    });
+    Ok(packer.finish(channel_scales))
 }
 
 /// Checks that a range is not empty, and that it begins and ends at multiples or at the end.

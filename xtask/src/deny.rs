@@ -10,7 +10,7 @@ use crate::steps::{cargo, check};
 
 /// The version of cargo-deny.
 const VERSION: &str = "0.20.2";
-/// The folder that it is installed in, kept between runs.
+/// The folder below which it is installed, kept between runs.
 const ROOT: &str = "target/tools";
 
 /// Builds `cargo deny` unless it is installed.
@@ -20,7 +20,7 @@ const ROOT: &str = "target/tools";
 /// # Errors
 /// Returns one if cargo cannot build it.
 pub fn install() -> anyhow::Result<()> {
-    let root = Path::new(ROOT).join(format!("cargo-deny-{VERSION}"));
+    let root = root();
     if binary(&root).is_file() {
         return Ok(());
     }
@@ -35,9 +35,13 @@ pub fn install() -> anyhow::Result<()> {
 /// # Errors
 /// Returns one if a check fails.
 pub fn run() -> anyhow::Result<()> {
-    let root = Path::new(ROOT).join(format!("cargo-deny-{VERSION}"));
-    let mut deny = std::process::Command::new(binary(&root));
+    let mut deny = std::process::Command::new(binary(&root()));
     check(deny.args(["--log-level", "error", "check", "licenses", "bans", "sources"]))
+}
+
+/// Returns the folder of this version.
+fn root() -> PathBuf {
+    Path::new(ROOT).join(format!("cargo-deny-{VERSION}"))
 }
 
 fn binary(root: &Path) -> PathBuf {

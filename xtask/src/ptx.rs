@@ -77,10 +77,8 @@ pub fn build_and_check() -> anyhow::Result<()> {
     check()?;
     let mut same_compiler = true;
     for kernel in &built {
-        let name = format!("{}.ptx", kernel.entry);
-        let path = COMMITTED.map(|(directory, _)| Path::new(directory).join(&name));
-        let path = path.iter().find(|path| path.exists()).unwrap_or(&path[0]);
-        let committed = fs::read_to_string(path)
+        let path = Path::new(directory_of(&kernel.entry)).join(format!("{}.ptx", kernel.entry));
+        let committed = fs::read_to_string(&path)
             .with_context(|| format!("{} is not committed: run `cargo xtask ptx`", kernel.entry))?;
         let committed = committed.replace('\r', "");
         same_compiler &= committed.lines().next() == kernel.text.lines().next();
@@ -96,6 +94,12 @@ pub fn build_and_check() -> anyhow::Result<()> {
         if same_compiler { "the same text" } else { "kernels of the same names, by another compiler" };
     println!("built from source: {} kernels, {names} as committed", built.len());
     Ok(())
+}
+
+/// Returns the directory that a kernel's PTX is committed in, by the rule of [`CudaBuilder::copy_matching_to`].
+fn directory_of(entry: &str) -> &'static str {
+    let takes = |(_, prefixes): &&(_, &[&str])| prefixes.iter().any(|prefix| entry.starts_with(prefix));
+    COMMITTED.iter().find(takes).map_or("", |(directory, _)| directory)
 }
 
 /// Returns the builder for this workspace's kernels.

@@ -28,6 +28,7 @@ pub mod circumstances;
 pub mod cublaslt;
 mod data;
 mod driver;
+mod lazy_kernel;
 pub mod markdown;
 pub mod matrix;
 pub mod monotone;

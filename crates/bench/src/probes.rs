@@ -4,10 +4,12 @@
 use std::ffi::c_void;
 
 use anyhow::ensure;
-use liquidgemm::gpu::{CustomKernel, DeviceSpan, Gpu, StreamHandle};
+use liquidgemm::gpu::{DeviceSpan, Gpu, StreamHandle};
 use liquidgemm_format::probe::{
     MMA_ROUND_PRODUCTS, MMA_TILE_BYTES, MMA_WARPGROUPS, STREAM_PIECE_BYTES, STREAM_SHARED_BYTES,
 };
+
+use super::lazy_kernel::LazyKernel;
 
 /// Threads per thread block of the memory probe.
 const STREAM_THREADS: u32 = 32;
@@ -18,22 +20,18 @@ const MMA_THREADS: u32 = MMA_WARPGROUPS * 128;
 #[derive(Debug)]
 pub struct Probes<'a> {
     gpu: &'a Gpu,
-    stream: CustomKernel,
-    mma: CustomKernel,
+    stream: LazyKernel,
+    mma: LazyKernel,
 }
 
 impl<'a> Probes<'a> {
-    /// Compiles both probes.
-    ///
-    /// # Errors
-    /// If the driver fails.
-    pub fn new(gpu: &'a Gpu) -> anyhow::Result<Self> {
-        let [stream, mma] = [include_str!("../ptx/probe_stream.ptx"), include_str!("../ptx/probe_mma.ptx")];
-        Ok(Self {
+    /// Returns the probes of a GPU. Each is compiled when it is first launched.
+    pub fn new(gpu: &'a Gpu) -> Self {
+        Self {
             gpu,
-            stream: gpu.load_kernel(stream, "probe_stream", STREAM_THREADS, STREAM_SHARED_BYTES)?,
-            mma: gpu.load_kernel(mma, "probe_mma", MMA_THREADS, MMA_TILE_BYTES)?,
-        })
+            stream: LazyKernel::new("probe_stream", include_str!("../ptx/probe_stream.ptx")),
+            mma: LazyKernel::new("probe_mma", include_str!("../ptx/probe_mma.ptx")),
+        }
     }
 
     /// Launches a kernel that reads `source` from memory and does nothing else.
@@ -54,8 +52,9 @@ impl<'a> Probes<'a> {
         let mut pieces = (source.bytes() / STREAM_PIECE_BYTES as usize).min(u32::MAX as usize) as u32;
         let mut parameters: [*mut c_void; 2] = [(&raw mut address).cast(), (&raw mut pieces).cast()];
         let blocks = self.gpu.multiprocessors();
+        let kernel = self.stream.get(self.gpu, STREAM_THREADS, STREAM_SHARED_BYTES)?;
         // SAFETY: these are the kernel's two parameters; the caller guarantees that the memory is valid.
-        unsafe { self.gpu.launch_kernel(&self.stream, blocks, &mut parameters, stream) }?;
+        unsafe { self.gpu.launch_kernel(kernel, blocks, &mut parameters, stream) }?;
         Ok(())
     }
 
@@ -83,8 +82,9 @@ impl<'a> Probes<'a> {
         let rounds = products.div_ceil(u64::from(blocks) * MMA_ROUND_PRODUCTS);
         let mut rounds = rounds.clamp(1, u64::from(u32::MAX)) as u32;
         let mut parameters: [*mut c_void; 2] = [(&raw mut address).cast(), (&raw mut rounds).cast()];
+        let kernel = self.mma.get(self.gpu, MMA_THREADS, MMA_TILE_BYTES)?;
         // SAFETY: these are the kernel's two parameters; the caller guarantees that the memory is valid.
-        unsafe { self.gpu.launch_kernel(&self.mma, blocks, &mut parameters, stream) }?;
+        unsafe { self.gpu.launch_kernel(kernel, blocks, &mut parameters, stream) }?;
         Ok(())
     }
 }

@@ -74,13 +74,8 @@ pub fn run(gpu: &Gpu, options: &Options, observer: &mut dyn Observer) -> anyhow:
         breaks: options.monotone.then(Vec::new),
         ..Run::default()
     };
-    let cublaslt = if options.baselines.is_empty() {
-        None
-    } else {
-        // cuBLASLt lives in the current context.
-        gpu.make_current()?;
-        open_cublaslt(options, &mut run, observer)?
-    };
+    let cublaslt =
+        if options.baselines.is_empty() { None } else { open_cublaslt(gpu, options, &mut run, observer)? };
     let stage = Stage::new(gpu, &options.cases, cublaslt, &options.baselines)?;
     for case in &options.cases {
         let fixture = stage.fixture(case, options.group)?;
@@ -112,11 +107,12 @@ pub fn run(gpu: &Gpu, options: &Options, observer: &mut dyn Observer) -> anyhow:
 
 /// Opens cuBLASLt if it can be loaded, and records in `run` its version or why it is missing.
 fn open_cublaslt(
+    gpu: &Gpu,
     options: &Options,
     run: &mut Run,
     observer: &mut dyn Observer,
 ) -> anyhow::Result<Option<CublasLt>> {
-    match CublasLt::open() {
+    match CublasLt::open(gpu) {
         Ok(library) => {
             run.cublaslt = format!(
                 "{}, 64 MiB of workspace, algorithms tried of those that its heuristics propose: {}",
@@ -181,7 +177,7 @@ impl<'g> Stage<'g> {
         gpu.make_current()?;
         Ok(Self {
             gpu,
-            probes: Probes::new(gpu)?,
+            probes: Probes::new(gpu),
             stream: Stream::new(StreamFlags::NON_BLOCKING, None)?,
             workspace: gpu.workspace()?,
             arena: Arena::new(cases, &baselines, gpu.multiprocessors())?,

@@ -466,7 +466,7 @@ impl TileShape {
 
     /// Returns the epilogue rounds whose sums a consumer waits for at a time, under cluster split-K.
     #[inline(always)]
-    const fn split_round_rounds(self) -> u32 {
+    const fn epilogue_rounds_per_split_round(self) -> u32 {
         self.epilogue_rounds().div_ceil(MAX_SPLIT_ROUNDS)
     }
 
@@ -475,7 +475,7 @@ impl TileShape {
     #[inline(always)]
     #[must_use]
     pub const fn split_rounds(self) -> u32 {
-        self.epilogue_rounds().div_ceil(self.split_round_rounds())
+        self.epilogue_rounds().div_ceil(self.epilogue_rounds_per_split_round())
     }
 
     /// Returns the round in which the sums of accumulator fragment `j` arrive.
@@ -483,14 +483,14 @@ impl TileShape {
     #[inline(always)]
     #[must_use]
     pub const fn split_round_of_fragment(self, j: u32) -> u32 {
-        self.round_of_fragment(j) / self.split_round_rounds()
+        self.round_of_fragment(j) / self.epilogue_rounds_per_split_round()
     }
 
     /// Returns the tokens whose sums arrive in a round of [`split_rounds`](Self::split_rounds).
     #[inline(always)]
     #[must_use]
     pub const fn split_round_tokens(self, round: u32) -> u32 {
-        let each = self.split_round_rounds() * self.epilogue_tokens();
+        let each = self.epilogue_rounds_per_split_round() * self.epilogue_tokens();
         let left = self.finished_tokens() - round * each;
         if left < each { left } else { each }
     }

@@ -3,6 +3,7 @@
 
 use std::ffi::c_void;
 
+use crate::check::check_length;
 use crate::error::gpu::{During, GpuError};
 use crate::gpu::gemm::Block;
 use crate::gpu::kernels::Kernel;
@@ -87,7 +88,7 @@ impl Gpu {
         stream: impl Into<StreamHandle>,
     ) -> Result<(), Error> {
         self.check_context("kernel", kernel.kernel.context())?;
-        let _entered = self.check_gemm(weights, operands, plan, workspace)?;
+        let Some(_entered) = self.check_gemm(weights, operands, plan, workspace)? else { return Ok(()) };
         let Algorithm::Tiled(tiled) = plan.algorithm() else {
             return Err(GpuError::NotOneTiledLaunch.into());
         };
@@ -106,7 +107,7 @@ impl Gpu {
     /// # Errors
     /// As [`Gpu::upload`], and [`Error::ShapeMismatch`] for another length.
     pub fn upload_with_pairs(&self, weights: &PackedWeights, pairs: &[u8]) -> Result<DeviceWeights, Error> {
-        crate::check::check_length("pairs", "those of the weights", weights.pairs().len(), pairs.len())?;
+        check_length("pairs", "those of the weights", weights.pairs().len(), pairs.len())?;
         DeviceWeights::upload_as(&self.context, weights, pairs)
     }
 }

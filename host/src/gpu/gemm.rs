@@ -217,10 +217,7 @@ impl Gpu {
         workspace: &Workspace,
         stream: impl Into<StreamHandle>,
     ) -> Result<(), Error> {
-        if operands.m == 0 {
-            return self.check_operands(weights, operands, workspace);
-        }
-        let _entered = self.check_gemm(weights, operands, plan, workspace)?;
+        let Some(_entered) = self.check_gemm(weights, operands, plan, workspace)? else { return Ok(()) };
         let stream = stream.into();
         if let Algorithm::Skinny(skinny) = plan.algorithm() {
             // SAFETY: the operands and the plan are checked; the caller vouches for the rest.
@@ -258,14 +255,18 @@ impl Gpu {
     }
 
     /// Fails unless weights, operands, plan and workspace fit together. Enters the context.
+    /// Returns `None` for `m = 0`, which needs no plan and no launch.
     pub(super) fn check_gemm(
         &self,
         weights: &DeviceWeights,
         operands: &Operands,
         plan: &Plan,
         workspace: &Workspace,
-    ) -> Result<Entered, Error> {
+    ) -> Result<Option<Entered>, Error> {
         self.check_operands(weights, operands, workspace)?;
+        if operands.m == 0 {
+            return Ok(None);
+        }
         let problem = Problem::new(operands.m, weights.n(), weights.k());
         if plan.problem() != problem {
             return Err(GpuError::PlanMismatch {
@@ -275,7 +276,7 @@ impl Gpu {
             .into());
         }
         workspace.check(plan)?;
-        Ok(self.context.enter()?)
+        Ok(Some(self.context.enter()?))
     }
 
     /// Encodes the tensor maps of the activations, for boxes of `box_rows` tokens × `box_columns` along K.

@@ -386,12 +386,12 @@ impl Model {
         if stream_k_tiles == 0 {
             return (self.heated(grid, whole_compute, elsewhere), 0.0);
         }
-        let stream_k_tiles_done = f64::from(stream_k_tiles) * k_tiles / f64::from(clusters);
+        let shared_k_tiles = f64::from(stream_k_tiles) * k_tiles / f64::from(clusters);
         let splits = !stream_k_tiles.is_multiple_of(clusters);
         let even = splits && clusters.is_multiple_of(stream_k_tiles);
         let stream_tiles =
             f64::from(stream_k_tiles.div_ceil(clusters)) + if splits && !even { 1.0 } else { 0.0 };
-        let stream_compute = stream_k_tiles_done * k_tile;
+        let stream_compute = shared_k_tiles * k_tile;
         let compute = whole_compute + stream_compute + stream_tiles * tile;
         let staggered = if splits && !even {
             STAGGERED_K_TILE[usize::from(grid.cluster > 1)]

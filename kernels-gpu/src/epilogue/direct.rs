@@ -5,18 +5,19 @@
 use super::Scaling;
 use crate::ptx::memory::store_global;
 use crate::ptx::wgmma::FragmentVisitor;
+use crate::shape::Shape;
 
 /// Visitor that stores 32-bit results: f32, or the int32 sums themselves.
 ///
 /// One visitor for both types takes less code, at the cost of an instruction per result.
-pub(super) struct Direct<'a, 'b> {
-    pub(super) scaling: Scaling<'a, 'b, true>,
+pub(super) struct Direct<'a, 'b, S> {
+    pub(super) scaling: Scaling<'a, 'b, S, true>,
     /// The thread's index in its warpgroup.
     pub(super) thread: u32,
     pub(super) is_scaled: bool,
 }
 
-impl FragmentVisitor for Direct<'_, '_> {
+impl<S: Shape> FragmentVisitor for Direct<'_, '_, S> {
     #[inline(always)]
     fn fragment(&mut self, j: u32, sums: &mut [i32; 4]) {
         let epilogue = self.scaling.epilogue;

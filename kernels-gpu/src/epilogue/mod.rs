@@ -8,11 +8,13 @@
 mod direct;
 mod transposed;
 
+use core::marker::PhantomData;
+
 use cuda_std::TensorMap;
 use direct::Direct;
 use liquidgemm_format::arguments::{GemmArguments, output_type};
 use liquidgemm_format::brick::BRICK_CHANNELS;
-use liquidgemm_format::tile::{TileShape, WARPGROUP};
+use liquidgemm_format::tile::WARPGROUP;
 use transposed::{Bf16, Either, F16, Mapped, Pieces, Transposed};
 
 use crate::block::{Block, Consumer};
@@ -54,10 +56,10 @@ pub struct Scales {
 
 /// The inputs and outputs of a consumer's epilogue for its part of a tile.
 #[derive(Clone, Copy)]
-pub struct Epilogue<'a> {
+pub struct Epilogue<'a, S> {
     arguments: &'a GemmArguments,
     output_map: *const TensorMap,
-    shape: TileShape,
+    shape: PhantomData<S>,
     /// Address of the transposition buffers.
     buffer: u32,
     /// Address in shared memory of an f32 scale for each token of the tile.
@@ -69,10 +71,10 @@ pub struct Epilogue<'a> {
     consumer: Consumer,
 }
 
-impl<'a> Epilogue<'a> {
+impl<'a, S: Shape> Epilogue<'a, S> {
     /// Returns the epilogue for strip `first_strip` and the tokens from `first_token` on.
     #[inline(always)]
-    pub fn new<S: Shape>(
+    pub fn new(
         arguments: &'a GemmArguments,
         output_map: *const TensorMap,
         block: Block<S>,
@@ -83,7 +85,7 @@ impl<'a> Epilogue<'a> {
         Self {
             arguments,
             output_map,
-            shape: S::SHAPE,
+            shape: PhantomData,
             buffer: shared.epilogue(consumer),
             token_scales: shared.token_scales(consumer),
             channels: shared.channels(consumer),
@@ -103,7 +105,7 @@ impl<'a> Epilogue<'a> {
         // SAFETY: the arrays have n, n and m elements.
         unsafe {
             let token = |index: u32| {
-                let m = if index < self.shape.tokens { arguments.m } else { 0 };
+                let m = if index < S::SHAPE.tokens { arguments.m } else { 0 };
                 element(arguments.token_scales, self.first_token + index, m, 0.0)
             };
             let channel = self.first_channel + self.consumer.thread;
@@ -126,10 +128,10 @@ impl<'a> Epilogue<'a> {
     pub unsafe fn store_scales(&self, scales: Scales) {
         // SAFETY: shared memory has room for each token and channel.
         unsafe {
-            if self.consumer.thread < self.shape.tokens {
+            if self.consumer.thread < S::SHAPE.tokens {
                 store_shared_f32(self.token_scales + self.consumer.thread * 4, scales.tokens[0]);
             }
-            if self.consumer.thread + WARPGROUP < self.shape.tokens {
+            if self.consumer.thread + WARPGROUP < S::SHAPE.tokens {
                 store_shared_f32(
                     self.token_scales + (self.consumer.thread + WARPGROUP) * 4,
                     scales.tokens[1],
@@ -160,7 +162,7 @@ impl<'a> Epilogue<'a> {
                 let token = thread + HALF * WARPGROUP;
                 let global = self.first_token + token;
                 copy_4_if(
-                    arguments.token_scales != 0 && token < self.shape.tokens && global < arguments.m,
+                    arguments.token_scales != 0 && token < S::SHAPE.tokens && global < arguments.m,
                     self.token_scales + token * 4,
                     arguments.token_scales + global as u64 * 4,
                 );
@@ -182,7 +184,7 @@ impl<'a> Epilogue<'a> {
         end_group();
     }
 
-    /// Writes the results of a tile of shape `S`, that of the epilogue's thread block.
+    /// Writes the tile's results.
     ///
     /// With cluster split-K, `only` is the round of the exchange whose tokens to write; rounds come in order.
     /// Scales and biases are in shared memory.
@@ -190,7 +192,7 @@ impl<'a> Epilogue<'a> {
     /// # Safety
     /// All threads of the consumer call it, and the arguments' output is valid.
     #[inline(always)]
-    pub unsafe fn store<S: Shape, A: Accumulator>(&self, accumulator: &mut A, only: Option<u32>) {
+    pub unsafe fn store<A: Accumulator>(&self, accumulator: &mut A, only: Option<u32>) {
         if let None | Some(0) = only {
             // TMA may still read a buffer of the last tile, if this tile's main loop was short.
             if const { S::SHAPE.maps_output() } {
@@ -211,20 +213,20 @@ impl<'a> Epilogue<'a> {
         if const { S::SHAPE.maps_output() } && self.arguments.output_is_mapped != 0 {
             // The most frequent cases of large tiles have code of their own.
             if const { S::SHAPE.cluster_split == 1 } && self.arguments.bias == 0 {
-                let scaling = Scaling::<false> { epilogue: self, upper, lower, only };
+                let scaling = Scaling::<S, false> { epilogue: self, upper, lower, only };
                 if is_bf16 {
                     accumulator.visit(&mut Transposed::new(scaling, Bf16, Mapped));
                 } else {
                     accumulator.visit(&mut Transposed::new(scaling, F16, Mapped));
                 }
             } else {
-                let scaling = Scaling::<true> { epilogue: self, upper, lower, only };
+                let scaling = Scaling::<S, true> { epilogue: self, upper, lower, only };
                 accumulator.visit(&mut Transposed::new(scaling, Either { is_bf16 }, Mapped));
             }
             // The last barrier of the visitor comes after all reads of the scales.
             return;
         }
-        let scaling = Scaling::<true> { epilogue: self, upper, lower, only };
+        let scaling = Scaling::<S, true> { epilogue: self, upper, lower, only };
         match output_type {
             output_type::BF16 | output_type::F16 => {
                 accumulator.visit(&mut Transposed::new(scaling, Either { is_bf16 }, Pieces));
@@ -253,8 +255,8 @@ impl<'a> Epilogue<'a> {
 
 /// The scales and biases of a thread's two channels. `BIAS` says whether there are biases.
 #[derive(Clone, Copy)]
-struct Scaling<'a, 'b, const BIAS: bool> {
-    epilogue: &'a Epilogue<'b>,
+struct Scaling<'a, 'b, S, const BIAS: bool> {
+    epilogue: &'a Epilogue<'b, S>,
     /// Scale and bias of channel g, in the accumulator's order.
     upper: [f32; 2],
     /// Scale and bias of channel g + 8.
@@ -263,13 +265,12 @@ struct Scaling<'a, 'b, const BIAS: bool> {
     only: Option<u32>,
 }
 
-impl<const BIAS: bool> Scaling<'_, '_, BIAS> {
+impl<S: Shape, const BIAS: bool> Scaling<'_, '_, S, BIAS> {
     /// Returns whether this consumer writes the results of fragment `j` in this call.
     #[inline(always)]
     fn writes(&self, j: u32) -> bool {
-        let Epilogue { shape, consumer, .. } = *self.epilogue;
-        self.only.is_none_or(|round| round == shape.split_round_of_fragment(j))
-            && finishes(shape, consumer, j)
+        self.only.is_none_or(|round| round == S::SHAPE.split_round_of_fragment(j))
+            && finishes(S::SHAPE, self.epilogue.consumer, j)
     }
 
     /// Returns the four results of fragment `j` as f32, in the accumulator's order.

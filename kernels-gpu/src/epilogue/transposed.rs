@@ -14,6 +14,7 @@ use crate::ptx::memory::{load_shared_u16, load_shared_x4, store_global_u16, stor
 use crate::ptx::wgmma::FragmentVisitor;
 use crate::ptx::{mbarrier, tma};
 use crate::reduce::stream_k::sync_consumer;
+use crate::shape::Shape;
 
 /// A 16-bit output type.
 pub(super) trait Half: Copy {
@@ -64,7 +65,7 @@ pub(super) trait Exit {
     fn before_barrier(&self, buffers: u32);
 
     /// Copies the buffer at `address` to the output; it holds `tokens` tokens from `first_token` on.
-    fn leave(&self, epilogue: &Epilogue<'_>, first_token: u32, tokens: u32, address: u32);
+    fn leave<S: Shape>(&self, epilogue: &Epilogue<'_, S>, first_token: u32, tokens: u32, address: u32);
 }
 
 /// By TMA stores, which need rows that are multiples of 16 bytes.
@@ -84,7 +85,7 @@ impl Exit for Mapped {
     }
 
     #[inline(always)]
-    fn leave(&self, epilogue: &Epilogue<'_>, first_token: u32, _: u32, address: u32) {
+    fn leave<S: Shape>(&self, epilogue: &Epilogue<'_, S>, first_token: u32, _: u32, address: u32) {
         // The warp's number comes from a broadcast.
         // After a branch that could diverge the warp, the compiler keeps nothing in uniform registers,
         // not even in the main loop.
@@ -103,7 +104,7 @@ impl Exit for Pieces {
     fn before_barrier(&self, _: u32) {}
 
     #[inline(always)]
-    fn leave(&self, epilogue: &Epilogue<'_>, first_token: u32, tokens: u32, address: u32) {
+    fn leave<S: Shape>(&self, epilogue: &Epilogue<'_, S>, first_token: u32, tokens: u32, address: u32) {
         let arguments = epilogue.arguments;
         let first_row = epilogue.consumer.thread / 8;
         let piece = epilogue.consumer.thread % 8;
@@ -141,8 +142,8 @@ impl Exit for Pieces {
 /// A buffer has a row of 128 bytes for each token.
 /// The low bits of the token permute the row's 16-byte pieces,
 /// so that neither writes nor reads have bank conflicts. This is TMA's 128-byte swizzle.
-pub(super) struct Transposed<'a, 'b, H, E, const BIAS: bool> {
-    scaling: Scaling<'a, 'b, BIAS>,
+pub(super) struct Transposed<'a, 'b, S, H, E, const BIAS: bool> {
+    scaling: Scaling<'a, 'b, S, BIAS>,
     half: H,
     exit: E,
     /// Address of this lane's matrix row for the first two fragments.
@@ -151,10 +152,10 @@ pub(super) struct Transposed<'a, 'b, H, E, const BIAS: bool> {
     even: [u32; 2],
 }
 
-impl<'a, 'b, H: Half, E: Exit, const BIAS: bool> Transposed<'a, 'b, H, E, BIAS> {
+impl<'a, 'b, S: Shape, H: Half, E: Exit, const BIAS: bool> Transposed<'a, 'b, S, H, E, BIAS> {
     /// Returns the visitor for results of type `half` that leave by `exit`.
     #[inline(always)]
-    pub(super) fn new(scaling: Scaling<'a, 'b, BIAS>, half: H, exit: E) -> Self {
+    pub(super) fn new(scaling: Scaling<'a, 'b, S, BIAS>, half: H, exit: E) -> Self {
         let epilogue = scaling.epilogue;
         let (warp, lane) = (epilogue.consumer.thread / WARP_SIZE, epilogue.consumer.thread % WARP_SIZE);
         let (matrix, token) = (lane / 8, lane % 8);
@@ -170,7 +171,7 @@ impl<'a, 'b, H: Half, E: Exit, const BIAS: bool> Transposed<'a, 'b, H, E, BIAS> 
     #[inline(always)]
     pub(super) fn flush(&self, first_token: u32, tokens: u32, offset: u32) {
         let epilogue = self.scaling.epilogue;
-        self.exit.before_barrier(epilogue.shape.epilogue_buffers());
+        self.exit.before_barrier(S::SHAPE.epilogue_buffers());
         sync_consumer(epilogue.consumer.index);
         self.exit.leave(epilogue, first_token, tokens, epilogue.buffer + offset);
     }
@@ -196,10 +197,10 @@ unsafe fn store_one_by_one(mut address: u64, mut shared: u32, mut channel: u32, 
     }
 }
 
-impl<H: Half, E: Exit, const BIAS: bool> FragmentVisitor for Transposed<'_, '_, H, E, BIAS> {
+impl<S: Shape, H: Half, E: Exit, const BIAS: bool> FragmentVisitor for Transposed<'_, '_, S, H, E, BIAS> {
     #[inline(always)]
     fn fragment(&mut self, j: u32, sums: &mut [i32; 4]) {
-        let Epilogue { shape, first_token, .. } = *self.scaling.epilogue;
+        let (shape, first_token) = (S::SHAPE, self.scaling.epilogue.first_token);
         if !self.scaling.writes(j) {
             return;
         }

@@ -80,7 +80,7 @@ pub(crate) unsafe fn consume<A: Accumulator, L: MainLoop>(
                     seq_macro::seq!(ROUND in 0..2 {
                         if const { ROUND < L::Shape::SHAPE.split_rounds() } {
                             exchange.take(&mut accumulator, ROUND, parity);
-                            epilogue.store::<L::Shape, A>(&mut accumulator, Some(ROUND));
+                            epilogue.store(&mut accumulator, Some(ROUND));
                         }
                     });
                     if segment.is_some() {
@@ -91,7 +91,7 @@ pub(crate) unsafe fn consume<A: Accumulator, L: MainLoop>(
             } else if schedule.owns(current) {
                 let first = schedule.first_peer(cluster_index, current);
                 slots.collect(&mut accumulator, arguments, first..cluster_index);
-                epilogue.store::<L::Shape, A>(&mut accumulator, None);
+                epilogue.store(&mut accumulator, None);
             } else {
                 slots.store_partials(&mut accumulator, arguments, cluster_index);
             }
@@ -112,7 +112,7 @@ fn epilogue_of<'a, S: Shape>(
     output: *const TensorMap,
     block: Block<S>,
     consumer: Consumer,
-) -> Epilogue<'a> {
+) -> Epilogue<'a, S> {
     let shape = S::SHAPE;
     let tile = match segment {
         Some(segment) => segment.tile,

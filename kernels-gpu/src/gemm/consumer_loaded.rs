@@ -98,7 +98,7 @@ pub unsafe fn gemm<A: Accumulator, S: Shape, const STAGES: u32>(
             epilogue(hint::thread_idx_anew()).copy_scales();
             walk.multiply(&mut accumulator, schedule.k_iterations, &mut filler);
             copy::await_groups::<0>();
-            epilogue(hint::thread_idx_anew()).store::<S, A>(&mut accumulator, None);
+            epilogue(hint::thread_idx_anew()).store(&mut accumulator, None);
         }
         tile += schedule.clusters;
     }

@@ -2,7 +2,6 @@
 //! The device twin is `kernels-gpu/src/ablation`; tile sizes are in `liquidgemm_format::ablation`.
 
 use std::fmt;
-use std::sync::OnceLock;
 
 use anyhow::{Context, ensure};
 use liquidgemm::gpu::{CustomKernel, DeviceWeights, Gpu, Operands, StreamHandle, Workspace};
@@ -10,6 +9,8 @@ use liquidgemm::{Error, OutputType, PackedWeights, Plan};
 use liquidgemm_format::ablation::{self, ExplicitShape, TOKENS};
 use liquidgemm_format::tile::TileShape;
 use serde::{Deserialize, Serialize};
+
+use crate::lazy_kernel::LazyKernel;
 
 /// A combination of dequantization and overlap.
 /// The order is that of figure 13 of the paper, with one more variant at the end.
@@ -133,13 +134,13 @@ impl VariantWeights {
 pub struct Variants<'a> {
     gpu: &'a Gpu,
     /// The kernels, in the order of [`SOURCES`].
-    kernels: [[OnceLock<CustomKernel>; TOKENS.len()]; SOURCES.len()],
+    kernels: [[LazyKernel; TOKENS.len()]; SOURCES.len()],
 }
 
 impl<'a> Variants<'a> {
     /// Prepares the variants for a GPU without compiling anything.
     pub fn new(gpu: &'a Gpu) -> Self {
-        Self { gpu, kernels: Default::default() }
+        Self { gpu, kernels: SOURCES.map(|row| row.map(|(entry, ptx)| LazyKernel::new(entry, ptx))) }
     }
 
     /// Launches one of the variants, like [`Gpu::gemm_with_plan`].
@@ -187,10 +188,6 @@ impl<'a> Variants<'a> {
         [row, size]: [usize; 2],
         tile: TileShape,
     ) -> Result<&CustomKernel, Error> {
-        let cell = &self.kernels[row][size];
-        if let Some(kernel) = cell.get() {
-            return Ok(kernel);
-        }
         let (threads, shared_bytes) = match variant {
             Variant::Explicit => {
                 let shape = ExplicitShape::of(tile);
@@ -198,8 +195,6 @@ impl<'a> Variants<'a> {
             }
             _ => (tile.threads(), tile.shared_bytes()),
         };
-        let (entry, ptx) = SOURCES[row][size];
-        let kernel = self.gpu.load_kernel(ptx, entry, threads, shared_bytes)?;
-        Ok(cell.get_or_init(|| kernel))
+        self.kernels[row][size].get(self.gpu, threads, shared_bytes)
     }
 }

@@ -20,7 +20,7 @@ use cust::memory::DeviceBuffer;
 use libloading::Library;
 
 use super::record::Baseline;
-use liquidgemm::gpu::StreamHandle;
+use liquidgemm::gpu::{Gpu, StreamHandle};
 use sys::{Algorithm, ComputeType, DataType, Functions, Handle, HeuristicResult, MatmulAttribute, Status};
 
 /// Environment variable that holds the library's path, for installations that the loader does not find.
@@ -44,11 +44,12 @@ pub struct CublasLt {
 }
 
 impl CublasLt {
-    /// Finds and opens the library. A CUDA context must be current.
+    /// Finds and opens the library for a GPU, whose context it makes current.
     ///
     /// # Errors
     /// If the library can't be found, loaded or initialized; the error is one line.
-    pub fn open() -> anyhow::Result<Self> {
+    pub fn open(gpu: &Gpu) -> anyhow::Result<Self> {
+        gpu.make_current()?;
         let (library, path) = find(std::env::var_os(VARIABLE))?;
         // SAFETY: the file has cuBLASLt's name, or the user named it as cuBLASLt.
         let functions = unsafe { Functions::load(library) }?;

@@ -6,18 +6,13 @@
 
 use std::fmt;
 
+use liquidgemm_format::activations::{CODE_ALIGNMENT, CODE_LIMIT};
+use liquidgemm_format::rounding::{round_clamped, scale_of};
 use rayon::prelude::*;
 
 use crate::check::{check_finite, check_k, check_length, checked_elements};
-use crate::float::{Float, round_clamped, scale_of};
 use crate::packed::PackedSizes;
-use crate::{Error, Group};
-
-/// The largest magnitude of an activation code.
-const CODE_LIMIT: f32 = 127.0;
-
-/// Row strides are padded to a multiple of this many bytes.
-const STRIDE_ALIGNMENT: usize = 16;
+use crate::{Error, Float, Group};
 
 /// int8 activations `[m, k]` with one f32 scale per token.
 ///
@@ -86,11 +81,22 @@ impl QuantizedActivations {
     pub fn from_parts(codes: &[i8], scales: Vec<f32>, m: usize, k: usize) -> Result<Self, Error> {
         check_input(codes.len(), m, k)?;
         ActivationsView::new(codes, k, &scales, m, k)?;
-        let (mut data, stride) = padded(m, k)?;
+        let (mut data, stride) = Self::padded(m, k)?;
         for (row, codes) in data.chunks_exact_mut(stride).zip(codes.chunks_exact(k)) {
             row[..k].copy_from_slice(codes);
         }
         Ok(Self { data, stride, scales, m, k })
+    }
+
+    /// Returns zeroed rows for `[m, k]` codes, and their stride in bytes.
+    pub(crate) fn padded(m: usize, k: usize) -> Result<(Vec<i8>, usize), Error> {
+        let stride = k.next_multiple_of(CODE_ALIGNMENT as usize);
+        Ok((vec![0; checked_elements("activation matrix", m, stride)?], stride))
+    }
+
+    /// Takes padded codes, and scales that may be NaN.
+    pub(crate) fn from_checked(data: Vec<i8>, stride: usize, scales: Vec<f32>, m: usize, k: usize) -> Self {
+        Self { data, stride, scales, m, k }
     }
 
     /// Returns the codes: `m` rows of [`stride`](Self::stride) bytes, each with `k` codes and then zeros.
@@ -274,18 +280,12 @@ fn check_input(length: usize, m: usize, k: usize) -> Result<(), Error> {
     check_length("activations", "[m, k]", checked_elements("activation matrix", m, k)?, length)
 }
 
-fn check_smoothing(smoothing: &[f32], k: usize) -> Result<(), Error> {
+pub(crate) fn check_smoothing(smoothing: &[f32], k: usize) -> Result<(), Error> {
     check_length("smoothing vector", "[k]", k, smoothing.len())?;
     match smoothing.iter().position(|factor| !(factor.is_finite() && *factor > 0.0)) {
         Some(k) => Err(Error::InvalidSmoothing { k, value: smoothing[k] }),
         None => Ok(()),
     }
-}
-
-/// Returns zeroed rows for `[m, k]` codes, and their stride in bytes.
-fn padded(m: usize, k: usize) -> Result<(Vec<i8>, usize), Error> {
-    let stride = k.next_multiple_of(STRIDE_ALIGNMENT);
-    Ok((vec![0; checked_elements("activation matrix", m, stride)?], stride))
 }
 
 /// Quantizes row by row, after `smooth(x, column)` on every element. The caller has checked the shapes.
@@ -295,7 +295,7 @@ fn quantize_rows<T: Float>(
     k: usize,
     smooth: impl Fn(f32, usize) -> f32 + Sync,
 ) -> Result<QuantizedActivations, Error> {
-    let (mut data, stride) = padded(m, k)?;
+    let (mut data, stride) = QuantizedActivations::padded(m, k)?;
     let rows: Vec<Result<f32, Error>> = data
         .par_chunks_exact_mut(stride)
         .zip(activations.par_chunks_exact(k))

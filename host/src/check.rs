@@ -30,6 +30,44 @@ pub(crate) fn check_length(
     if expected == actual { Ok(()) } else { Err(Error::ShapeMismatch { what, expected, actual, shape }) }
 }
 
+/// Fails unless a slice of `length` elements has `rows` rows of `row` elements, `stride` elements apart.
+///
+/// The last row needs no padding after it.
+pub(crate) fn check_rows(
+    what: &'static str,
+    length: usize,
+    rows: usize,
+    stride: usize,
+    row: usize,
+) -> Result<(), Error> {
+    let expected = spanned_elements(what, rows, stride, row)?;
+    if length < expected {
+        let shape = "(rows - 1) · stride + row at the least";
+        return Err(Error::ShapeMismatch { what, expected, actual: length, shape });
+    }
+    Ok(())
+}
+
+/// Returns the elements that `rows` rows of `row` elements span, `stride` elements apart.
+///
+/// The last row needs no padding after it.
+pub(crate) fn spanned_elements(
+    what: &'static str,
+    rows: usize,
+    stride: usize,
+    row: usize,
+) -> Result<usize, Error> {
+    if stride < row {
+        return Err(Error::RowStrideTooShort { what, stride, row });
+    }
+    let Some(others) = rows.checked_sub(1) else { return Ok(0) };
+    checked_elements(what, others, stride)?.checked_add(row).ok_or(Error::TooLarge {
+        what,
+        rows,
+        columns: stride,
+    })
+}
+
 /// Fails unless all values are finite. `what` names one of them: a scale or a bias.
 pub(crate) fn check_finite(what: &'static str, values: &[f32]) -> Result<(), Error> {
     match values.iter().position(|value| !value.is_finite()) {

@@ -55,6 +55,8 @@ mod file;
 mod float;
 #[cfg(feature = "gpu")]
 pub mod gpu;
+mod linear;
+mod operation;
 mod output;
 mod packed;
 mod plan;
@@ -69,10 +71,15 @@ pub use error::FileError;
 pub use error::{Error, PlanError};
 pub use figures::DeviceFigures;
 pub use float::Float;
+pub use linear::Linear;
+pub use operation::{GateOrder, Gather, Half, HalfType, Operation, Scaling};
 pub use output::{Output, OutputType};
 pub use packed::{Group, PackedWeights, UnpackedCodes};
 pub use plan::{Algorithm, Plan, Skinny, TileConfig, Tiled, TwoLaunches};
 pub use problem::Problem;
+
+/// The activation function of a gated operation.
+pub use liquidgemm_format::activations::Gate;
 
 /// The parts of a [`Plan`], and the shapes for which the library has kernels.
 pub use liquidgemm_format::{

@@ -6,6 +6,8 @@ use std::fmt;
 
 use half::{bf16, f16};
 
+use crate::operation::Half;
+
 /// The element types of a product, as values. [`Output`] has them as types.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum OutputType {
@@ -58,6 +60,7 @@ pub trait Output: bytemuck::Pod + Send + Sync + PartialEq + fmt::Debug + sealed:
     /// from 65,520 on in f16, from about 3.4 · 10³⁸ on in f32 and bf16.
     /// If the product with the channel's scale overflows, the result stays infinite,
     /// even if the token's scale would bring it back into range.
+    /// A token whose scale is NaN has results of NaN: 0x7FFF in 16 bits, 0x7FFFFFFF in f32, as GPUs return it.
     fn from_accumulator(acc: i32, channel_scale: f32, token_scale: f32, bias: Option<f32>) -> Self;
 }
 
@@ -70,13 +73,16 @@ mod sealed {
 }
 
 /// The epilogue before its last rounding. Rust never contracts these operations into an FMA.
+///
+/// GPUs return one NaN only, and so does this.
 #[inline(always)]
 fn scaled(acc: i32, channel_scale: f32, token_scale: f32, bias: Option<f32>) -> f32 {
     let y = acc as f32 * channel_scale * token_scale;
-    match bias {
+    let y = match bias {
         Some(bias) => y + bias,
         None => y,
-    }
+    };
+    if y.is_nan() { f32::from_bits(0x7FFF_FFFF) } else { y }
 }
 
 impl Output for bf16 {
@@ -84,7 +90,7 @@ impl Output for bf16 {
 
     #[inline]
     fn from_accumulator(acc: i32, channel_scale: f32, token_scale: f32, bias: Option<f32>) -> Self {
-        bf16::from_f32(scaled(acc, channel_scale, token_scale, bias))
+        bf16::round(scaled(acc, channel_scale, token_scale, bias))
     }
 }
 
@@ -93,7 +99,7 @@ impl Output for f16 {
 
     #[inline]
     fn from_accumulator(acc: i32, channel_scale: f32, token_scale: f32, bias: Option<f32>) -> Self {
-        f16::from_f32(scaled(acc, channel_scale, token_scale, bias))
+        f16::round(scaled(acc, channel_scale, token_scale, bias))
     }
 }
 

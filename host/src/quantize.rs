@@ -7,12 +7,12 @@
 //! The method is that of the LiquidGEMM paper (arXiv 2509.01229).
 
 use liquidgemm_format::brick::{BRICK_CHANNELS, BRICK_K};
+use liquidgemm_format::rounding::{round_clamped, scale_of};
 use rayon::prelude::*;
 
 use crate::check::{check_length, checked_elements};
-use crate::float::{Float, round_clamped, scale_of};
 use crate::packed::{PackedSizes, Packer};
-use crate::{Error, Group, PackedWeights};
+use crate::{Error, Float, Group, PackedWeights};
 
 /// The protective range: int8 weights stay within ±119, so that the second level has room to round up.
 pub(crate) const INT8_LIMIT: f32 = 119.0;

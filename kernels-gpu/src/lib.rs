@@ -14,6 +14,7 @@
 //! | [`reduce`] | reduction of a tile's partial sums: warpgroup split-K, cluster split-K, stream-K |
 //! | [`epilogue`] | from the int32 sums to the output |
 //! | [`skinny`] | the GEMM for few tokens |
+//! | [`activations`] | quantization of activations, with norms and gated activation functions |
 //! | [`ablation`], [`probes`] | kernels that the bench compares with the library's |
 //! | [`dequant`] | dequantization of 4-bit codes to int8 weights |
 //! | [`block`] | a thread block's place in its cluster, its shared memory and its pipeline barriers |
@@ -24,6 +25,7 @@
 #![feature(abi_ptx, asm_experimental_arch)]
 
 pub mod ablation;
+pub mod activations;
 pub mod block;
 pub mod dequant;
 pub mod epilogue;
@@ -35,10 +37,11 @@ pub mod shape;
 pub mod skinny;
 
 use cuda_std::kernel;
+use liquidgemm_format::activations::QuantizeArguments;
 use liquidgemm_format::arguments::{GemmArguments, SkinnyArguments};
 use liquidgemm_format::skinny::{GROUP_TOKENS, SkinnyShape, THREADS};
 use liquidgemm_format::tile::TileShape;
-use liquidgemm_format::{skinny_shapes, tile_shapes};
+use liquidgemm_format::{quantize_kernels, skinny_shapes, tile_shapes};
 
 use dequant::LiquidQuant;
 use gemm::main_loop::StageWalk;
@@ -132,6 +135,30 @@ macro_rules! skinny_kernels {
     };
 }
 skinny_shapes!(skinny_kernels);
+
+/// Defines a kernel for each line in the list of [`quantize_kernels!`].
+macro_rules! define_quantize_kernels {
+    ($($name:ident: $operation:ident, $element:ident, $kind:ident, $blocks:literal;)*) => {
+        $(
+            #[doc = concat!("[`activations::", stringify!($kind), "::quantize`]: ", stringify!($operation), ", ", stringify!($element), ", ", $blocks, " thread blocks a row.")]
+            ///
+            /// # Safety
+            /// See the function that it calls.
+            #[kernel(max_threads = 1024, min_blocks = 1)]
+            pub unsafe fn $name(arguments: QuantizeArguments) {
+                // SAFETY: the launcher guarantees that the arguments are valid.
+                unsafe {
+                    activations::$kind::quantize::<
+                        activations::operation::$operation,
+                        activations::element::$element,
+                        $blocks,
+                    >(&arguments)
+                }
+            }
+        )*
+    };
+}
+quantize_kernels!(define_quantize_kernels);
 
 /// Reads memory as fast as it can: [`probes::stream`].
 ///

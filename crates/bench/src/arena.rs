@@ -216,7 +216,7 @@ pub(super) fn download<T: bytemuck::Pod>(
 }
 
 /// Allocates device memory without initializing it.
-fn uninitialized(bytes: usize) -> anyhow::Result<DeviceBuffer<u8>> {
+pub(super) fn uninitialized(bytes: usize) -> anyhow::Result<DeviceBuffer<u8>> {
     // SAFETY: any bytes are a valid `u8`, and the bench writes memory before it reads it.
     unsafe { DeviceBuffer::uninitialized(bytes.max(ALIGNMENT)) }.during("allocating GPU memory")
 }

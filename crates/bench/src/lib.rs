@@ -22,6 +22,7 @@
 //! The slower of the two is the problem's floor.
 
 pub mod ablation;
+pub mod activations;
 mod arena;
 mod check;
 pub mod circumstances;

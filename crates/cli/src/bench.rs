@@ -10,6 +10,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use liquidgemm::gpu::Gpu;
 use liquidgemm::{Error, Group};
 use liquidgemm_bench::ablation::Ablation;
+use liquidgemm_bench::activations::{Activations, Measured};
 use liquidgemm_bench::circumstances::Circumstances;
 use liquidgemm_bench::plots::Pictures;
 use liquidgemm_bench::record::{Baseline, Run};
@@ -95,6 +96,10 @@ pub(super) struct Arguments {
     /// by default on the feed-forward matrices of LLaMA-2-7B and -70B at M = 1, 2, 4 … 1024
     #[arg(long, conflicts_with_all = ["tile", "group", "device", "sweep", "quick", "peers", "between", "shards", "curve", "monotone", "algorithms", "baselines", "no_probes", "pace"])]
     ablation: bool,
+    /// Measure the quantization of activations instead: alone, after RMSNorm, and after SiLU · mul,
+    /// for rows of 4096, 8192 and 28672 elements and 1 to 8192 rows
+    #[arg(long, conflicts_with_all = ["ablation", "tile", "group", "sweep", "problems", "plots", "algorithms", "baselines", "no_probes"])]
+    activations: bool,
     /// Measure nothing; read the results of earlier runs from these files;
     /// separate several by commas or repeat the option
     #[arg(long, value_name = "JSON", value_delimiter = ',', conflicts_with_all = ["problems", "m", "tile", "json", "baselines", "no_probes", "pace"])]
@@ -219,6 +224,9 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<Report> {
     }
     if arguments.ablation {
         return ablation(arguments);
+    }
+    if arguments.activations {
+        return activations(arguments);
     }
     let runs = match arguments.from.as_slice() {
         [] => vec![measure(arguments)?],
@@ -356,6 +364,52 @@ fn measure_ablation(arguments: &Arguments) -> anyhow::Result<Ablation> {
     Ok(run)
 }
 
+/// The rows and the row lengths of `--activations`.
+const ACTIVATION_ROWS: [usize; 7] = [1, 4, 16, 64, 256, 2048, 8192];
+const ACTIVATION_LENGTHS: [usize; 3] = [4096, 8192, 28672];
+
+fn activations(arguments: &Arguments) -> anyhow::Result<Report> {
+    let run = match arguments.from.as_slice() {
+        [] => measure_activations(arguments)?,
+        [path] => Activations::load(path)?,
+        _ => bail!("--activations reads one run; give --from once"),
+    };
+    let mut text = String::new();
+    if !arguments.from.is_empty() {
+        text += &format!("{}\n{}\n", run.circumstances.device, liquidgemm_bench::activations::heading());
+        run.points.iter().for_each(|point| text += &format!("{}\n", point.row()));
+    }
+    if let Some(path) = &arguments.markdown {
+        run.write_page(path)?;
+    }
+    let wrong = run.mismatches();
+    if wrong > 0 {
+        text += &format!("\n{wrong} results differ from the CPU backend's\n");
+    }
+    Ok(Report { text, success: wrong == 0 })
+}
+
+fn measure_activations(arguments: &Arguments) -> anyhow::Result<Activations> {
+    let gpu = arguments.gpu()?;
+    let rows = arguments.m.as_ref().map_or(&ACTIVATION_ROWS[..], |Tokens(tokens)| tokens);
+    let points = rows.len() * ACTIVATION_LENGTHS.len() * Measured::ALL.len();
+    let screen = Screen::of_points(points, None);
+    screen.print(&format!("{}\n{}", gpu.description(), liquidgemm_bench::activations::heading()));
+    let save = |run: &Activations| arguments.json.as_deref().map_or(Ok(()), |path| run.save(path));
+    let pace = arguments.options().pace;
+    let run = liquidgemm_bench::activations::run(&gpu, rows, &ACTIVATION_LENGTHS, pace, |run| {
+        if let Some(point) = run.points.last() {
+            screen.print(&point.row());
+        }
+        screen.bar.inc(1);
+        save(run)
+    })?;
+    // The run is marked as complete only now.
+    save(&run)?;
+    screen.bar.finish_and_clear();
+    Ok(run)
+}
+
 /// Prints rows to stdout as they are measured, shows progress on stderr, and keeps the JSON file up to date.
 struct Screen {
     bar: ProgressBar,
@@ -364,7 +418,10 @@ struct Screen {
 
 impl Screen {
     fn new(cases: &[Case], json: Option<PathBuf>) -> Self {
-        let points: usize = cases.iter().map(|case| case.tokens.len()).sum();
+        Self::of_points(cases.iter().map(|case| case.tokens.len()).sum(), json)
+    }
+
+    fn of_points(points: usize, json: Option<PathBuf>) -> Self {
         let style = ProgressStyle::with_template("{msg:24} {wide_bar} {pos}/{len}  {eta} left")
             .expect("the template is valid");
         Self { bar: ProgressBar::new(points as u64).with_style(style), json }

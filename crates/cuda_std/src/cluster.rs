@@ -54,3 +54,17 @@ pub fn sync_cluster_relaxed() {
     arrive_relaxed();
     wait();
 }
+
+/// Waits for every thread of every thread block of the cluster.
+/// Their earlier memory accesses are visible afterwards, also those to one another's shared memory.
+#[inline(always)]
+pub fn sync_cluster() {
+    // SAFETY: the barrier itself accesses no memory.
+    unsafe {
+        asm!(
+            "barrier.cluster.arrive.release.aligned;",
+            "barrier.cluster.wait.acquire.aligned;",
+            options(nostack)
+        )
+    }
+}

@@ -30,6 +30,32 @@ pub fn broadcast(value: u32) -> u32 {
     uniform
 }
 
+/// Returns the `value` of the lane whose number differs in the bits of `MASK`.
+///
+/// Every lane of the warp calls it.
+#[inline(always)]
+pub fn shuffle_xor<const MASK: u32>(value: f32) -> f32 {
+    let other;
+    // SAFETY: the mask names every lane of the warp, and all of them take part.
+    unsafe {
+        asm!("shfl.sync.bfly.b32 {}, {}, {}, 31, -1;", out(reg32) other, in(reg32) value, const MASK, options(nomem, nostack))
+    }
+    other
+}
+
+/// Returns the largest `value` of the warp's lanes in every lane.
+///
+/// Every lane of the warp calls it.
+#[inline(always)]
+pub fn reduce_max(value: u32) -> u32 {
+    let max;
+    // SAFETY: the mask names every lane of the warp, and all of them take part.
+    unsafe {
+        asm!("redux.sync.max.u32 {}, {}, -1;", out(reg32) max, in(reg32) value, options(nomem, nostack))
+    }
+    max
+}
+
 /// Waits for every lane of the warp.
 /// Their earlier memory accesses are visible afterwards.
 #[inline(always)]

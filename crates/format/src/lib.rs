@@ -8,12 +8,14 @@
 #![forbid(unsafe_code)]
 
 pub mod ablation;
+pub mod activations;
 pub mod arguments;
 pub mod brick;
 pub mod dequant;
 pub mod divisor;
 pub mod probe;
 pub mod ring;
+pub mod rounding;
 pub mod schedule;
 pub mod skinny;
 pub mod stream;

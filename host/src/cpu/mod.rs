@@ -6,6 +6,7 @@
 //! It dequantizes a chunk of K once and multiplies all of its tokens with it.
 //! A [`Kernel`] is the inner loop for one instruction set. All kernels give the same bits.
 
+mod activations;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 mod portable;
@@ -14,6 +15,8 @@ mod vnni;
 
 use std::fmt;
 use std::sync::OnceLock;
+
+pub use activations::{QuantizeInput, Residual, quantize};
 
 use liquidgemm_format::brick::{BRICK_CHANNELS, BRICK_K};
 use rayon::prelude::*;

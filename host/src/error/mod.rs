@@ -83,6 +83,41 @@ pub enum Error {
         k: usize,
     },
 
+    /// The rows of a matrix would overlap.
+    #[error(
+        "the {what}'s row stride of {stride} elements is shorter than a row of {row}; it must be at least that"
+    )]
+    RowStrideTooShort {
+        /// The matrix.
+        what: &'static str,
+        /// The row stride, in elements.
+        stride: usize,
+        /// Elements in a row.
+        row: usize,
+    },
+
+    /// A norm's epsilon is negative or not finite.
+    #[error("epsilon is {value}; it must be finite and not negative")]
+    InvalidEpsilon {
+        /// The value found.
+        value: f32,
+    },
+
+    /// A static scale is not finite and positive.
+    #[error("the static scale is {value}; it must be finite and greater than 0")]
+    InvalidStaticScale {
+        /// The value found.
+        value: f32,
+    },
+
+    /// A residual was given for an operation that has none.
+    #[error("a residual goes with a norm of rows in their own order; leave it out, or add it beforehand")]
+    UnexpectedResidual,
+
+    /// Activations for a layer have a smoothing vector of their own.
+    #[error("the layer divides its activations by its own smoothing vector; leave that of the input out")]
+    SmoothingTwice,
+
     /// A range of weights that cannot be cut out.
     #[error(
         "cannot cut {what} {start}..{end} out of {length}: a shard must not be empty, \

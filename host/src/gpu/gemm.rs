@@ -243,7 +243,7 @@ impl Gpu {
     }
 
     /// Fails unless the operands fit the weights, and everything belongs to this GPU's context.
-    fn check_operands(
+    pub(super) fn check_operands(
         &self,
         weights: &DeviceWeights,
         operands: &Operands,

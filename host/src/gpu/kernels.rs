@@ -8,9 +8,10 @@ use std::sync::OnceLock;
 use cust::module::Module;
 use cust::sys::{self, CUfunction};
 use flate2::read::ZlibDecoder;
+use liquidgemm_format::activations::QUANTIZE_ENTRIES;
 use liquidgemm_format::skinny::{SKINNY_SHAPES, SkinnyShape};
 use liquidgemm_format::tile::{MAX_SHARED_BYTES, TILE_SHAPES, TileShape};
-use liquidgemm_format::{skinny_shapes, tile_shapes};
+use liquidgemm_format::{quantize_kernels, skinny_shapes, tile_shapes};
 
 use crate::Error;
 use crate::error::PlanError;
@@ -60,6 +61,14 @@ macro_rules! skinny_sources {
     };
 }
 skinny_shapes!(skinny_sources);
+
+macro_rules! quantize_sources {
+    ($($entry:ident: $operation:ident, $element:ident, $kind:ident, $blocks:literal;)*) => {
+        /// The kernels that quantize activations, in the order of [`QUANTIZE_ENTRIES`].
+        const QUANTIZE: [KernelSource; QUANTIZE_ENTRIES.len()] = [$(source!(stringify!($entry))),*];
+    };
+}
+quantize_kernels!(quantize_sources);
 
 /// A kernel that does nothing. The driver uses it to compute how many clusters run at a time.
 const OCCUPANCY: KernelSource = source!("occupancy");
@@ -143,6 +152,7 @@ pub(crate) struct KernelCache {
     context: ContextHandle,
     gemm: [OnceLock<Kernel>; GEMM.len()],
     skinny: [OnceLock<Kernel>; SKINNY.len()],
+    quantize: [OnceLock<Kernel>; QUANTIZE.len()],
 }
 
 impl KernelCache {
@@ -152,6 +162,7 @@ impl KernelCache {
             context,
             gemm: [const { OnceLock::new() }; GEMM.len()],
             skinny: [const { OnceLock::new() }; SKINNY.len()],
+            quantize: [const { OnceLock::new() }; QUANTIZE.len()],
         }
     }
 
@@ -167,6 +178,11 @@ impl KernelCache {
         let index = SKINNY_SHAPES.iter().position(|&other| other == shape);
         let index = index.ok_or(PlanError::UnknownSkinnyShape { shape })?;
         Ok(self.get_or_load(&self.skinny[index], &SKINNY[index], shape.shared_bytes())?)
+    }
+
+    /// Returns the kernel with this index in [`QUANTIZE_ENTRIES`].
+    pub(crate) fn quantize(&self, index: usize) -> Result<&Kernel, GpuError> {
+        self.get_or_load(&self.quantize[index], &QUANTIZE[index], MAX_SHARED_BYTES)
     }
 
     /// Loads the kernel that does nothing, with the most shared memory that a thread block may have.

@@ -14,7 +14,11 @@ use liquidgemm_format::tile::{TILE_SHAPES, TileShape};
 use crate::error::gpu::{During, GpuError};
 use crate::gpu::context::ContextHandle;
 use crate::gpu::stream::StreamLayout;
+use crate::packed::PackedSizes;
 use crate::{Error, Group, PackedWeights, Plan, Tiled};
+
+/// Alignment of memory that the caller owns, in bytes.
+const BORROWED_ALIGNMENT: u64 = 256;
 
 /// A range of device memory: an address and a length in bytes. It does not own the memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -77,15 +81,22 @@ pub struct DeviceWeights {
     channel_scales: Arc<DeviceMemory>,
 }
 
-/// Device memory that the library owns. Any thread can copy and free it, because it knows its context.
+/// Device memory that the library uses. Any thread can copy and free it, because it knows its context.
 #[derive(Debug)]
 pub(crate) struct DeviceMemory {
     context: ContextHandle,
     address: u64,
     bytes: usize,
+    /// Whether the caller of the library owns the memory.
+    is_borrowed: bool,
 }
 
 impl DeviceMemory {
+    /// Wraps memory that the caller owns.
+    pub(crate) fn borrowed(context: &ContextHandle, span: DeviceSpan) -> Self {
+        Self { context: context.clone(), address: span.address, bytes: span.bytes, is_borrowed: true }
+    }
+
     /// Allocates memory with undefined contents.
     pub(crate) fn uninitialized(
         context: &ContextHandle,
@@ -97,7 +108,7 @@ impl DeviceMemory {
         // The driver refuses allocations of 0 bytes.
         // SAFETY: the first argument is valid for a write.
         unsafe { sys::cuMemAlloc_v2(&mut address, bytes.max(1)) }.during(action)?;
-        Ok(Self { context: context.clone(), address, bytes })
+        Ok(Self { context: context.clone(), address, bytes, is_borrowed: false })
     }
 
     /// Copies host memory to the device, and waits until launches on any stream can use it.
@@ -109,18 +120,25 @@ impl DeviceMemory {
         values: &[T],
         action: &'static str,
     ) -> Result<Self, GpuError> {
-        let bytes: &[u8] = bytemuck::cast_slice(values);
-        let memory = Self::uninitialized(context, bytes.len(), action)?;
-        if !bytes.is_empty() {
-            let _entered = context.enter()?;
-            // SAFETY: source and destination have this many bytes.
-            // Null is the default stream, which always exists.
-            unsafe {
-                sys::cuMemcpyHtoD_v2(memory.address, bytes.as_ptr().cast(), bytes.len()).during(action)?;
-                sys::cuStreamSynchronize(ptr::null_mut()).during(action)?;
-            }
-        }
+        let memory = Self::uninitialized(context, size_of_val(values), action)?;
+        memory.fill(values, action)?;
         Ok(memory)
+    }
+
+    /// Copies host memory to the first bytes, as [`copy_of`](Self::copy_of) does.
+    pub(crate) fn fill<T: NoUninit>(&self, values: &[T], action: &'static str) -> Result<(), GpuError> {
+        let bytes: &[u8] = bytemuck::cast_slice(values);
+        assert!(bytes.len() <= self.bytes, "{} bytes to {}", bytes.len(), self.bytes);
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        let _entered = self.context.enter()?;
+        // SAFETY: source and destination have this many bytes.
+        // Null is the default stream, which always exists.
+        unsafe {
+            sys::cuMemcpyHtoD_v2(self.address, bytes.as_ptr().cast(), bytes.len()).during(action)?;
+            sys::cuStreamSynchronize(ptr::null_mut()).during(action)
+        }
     }
 
     /// Copies the first bytes to the host, and waits for them.
@@ -162,6 +180,9 @@ impl DeviceMemory {
 
 impl Drop for DeviceMemory {
     fn drop(&mut self) {
+        if self.is_borrowed {
+            return;
+        }
         // An error cannot be handled here.
         if let Ok(_entered) = self.context.enter_to_free() {
             // SAFETY: the memory was allocated in this context, and is freed only here.
@@ -196,6 +217,61 @@ impl DeviceWeights {
                 "copying the channel scales to the GPU",
             )?),
         })
+    }
+
+    /// Returns the bytes of device memory that weights `[n, k]` take in memory that the caller owns.
+    ///
+    /// # Errors
+    /// [`Error::EmptyDimension`], [`Error::KTooLarge`], [`Error::InvalidGroup`] or [`Error::TooLarge`]
+    /// for impossible weights.
+    pub fn bytes_for(n: usize, k: usize, group: Group) -> Result<usize, Error> {
+        Ok(Self::scales_offset(n, k, group)? + n * size_of::<f32>())
+    }
+
+    /// Returns the offset of the channel scales in memory that the caller owns.
+    fn scales_offset(n: usize, k: usize, group: Group) -> Result<usize, Error> {
+        PackedSizes::new(n, k, group)?;
+        Ok(StreamLayout::new(n, k, group)?.bytes().next_multiple_of(BORROWED_ALIGNMENT as usize))
+    }
+
+    /// Wraps weights in memory that the caller owns.
+    pub(super) fn borrowed(
+        context: &ContextHandle,
+        memory: DeviceSpan,
+        [n, k]: [usize; 2],
+        group: Group,
+    ) -> Result<Self, Error> {
+        let offset = Self::scales_offset(n, k, group)?;
+        memory.check("weights", Self::bytes_for(n, k, group)?, BORROWED_ALIGNMENT)?;
+        let layout = StreamLayout::new(n, k, group)?;
+        let part = |offset: usize, bytes| {
+            let span = DeviceSpan { address: memory.address + offset as u64, bytes };
+            Arc::new(DeviceMemory::borrowed(context, span))
+        };
+        Ok(Self {
+            n,
+            k,
+            group,
+            layout,
+            stream: part(0, layout.bytes()),
+            channel_scales: part(offset, n * size_of::<f32>()),
+        })
+    }
+
+    /// Copies weights to memory that the caller owns.
+    ///
+    /// # Safety
+    /// The memory is allocated.
+    pub(super) unsafe fn upload_to(
+        context: &ContextHandle,
+        weights: &PackedWeights,
+        memory: DeviceSpan,
+    ) -> Result<Self, Error> {
+        let this = Self::borrowed(context, memory, [weights.n(), weights.k()], weights.group())?;
+        let merged = this.layout.merge(weights.codes(), weights.pairs());
+        this.stream.fill(&merged, "copying the weights to the GPU")?;
+        this.channel_scales.fill(weights.channel_scales(), "copying the channel scales to the GPU")?;
+        Ok(this)
     }
 
     /// Copies the weights back to the host.
@@ -265,15 +341,45 @@ pub struct Workspace {
 
 impl Workspace {
     pub(crate) fn new(context: &ContextHandle, multiprocessors: u32) -> Result<Self, GpuError> {
-        let most = |of: fn(TileShape) -> u32| TILE_SHAPES.map(of).into_iter().max().unwrap_or(0) as usize;
-        let blocks = multiprocessors as usize;
-        let partials = blocks * most(TileShape::partial_bytes);
-        let flags = blocks * most(TileShape::consumers);
+        let (partials, flags) = (Self::partial_bytes(multiprocessors), Self::flag_bytes(multiprocessors));
         Ok(Self {
             // The kernels write each slot before they read it.
             partials: DeviceMemory::uninitialized(context, partials, "allocating the workspace")?,
-            flags: DeviceMemory::copy_of(context, &vec![0u32; flags], "allocating the workspace's flags")?,
+            flags: DeviceMemory::copy_of(context, &vec![0u8; flags], "allocating the workspace's flags")?,
         })
+    }
+
+    /// Returns the bytes of the flags on a GPU with this many SMs.
+    fn flag_bytes(multiprocessors: u32) -> usize {
+        let most = TILE_SHAPES.map(TileShape::consumers).into_iter().max().unwrap_or(0);
+        multiprocessors as usize * most as usize * size_of::<u32>()
+    }
+
+    /// Returns the bytes of the partial tiles on a GPU with this many SMs.
+    fn partial_bytes(multiprocessors: u32) -> usize {
+        let most = TILE_SHAPES.map(TileShape::partial_bytes).into_iter().max().unwrap_or(0);
+        multiprocessors as usize * most as usize
+    }
+
+    /// Returns the bytes of a workspace in memory that the caller owns.
+    pub(crate) fn bytes_for(multiprocessors: u32) -> usize {
+        Self::partial_bytes(multiprocessors) + Self::flag_bytes(multiprocessors)
+    }
+
+    /// Makes a workspace in memory that the caller owns: the partial tiles, and behind them the flags.
+    pub(crate) fn borrowed(
+        context: &ContextHandle,
+        multiprocessors: u32,
+        memory: DeviceSpan,
+    ) -> Result<Self, GpuError> {
+        memory.check("workspace", Self::bytes_for(multiprocessors), BORROWED_ALIGNMENT)?;
+        let (partials, flags) = (Self::partial_bytes(multiprocessors), Self::flag_bytes(multiprocessors));
+        let part = |offset: usize, bytes| {
+            DeviceMemory::borrowed(context, DeviceSpan { address: memory.address + offset as u64, bytes })
+        };
+        let (partials, flags) = (part(0, partials), part(partials, flags));
+        flags.fill(&vec![0u8; flags.bytes()], "initializing the workspace's flags")?;
+        Ok(Self { partials, flags })
     }
 
     /// Returns the context that the workspace belongs to.

@@ -4,16 +4,20 @@
 //! |---|---|---|
 //! | [`Gpu::multiply`] | takes and returns host memory, waits for the result | `mod.rs` |
 //! | [`Gpu::gemm`] | device memory, the caller's stream, returns at once | `gemm.rs` |
+//! | [`DeviceLinear::forward`] | a linear layer with bf16 or f16 activations | `linear.rs` |
+//! | [`Gpu::quantize`] | quantization of activations in device memory, with norms and gates | `activations.rs` |
 //! | [`DeviceWeights`], [`DeviceSpan`], [`Workspace`] | device memory | `memory.rs` |
 //! | [`CustomKernel`] | kernels of another crate | `custom.rs` |
 //!
 //! It needs the NVIDIA driver but no CUDA toolkit. Without a driver [`Gpu::new`] returns an error.
 
+mod activations;
 mod context;
 mod custom;
 mod gemm;
 mod kernels;
 mod launch;
+mod linear;
 mod memory;
 mod plans;
 mod skinny;
@@ -30,15 +34,17 @@ use cust::stream::{Stream, StreamFlags};
 use liquidgemm_format::tile::MAX_SHARED_BYTES;
 
 pub use crate::error::{DriverStatus, GpuError};
+pub use activations::QuantizeOperands;
 pub use cuda_driver::{CudaVersion, LoadError};
 pub use custom::CustomKernel;
 pub use gemm::{Operands, StreamHandle};
 pub use kernels::ptx_hash;
+pub use linear::{DeviceLinear, LinearInput, LinearOutput, QuantizedSpan};
 pub use memory::{DeviceSpan, DeviceWeights, Workspace};
 
 use crate::check::{check_call, checked_elements};
 use crate::error::gpu::During;
-use crate::{ActivationsView, Algorithm, DeviceFigures, Error, Output, PackedWeights, Plan, Problem};
+use crate::{ActivationsView, Algorithm, DeviceFigures, Error, Group, Output, PackedWeights, Plan, Problem};
 use context::ContextHandle;
 use memory::DeviceMemory;
 
@@ -255,6 +261,45 @@ impl Gpu {
         Ok(self.context.make_current()?)
     }
 
+    /// Copies packed weights to device memory that the caller owns, and waits for the copy.
+    ///
+    /// The memory has [`DeviceWeights::bytes_for`] bytes, at a multiple of 256 bytes.
+    ///
+    /// # Errors
+    /// [`GpuError::BufferTooSmall`] or [`GpuError::Misaligned`] for unsuitable memory,
+    /// [`GpuError::Cuda`] if the driver fails.
+    ///
+    /// # Safety
+    /// The memory stays allocated, and nobody writes it, as long as the weights and their launches live.
+    /// No launch uses it now.
+    pub unsafe fn upload_to(
+        &self,
+        weights: &PackedWeights,
+        memory: DeviceSpan,
+    ) -> Result<DeviceWeights, Error> {
+        // SAFETY: the caller vouches for the memory.
+        unsafe { DeviceWeights::upload_to(&self.context, weights, memory) }
+    }
+
+    /// Takes weights `[n, k]` that are in device memory already, as [`PackedWeights::device_bytes`] returns them.
+    ///
+    /// # Errors
+    /// - [`Error::EmptyDimension`], [`Error::KTooLarge`], [`Error::InvalidGroup`] or [`Error::TooLarge`]
+    ///   for impossible weights.
+    /// - [`GpuError::BufferTooSmall`] or [`GpuError::Misaligned`] for unsuitable memory.
+    ///
+    /// # Safety
+    /// The memory holds such bytes of weights with this shape and group.
+    /// It stays allocated, and nobody writes it, as long as the weights and their launches live.
+    pub unsafe fn weights_in(
+        &self,
+        memory: DeviceSpan,
+        [n, k]: [usize; 2],
+        group: Group,
+    ) -> Result<DeviceWeights, Error> {
+        DeviceWeights::borrowed(&self.context, memory, [n, k], group)
+    }
+
     /// Copies packed weights to the GPU and waits for the copy.
     ///
     /// # Errors
@@ -271,6 +316,25 @@ impl Gpu {
     /// [`GpuError::Cuda`] if device memory runs out or the driver fails.
     pub fn workspace(&self) -> Result<Workspace, Error> {
         Ok(Workspace::new(&self.context, self.multiprocessors())?)
+    }
+
+    /// Returns the bytes of a workspace on this GPU.
+    pub fn workspace_bytes(&self) -> usize {
+        Workspace::bytes_for(self.multiprocessors())
+    }
+
+    /// Makes a workspace in device memory that the caller owns, and waits until it is initialized.
+    ///
+    /// The memory has [`workspace_bytes`](Self::workspace_bytes) bytes, at a multiple of 256 bytes.
+    ///
+    /// # Errors
+    /// [`GpuError::BufferTooSmall`] or [`GpuError::Misaligned`] for unsuitable memory,
+    /// [`GpuError::Cuda`] if the driver fails.
+    ///
+    /// # Safety
+    /// The memory stays allocated, and nobody else writes it, as long as the workspace and its launches live.
+    pub unsafe fn workspace_in(&self, memory: DeviceSpan) -> Result<Workspace, Error> {
+        Ok(Workspace::borrowed(&self.context, self.multiprocessors(), memory)?)
     }
 
     /// Returns the plan for a problem on this GPU.

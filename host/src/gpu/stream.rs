@@ -6,7 +6,8 @@ use liquidgemm_format::stream::WeightStream;
 use liquidgemm_format::tile::{K_TILE_BRICKS, STRIP_K_TILE_CODE_BYTES};
 use rayon::prelude::*;
 
-use crate::{Error, Group};
+use crate::gpu::DeviceWeights;
+use crate::{Error, Group, PackedWeights};
 
 /// The positions of the parts of packed weights `[n, k]` in device memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -102,6 +103,25 @@ impl StreamLayout {
             });
         });
         (codes, pairs)
+    }
+}
+
+impl PackedWeights {
+    /// Returns the weights as they lie in device memory that the caller owns:
+    /// the strips, zeros up to a multiple of 256 bytes, and the channel scales.
+    ///
+    /// [`Gpu::weights_in`](crate::gpu::Gpu::weights_in) takes such memory.
+    ///
+    /// # Errors
+    /// [`Error::TooLarge`] if the weights exceed the address space.
+    pub fn device_bytes(&self) -> Result<Vec<u8>, Error> {
+        let layout = StreamLayout::new(self.n(), self.k(), self.group())?;
+        let bytes = DeviceWeights::bytes_for(self.n(), self.k(), self.group())?;
+        let mut merged = layout.merge(self.codes(), self.pairs());
+        let scales: &[u8] = bytemuck::cast_slice(self.channel_scales());
+        merged.resize(bytes - scales.len(), 0);
+        merged.extend_from_slice(scales);
+        Ok(merged)
     }
 }
 

@@ -66,6 +66,19 @@ pub fn permute_bytes<const SELECTOR: u32>(value: u32) -> u32 {
     permuted
 }
 
+/// Returns the bytes of `low` and `high` that the four hex digits of `SELECTOR` select, lowest digit first.
+///
+/// Digits 0 to 3 are the bytes of `low`, digits 4 to 7 those of `high`.
+#[inline(always)]
+pub fn merge_bytes<const SELECTOR: u32>(low: u32, high: u32) -> u32 {
+    let merged;
+    // SAFETY: register arithmetic.
+    unsafe {
+        asm!("prmt.b32 {}, {}, {}, {};", out(reg32) merged, in(reg32) low, in(reg32) high, const SELECTOR, options(pure, nomem, nostack));
+    }
+    merged
+}
+
 /// Returns two f32 rounded to bf16, `low` in the lower half.
 #[inline(always)]
 pub fn pack_bf16(low: f32, high: f32) -> u32 {

@@ -202,6 +202,63 @@ pub unsafe fn load_global_x4_if(valid: bool, address: u64) -> [i32; 4] {
     unsafe { load_x4_if!("ld.global.cg.v4.u32", reg64, valid, address) }
 }
 
+/// Loads 16 bytes of global memory if `valid`, otherwise returns zeros.
+///
+/// It has no branch, so that several loads are in flight at once. The line is not kept in L1.
+/// It is not the read-only load: the preceding launch may write the value after this one has begun.
+///
+/// # Safety
+/// If `valid`, `address` is valid and 16-byte aligned.
+#[inline(always)]
+pub unsafe fn load_once_x4_if(valid: bool, address: u64) -> [u32; 4] {
+    // SAFETY: the caller guarantees that the address is valid.
+    unsafe { load_x4_if!("ld.global.L1::no_allocate.v4.u32", reg64, valid, address) }
+}
+
+/// Loads 16 bytes of global memory that no launch writes if `valid`, otherwise returns zeros.
+///
+/// # Safety
+/// If `valid`, `address` is valid and 16-byte aligned.
+#[inline(always)]
+pub unsafe fn load_constant_x4_if(valid: bool, address: u64) -> [u32; 4] {
+    // SAFETY: the caller guarantees that the address is valid.
+    unsafe { load_x4_if!("ld.global.nc.v4.u32", reg64, valid, address) }
+}
+
+/// Loads 4 bytes of global memory.
+///
+/// # Safety
+/// `address` is valid and 4-byte aligned.
+#[inline(always)]
+pub unsafe fn load_global(address: u64) -> u32 {
+    let value;
+    // SAFETY: the caller guarantees that the address is valid.
+    unsafe { asm!("ld.global.u32 {}, [{}];", out(reg32) value, in(reg64) address, options(nostack)) }
+    value
+}
+
+/// Loads 2 bytes of global memory, zero-extended.
+///
+/// # Safety
+/// `address` is valid and 2-byte aligned.
+#[inline(always)]
+pub unsafe fn load_global_u16(address: u64) -> u32 {
+    let value;
+    // SAFETY: the caller guarantees that the address is valid.
+    unsafe {
+        asm!(
+            "{{",
+            ".reg .b16 half;",
+            "ld.global.b16 half, [{1}];",
+            "cvt.u32.u16 {0}, half;",
+            "}}",
+            out(reg32) value, in(reg64) address,
+            options(nostack)
+        );
+    }
+    value
+}
+
 /// Stores 16 bytes to global memory.
 ///
 /// # Safety
@@ -322,6 +379,26 @@ pub unsafe fn store_remote_x4_if(valid: bool, address: u32, values: [u32; 4], ba
             "}}",
             in(reg32) a, in(reg32) b, in(reg32) c, in(reg32) d,
             in(reg32) address, in(reg32) barrier, in(reg32) rank, in(reg32) valid as u32,
+            options(nostack)
+        );
+    }
+}
+
+/// Stores 4 bytes to the shared memory of the cluster's thread block `rank`, at `address` there.
+///
+/// # Safety
+/// `address` is valid in that thread block and 4-byte aligned, and the thread block runs.
+#[inline(always)]
+pub unsafe fn store_remote(address: u32, value: u32, rank: u32) {
+    // SAFETY: the caller guarantees the address and its thread block.
+    unsafe {
+        asm!(
+            "{{",
+            ".reg .b32 there;",
+            "mapa.shared::cluster.u32 there, {0}, {2};",
+            "st.shared::cluster.u32 [there], {1};",
+            "}}",
+            in(reg32) address, in(reg32) value, in(reg32) rank,
             options(nostack)
         );
     }

@@ -5,6 +5,7 @@
 //! and that the threads for which the instruction is meant execute it.
 
 pub mod copy;
+pub mod float;
 pub mod grid;
 pub mod hint;
 pub mod integer;

@@ -1,0 +1,268 @@
+//! The row kernels: each row has a thread block, or a cluster of four, and each thread a vector.
+//!
+//! The code is short, and each thread runs it once, so that few rows are done soon after the launch.
+//! Rows of more than 32,768 elements have several vectors for each thread, and are read again for each pass.
+
+use cuda_std::{cluster, thread};
+use liquidgemm_format::activations::{
+    CLUSTER, CODE_ALIGNMENT, LANES, PIECE, QuantizeArguments, VECTOR, inverse_deviation,
+};
+
+use super::codes::RowScale;
+use super::element::{Element, Vector, each, pack, unpack};
+use super::operation::{Device, Operation, Statistics, Words};
+use super::reduce::Reduction;
+use super::{largest, scale_of_row, smooth, source_of_row};
+use crate::ptx::grid;
+use crate::ptx::memory::{store_global, store_global_x2};
+
+/// Quantizes a row: the body of the row kernels, which each thread executes.
+///
+/// # Safety
+/// The arguments describe memory as their documentation says.
+/// The launch has `BLOCKS` thread blocks for each row.
+/// They have a thread for each vector of the row, or `BLOCKS` is 4 and they have 1,024 threads each.
+#[inline(always)]
+pub unsafe fn quantize<O: Operation, T: Element, const BLOCKS: u32>(arguments: &QuantizeArguments) {
+    grid::launch_dependents();
+    let thread = thread::thread_idx_x();
+    let (index, first) = if const { BLOCKS == 1 } {
+        (thread::block_idx_x(), thread)
+    } else {
+        let piece = thread / PIECE * BLOCKS + cluster::block_rank();
+        (cluster::cluster_idx_x(), piece * PIECE + thread % PIECE)
+    };
+    let reduction = Reduction::<BLOCKS>::of_thread();
+    // SAFETY: the caller guarantees the arguments. All threads of the cluster come past the same barriers.
+    unsafe {
+        let parameters = load_parameters::<O>(arguments, Vector::new(first, arguments.k));
+        if const { BLOCKS > 1 } {
+            // The thread blocks of the cluster write to one another's shared memory later.
+            cluster::arrive_relaxed();
+        }
+        grid::wait_for_dependency();
+        let source = source_of_row(arguments, index);
+        let row = Row::<BLOCKS> {
+            arguments,
+            first,
+            // A row that does not exist is a row of length 0 whose scale is NaN.
+            k: if source.is_some() { arguments.k } else { 0 },
+            source: source.unwrap_or(0),
+        };
+        if const { BLOCKS > 1 } {
+            cluster::wait();
+        }
+        row.quantize::<O, T>(index, reduction, parameters, source.is_some());
+    }
+}
+
+/// Loads the norm's weights and biases of a vector; zeros if there are none.
+#[inline(always)]
+pub(super) unsafe fn load_parameters<O: Operation>(arguments: &QuantizeArguments, vector: Vector) -> Words {
+    let aligned = arguments.aligned != 0;
+    let mut parameters = [[0; 4]; 2];
+    // SAFETY: the caller guarantees the arguments.
+    unsafe {
+        if const { O::SUMS > 0 } {
+            parameters[0] = vector.load_constant(arguments.weight, aligned);
+        }
+        if const { O::SUMS == 2 } {
+            if arguments.bias != 0 {
+                parameters[1] = vector.load_constant(arguments.bias, aligned);
+            }
+        }
+    }
+    parameters
+}
+
+/// A thread's part of a row.
+#[derive(Clone, Copy)]
+struct Row<'a, const BLOCKS: u32> {
+    arguments: &'a QuantizeArguments,
+    /// The thread's first vector.
+    first: u32,
+    /// Elements of the row.
+    k: u32,
+    /// The row's index in the input.
+    source: u32,
+}
+
+impl<const BLOCKS: u32> Row<'_, BLOCKS> {
+    /// Returns the vectors of each thread, at least 1.
+    #[inline(always)]
+    fn rounds(self) -> u32 {
+        if const { BLOCKS == CLUSTER } { self.k.div_ceil(LANES as u32 * VECTOR as u32).max(1) } else { 1 }
+    }
+
+    /// Returns the thread's vector of a round.
+    #[inline(always)]
+    fn vector(self, round: u32) -> Vector {
+        Vector::new(self.first + round * LANES as u32, self.k)
+    }
+
+    /// Loads the values of a vector. `again` says that this has been done before.
+    #[inline(always)]
+    unsafe fn load<O: Operation, T: Element>(self, vector: Vector, again: bool) -> [f32; VECTOR] {
+        let arguments = self.arguments;
+        let aligned = arguments.aligned != 0;
+        let input = arguments.input + self.source as u64 * arguments.input_stride;
+        // SAFETY: the caller guarantees the row.
+        unsafe {
+            if const { O::GATED } {
+                let words = if arguments.interleaved == 0 {
+                    [vector.load(input, aligned), vector.load(input + arguments.k as u64 * 2, aligned)]
+                } else {
+                    let (first, length, half) = (vector.first * 2, vector.length * 2, VECTOR as u32);
+                    let low = Vector { first, length: length.min(half) };
+                    let high = Vector { first: first + half, length: length.saturating_sub(half) };
+                    [low.load(input, aligned), high.load(input, aligned)]
+                };
+                return O::values::<T>(arguments, words);
+            }
+            if const { O::SUMS > 0 } {
+                if arguments.residual != 0 {
+                    let residual = arguments.residual + self.source as u64 * arguments.residual_stride;
+                    let mut words = vector.load(residual, aligned);
+                    if !again {
+                        words = add::<T>(vector.load(input, aligned), words);
+                        vector.store(residual, aligned, words);
+                    }
+                    return unpack::<T>(words);
+                }
+            }
+            O::values::<T>(arguments, [vector.load(input, aligned), [0; 4]])
+        }
+    }
+
+    /// Returns the row's sum with this number.
+    ///
+    /// `values` are those of the only round, if there is only one. Otherwise they are loaded.
+    #[inline(always)]
+    unsafe fn sum<O: Operation, T: Element>(
+        self,
+        number: u32,
+        reduction: Reduction<BLOCKS>,
+        values: [f32; VECTOR],
+        mean: f32,
+    ) -> f32 {
+        let rounds = self.rounds();
+        let mut sum = 0.0;
+        // SAFETY: the caller guarantees the row; the cluster's threads call this together.
+        unsafe {
+            if rounds == 1 {
+                sum += O::part_of_sum(number, values, self.vector(0).length, mean);
+            } else {
+                let mut round = 0;
+                while round < rounds {
+                    let vector = self.vector(round);
+                    let values = self.load::<O, T>(vector, number > 0);
+                    sum += O::part_of_sum(number, values, vector.length, mean);
+                    round += 1;
+                }
+            }
+            reduction.give_sum(number, reduction.warp, sum);
+            reduction.sum(number, reduction.warps)
+        }
+    }
+
+    /// Applies norm and smoothing to a vector's values.
+    #[inline(always)]
+    unsafe fn finish<O: Operation, T: Element>(
+        self,
+        vector: Vector,
+        values: [f32; VECTOR],
+        parameters: Words,
+        statistics: Statistics,
+    ) -> [f32; VECTOR] {
+        let biased = self.arguments.bias != 0;
+        let values = O::finish::<T>(values, vector.length, parameters, biased, statistics);
+        // SAFETY: the caller guarantees the arguments.
+        unsafe { smooth(self.arguments, vector, values) }
+    }
+
+    /// Returns the finished values of a round, loaded once more.
+    #[inline(always)]
+    unsafe fn reload<O: Operation, T: Element>(self, round: u32, statistics: Statistics) -> [f32; VECTOR] {
+        let vector = self.vector(round);
+        // SAFETY: the caller guarantees the row.
+        unsafe {
+            let values = self.load::<O, T>(vector, O::SUMS > 0);
+            self.finish::<O, T>(vector, values, load_parameters::<O>(self.arguments, vector), statistics)
+        }
+    }
+
+    /// Stores a vector's codes, unless it lies behind the row's end.
+    #[inline(always)]
+    unsafe fn store(self, codes: u64, round: u32, scale: RowScale, values: [f32; VECTOR]) {
+        let vector = self.vector(round);
+        if vector.length > 0 {
+            let values = if scale.adjusts() { scale.adjust(values) } else { values };
+            // SAFETY: the caller guarantees the row, which is 16-byte aligned.
+            unsafe { store_global_x2(codes + vector.first as u64, scale.codes(values)) };
+        }
+    }
+
+    /// Quantizes the row and stores it as row `index` of the output.
+    #[inline(always)]
+    unsafe fn quantize<O: Operation, T: Element>(
+        self,
+        index: u32,
+        reduction: Reduction<BLOCKS>,
+        parameters: Words,
+        exists: bool,
+    ) {
+        let arguments = self.arguments;
+        let rounds = self.rounds();
+        // SAFETY: the caller guarantees the arguments; the cluster's threads call this together.
+        unsafe {
+            let mut values = [0.0; VECTOR];
+            if rounds == 1 {
+                values = self.load::<O, T>(self.vector(0), false);
+            }
+            let mut statistics = Statistics { mean: 0.0, inverse: 0.0 };
+            if const { O::SUMS == 2 } {
+                statistics.mean = self.sum::<O, T>(0, reduction, values, 0.0) / arguments.k as f32;
+            }
+            if const { O::SUMS > 0 } {
+                let squares = self.sum::<O, T>(O::SUMS - 1, reduction, values, statistics.mean);
+                statistics.inverse = inverse_deviation::<Device>(squares, arguments.k, arguments.epsilon);
+            }
+
+            let mut max = 0.0;
+            if rounds == 1 {
+                values = self.finish::<O, T>(self.vector(0), values, parameters, statistics);
+                max = largest(max, values);
+            } else {
+                let mut round = 0;
+                while round < rounds {
+                    max = largest(max, self.reload::<O, T>(round, statistics));
+                    round += 1;
+                }
+            }
+            let max = reduction.max(max.to_bits());
+            let scale = scale_of_row(arguments, index, if exists { max } else { f32::NAN.to_bits() });
+            if self.first == 0 {
+                store_global(arguments.scales + index as u64 * 4, scale.get().to_bits());
+            }
+            // A row that does not exist has codes all the same. Behind a row's end there are zeros.
+            let padded = Row { k: arguments.k.next_multiple_of(CODE_ALIGNMENT), ..self };
+            let codes = arguments.codes + index as u64 * arguments.code_stride;
+            if rounds == 1 {
+                padded.store(codes, 0, scale, values);
+            }
+            let mut round = if rounds == 1 { 1 } else { 0 };
+            while round < padded.rounds() {
+                let values = if exists { self.reload::<O, T>(round, statistics) } else { [0.0; VECTOR] };
+                padded.store(codes, round, scale, values);
+                round += 1;
+            }
+        }
+    }
+}
+
+/// Returns the rounded sums of two vectors' elements.
+#[inline(always)]
+pub(super) fn add<T: Element>(input: [u32; 4], residual: [u32; 4]) -> [u32; 4] {
+    let (input, residual) = (unpack::<T>(input), unpack::<T>(residual));
+    pack::<T>(each(|i| input[i] + residual[i]))
+}

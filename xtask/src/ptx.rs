@@ -23,7 +23,8 @@ const COMMITTED: [(&str, &[&str]); 2] = [("crates/bench/ptx", &["ablation_", "pr
 /// The most bytes that all compressed PTX may have.
 const MOST_BYTES: usize = 3_000_000;
 /// The prefixes of the kernels that dequantize, and the tensor-core instruction of each.
-const MULTIPLY: [(&str, &str); 3] = [("gemm", "IGMMA"), ("ablation", "IGMMA"), ("skinny", "IMMA")];
+const MULTIPLY: [(&str, &str); 4] =
+    [("gemm", "IGMMA"), ("grouped", "IGMMA"), ("ablation", "IGMMA"), ("skinny", "IMMA")];
 /// The prefixes of the kernels that use QServe's dequantization.
 const SUBTRACTING: [&str; 2] = ["ablation_baseline", "ablation_qserve"];
 

@@ -123,6 +123,17 @@ pub trait Accumulator {
     fn visit(&mut self, visitor: &mut impl FragmentVisitor);
 }
 
+/// Returns the accumulator of the tile's first `N::TOKENS` tokens.
+///
+/// # Safety
+/// `N` has no more tokens than `A`.
+#[inline(always)]
+pub unsafe fn first_tokens<N: Accumulator, A: Accumulator>(accumulator: &mut A) -> &mut N {
+    // SAFETY: every accumulator is an array of fragments and nothing else, the first tokens first,
+    // and the caller guarantees that this one has as many as `N`.
+    unsafe { &mut *core::ptr::from_mut(accumulator).cast() }
+}
+
 /// A tile's number of tokens, as a type.
 pub struct Tokens<const COUNT: u32>;
 
@@ -177,6 +188,7 @@ fn arbitrary_block() -> [i32; 4] {
 macro_rules! accumulator {
     ($name:ident, $tokens:tt, $blocks:tt) => {
         #[doc = concat!("64 channels × ", $tokens, " tokens.")]
+        #[repr(transparent)]
         pub struct $name([[i32; 4]; $blocks]);
 
         impl HasAccumulator for Tokens<$tokens> {

@@ -14,6 +14,8 @@
 //! | quantize activations at run time | [`QuantizedActivations::quantize`] |
 //! | multiply, on the GPU if there is one | [`Backend::auto`] |
 //! | multiply on the CPU | [`cpu::gemm`] |
+//! | multiply the rows of many experts in one call | [`cpu::grouped_gemm`], `gpu::Gpu::grouped_gemm` |
+//! | add up the experts' rows of each token | [`cpu::combine`], `gpu::Gpu::combine` |
 //! | launch on device memory and a stream of your own | `gpu::Gpu::gemm` (feature `gpu`) |
 //! | inspect or choose how the GPU computes a product | [`Plan`] |
 //!
@@ -71,11 +73,12 @@ pub use figures::DeviceFigures;
 pub use float::Float;
 pub use output::{Output, OutputType};
 pub use packed::{Group, PackedWeights, UnpackedCodes};
-pub use plan::{Algorithm, Plan, Skinny, TileConfig, Tiled, TwoLaunches};
+pub use plan::{Algorithm, GroupedPlan, GroupedProblem, Plan, Skinny, TileConfig, Tiled, TwoLaunches};
 pub use problem::Problem;
 
 /// The parts of a [`Plan`], and the shapes for which the library has kernels.
 pub use liquidgemm_format::{
+    grouped::GROUPED_SHAPES,
     schedule::Schedule,
     skinny::{SKINNY_SHAPES, SkinnyShape, TileRuns},
     tile::{TILE_SHAPES, TileShape},

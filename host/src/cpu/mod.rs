@@ -8,6 +8,8 @@
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
+mod combine;
+mod grouped;
 mod portable;
 #[cfg(target_arch = "x86_64")]
 mod vnni;
@@ -17,6 +19,9 @@ use std::sync::OnceLock;
 
 use liquidgemm_format::brick::{BRICK_CHANNELS, BRICK_K};
 use rayon::prelude::*;
+
+pub use combine::{Combined, combine};
+pub use grouped::{RowIndex, grouped_gemm};
 
 use crate::check::check_call;
 use crate::packed::Brick;

@@ -1,5 +1,5 @@
 //! The kernels' PTX, embedded in the library, and its compilation by the driver on first use.
-//! The list of kernels follows from `tile_shapes!` and `skinny_shapes!` of `liquidgemm_format`.
+//! The list of kernels follows from `tile_shapes!`, `skinny_shapes!` and `grouped_shapes!` of `liquidgemm_format`.
 
 use std::ffi::CString;
 use std::io::Read;
@@ -8,9 +8,10 @@ use std::sync::OnceLock;
 use cust::module::Module;
 use cust::sys::{self, CUfunction};
 use flate2::read::ZlibDecoder;
+use liquidgemm_format::grouped::{self, GROUPED_SHAPES};
 use liquidgemm_format::skinny::{SKINNY_SHAPES, SkinnyShape};
 use liquidgemm_format::tile::{MAX_SHARED_BYTES, TILE_SHAPES, TileShape};
-use liquidgemm_format::{skinny_shapes, tile_shapes};
+use liquidgemm_format::{grouped_shapes, skinny_shapes, tile_shapes};
 
 use crate::Error;
 use crate::error::PlanError;
@@ -60,6 +61,17 @@ macro_rules! skinny_sources {
     };
 }
 skinny_shapes!(skinny_sources);
+
+macro_rules! grouped_sources {
+    ($($entry:ident: $strips:literal, $tokens:literal, $warpgroup_split:literal, $threads:literal, $maps:literal;)*) => {
+        /// The grouped kernels, in the order of [`GROUPED_SHAPES`].
+        const GROUPED: [KernelSource; GROUPED_SHAPES.len()] = [$(source!(stringify!($entry))),*];
+    };
+}
+grouped_shapes!(grouped_sources);
+
+/// The kernel that adds up the rows of each token's experts.
+const COMBINE: KernelSource = source!("combine_rows");
 
 /// A kernel that does nothing. The driver uses it to compute how many clusters run at a time.
 const OCCUPANCY: KernelSource = source!("occupancy");
@@ -143,6 +155,8 @@ pub(crate) struct KernelCache {
     context: ContextHandle,
     gemm: [OnceLock<Kernel>; GEMM.len()],
     skinny: [OnceLock<Kernel>; SKINNY.len()],
+    grouped: [OnceLock<Kernel>; GROUPED.len()],
+    combine: OnceLock<Kernel>,
 }
 
 impl KernelCache {
@@ -152,6 +166,8 @@ impl KernelCache {
             context,
             gemm: [const { OnceLock::new() }; GEMM.len()],
             skinny: [const { OnceLock::new() }; SKINNY.len()],
+            grouped: [const { OnceLock::new() }; GROUPED.len()],
+            combine: OnceLock::new(),
         }
     }
 
@@ -167,6 +183,18 @@ impl KernelCache {
         let index = SKINNY_SHAPES.iter().position(|&other| other == shape);
         let index = index.ok_or(PlanError::UnknownSkinnyShape { shape })?;
         Ok(self.get_or_load(&self.skinny[index], &SKINNY[index], shape.shared_bytes())?)
+    }
+
+    /// Returns the grouped kernel of a tile shape.
+    pub(crate) fn grouped(&self, shape: TileShape) -> Result<&Kernel, Error> {
+        let index = GROUPED_SHAPES.iter().position(|&other| other == shape);
+        let index = index.ok_or(PlanError::UnknownTile { shape })?;
+        Ok(self.get_or_load(&self.grouped[index], &GROUPED[index], grouped::shared_bytes(shape))?)
+    }
+
+    /// Returns the kernel that adds up the rows of each token's experts.
+    pub(crate) fn combine(&self) -> Result<&Kernel, Error> {
+        Ok(self.get_or_load(&self.combine, &COMBINE, 0)?)
     }
 
     /// Loads the kernel that does nothing, with the most shared memory that a thread block may have.

@@ -111,16 +111,29 @@ impl DeviceMemory {
     ) -> Result<Self, GpuError> {
         let bytes: &[u8] = bytemuck::cast_slice(values);
         let memory = Self::uninitialized(context, bytes.len(), action)?;
-        if !bytes.is_empty() {
-            let _entered = context.enter()?;
-            // SAFETY: source and destination have this many bytes.
-            // Null is the default stream, which always exists.
-            unsafe {
-                sys::cuMemcpyHtoD_v2(memory.address, bytes.as_ptr().cast(), bytes.len()).during(action)?;
-                sys::cuStreamSynchronize(ptr::null_mut()).during(action)?;
-            }
-        }
+        memory.write(0, bytes, action)?;
         Ok(memory)
+    }
+
+    /// Copies host memory to the bytes from `offset` on, and waits as [`copy_of`](Self::copy_of) does.
+    pub(crate) fn write(&self, offset: usize, bytes: &[u8], action: &'static str) -> Result<(), GpuError> {
+        assert!(
+            self.bytes.checked_sub(offset).is_some_and(|room| bytes.len() <= room),
+            "{} bytes at {offset} of {}",
+            bytes.len(),
+            self.bytes
+        );
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        let _entered = self.context.enter()?;
+        // SAFETY: source and destination have this many bytes.
+        // Null is the default stream, which always exists.
+        unsafe {
+            sys::cuMemcpyHtoD_v2(self.address + offset as u64, bytes.as_ptr().cast(), bytes.len())
+                .during(action)?;
+            sys::cuStreamSynchronize(ptr::null_mut()).during(action)
+        }
     }
 
     /// Copies the first bytes to the host, and waits for them.

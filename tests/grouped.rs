@@ -291,8 +291,7 @@ fn random_problems_with_the_library_s_plan_equal_the_cpu(gpu: &'static Gpu) -> R
         // The call without a plan takes the same one.
         let output = to_device(&vec![0xA5; rows * n * 4])?;
         let device_index = to_device(index.values())?;
-        let operands =
-            fixture.operands(&index, &device_index, (&output).into(), n, OutputType::F32, false, None);
+        let operands = fixture.operands(&index, &device_index, (&output).into(), n, OutputType::F32, false);
         // SAFETY: all operands stay alive until the stream has been synchronized.
         unsafe { gpu.grouped_gemm(&fixture.device_experts, &operands, &session.stream) }?;
         session.stream.synchronize()?;
@@ -312,8 +311,7 @@ fn a_captured_gemm_replays_with_offsets_that_changed(gpu: &'static Gpu) -> Resul
         let mut index = Index::of_counts(&random_counts(&mut rng, experts, rows));
         let mut device_index = to_device(index.values())?;
         let output = to_device(&vec![0xA5; rows * n * 4])?;
-        let operands =
-            fixture.operands(&index, &device_index, (&output).into(), n, OutputType::F32, true, None);
+        let operands = fixture.operands(&index, &device_index, (&output).into(), n, OutputType::F32, true);
         let graph = Graph::capture(&session.stream, || {
             // Twice, so that the second launch begins while the first one still runs.
             for _ in 0..2 {
@@ -443,7 +441,7 @@ fn a_combine_sees_what_the_grouped_gemm_before_it_wrote(gpu: &'static Gpu) -> Re
             let index = Index::of_counts(&random_counts(&mut rng, experts, rows));
             let device_index = to_device(index.values())?;
             let operands =
-                fixture.operands(&index, &device_index, (&between).into(), n, OutputType::Bf16, false, None);
+                fixture.operands(&index, &device_index, (&between).into(), n, OutputType::Bf16, false);
             let combine = CombineOperands {
                 tokens,
                 top_k,
@@ -481,7 +479,7 @@ fn calls_that_do_not_fit_are_refused(gpu: &'static Gpu) -> Result<(), Failed> {
     let index = Index::of_counts(&[4, 4, 4]);
     let device_index = to_device(index.values())?;
     let output = to_device(&vec![0xA5; rows * n * 4])?;
-    let good = fixture.operands(&index, &device_index, (&output).into(), n, OutputType::F32, true, None);
+    let good = fixture.operands(&index, &device_index, (&output).into(), n, OutputType::F32, true);
     let short = |span: DeviceSpan, bytes: usize| {
         // SAFETY: the span is a part of the other one.
         unsafe { DeviceSpan::from_raw(span.address(), span.bytes() - bytes) }

@@ -61,6 +61,9 @@ impl Index {
     }
 }
 
+/// For each row, the result of each expert that has the row after limiting. Valid rows have one at the most.
+pub type RowResults<T> = Vec<Vec<Vec<T>>>;
+
 /// Experts and activations on host and device.
 pub struct GroupedFixture {
     /// The experts on the host.
@@ -107,7 +110,7 @@ impl GroupedFixture {
         }
     }
 
-    /// Returns the operands of a call that writes to `output` and `status`.
+    /// Returns the operands of a call that writes to `output` and no status.
     pub fn operands(
         &self,
         index: &Index,
@@ -116,7 +119,6 @@ impl GroupedFixture {
         output_stride: usize,
         output_type: OutputType,
         with_bias: bool,
-        status: Option<DeviceSpan>,
     ) -> GroupedOperands {
         let span = DeviceSpan::from(device_index);
         GroupedOperands {
@@ -133,19 +135,19 @@ impl GroupedFixture {
             output,
             output_stride,
             output_type,
-            status,
+            status: None,
         }
     }
 
-    /// Returns, for each row, the result of each expert that has the row after limiting.
+    /// Returns the results of all rows, and whether the index is valid, so that nothing is limited.
     pub fn expected<T: Output>(
         &self,
         index: &Index,
         with_bias: bool,
-    ) -> Result<(Vec<Vec<Vec<T>>>, bool), Failed> {
+    ) -> Result<(RowResults<T>, bool), Failed> {
         let (n, k) = (self.experts[0].n(), self.experts[0].k());
         let (rows, stride) = (self.activations.m(), self.activations.stride());
-        let mut expected: Vec<Vec<Vec<T>>> = vec![Vec::new(); rows];
+        let mut expected: RowResults<T> = vec![Vec::new(); rows];
         let mut is_valid = true;
         for (expert, limited) in index.limited(rows).into_iter().enumerate() {
             is_valid &= limited.is_valid;
@@ -191,7 +193,10 @@ impl GroupedFixture {
         let status = to_device(&[u32::MAX; 3])?;
         // SAFETY: the span is the middle one of the three words.
         let word = unsafe { DeviceSpan::from_raw(DeviceSpan::from(&status).address() + 4, 4) };
-        let operands = self.operands(index, &device_index, inside, stride, T::TYPE, with_bias, Some(word));
+        let operands = GroupedOperands {
+            status: Some(word),
+            ..self.operands(index, &device_index, inside, stride, T::TYPE, with_bias)
+        };
         // SAFETY: all operands stay alive until the stream has been synchronized.
         unsafe { gpu.grouped_gemm_with_plan(&self.device_experts, &operands, plan, &session.stream) }?;
         session.stream.synchronize()?;

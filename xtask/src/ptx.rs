@@ -198,6 +198,11 @@ fn describe_kernel(tools: &CudaTools, ptx: &Path, entry: &str, cubin: &Path) -> 
     if let Some(instruction) = kernel.parted("IGMMA") {
         bail!("the main loop is compiled for divergent lanes, which is slower: `{instruction}`");
     }
+    // ptxas writes an empty group of multiplications as a dummy HGMMA; no kernel uses that instruction.
+    // A wait for one group then waits for the multiplications that it should overlap with.
+    if let Some(instruction) = kernel.find(&["HGMMA"]) {
+        bail!("a group of multiplications is empty: `{instruction}`");
+    }
     let mut line = format!("{entry}: {} registers, 0 spills", resources.registers);
     if let Some((form, instructions_per_word, multiply)) = dequantization(entry) {
         let cost = kernel.dequantization(form, multiply)?;

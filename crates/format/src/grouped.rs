@@ -278,8 +278,7 @@ macro_rules! grouped_shapes {
             grouped_64x32: 1, 32, 2, 320, 4;
             grouped_128x64: 2, 64, 1, 320, 8;
             grouped_128x96: 2, 96, 1, 320, 12;
-            grouped_128x128: 2, 128, 1, 384, 16;
-            grouped_128x192: 2, 192, 1, 384, 16;
+            grouped_128x160: 2, 160, 1, 384, 16;
             grouped_128x256: 2, 256, 1, 384, 16;
         }
     };
@@ -337,34 +336,6 @@ pub const fn shared_bytes(shape: TileShape) -> u32 {
 #[must_use]
 pub const fn box_maps(shape: TileShape) -> u32 {
     (if shape.tokens < MAX_BOX_ROWS { shape.tokens } else { MAX_BOX_ROWS }) / BOX_ROW_STEP
-}
-
-/// Returns the step of the tokens that a kernel of this shape multiplies:
-/// the n of its instructions are the multiples of it.
-///
-/// Tiles of up to 128 tokens mostly wait for memory, so a coarse step suffices.
-/// With three or more n, ptxas serializes the instructions of shapes with 96 and 128 tokens.
-const fn token_step(shape: TileShape) -> u32 {
-    match shape.tokens {
-        ..=128 => shape.tokens / 2,
-        192 => 48,
-        _ => 32,
-    }
-}
-
-/// Returns whether a grouped kernel of this shape has instructions for `tokens` tokens.
-#[must_use]
-pub const fn has_tokens(shape: TileShape, tokens: u32) -> bool {
-    tokens <= shape.tokens && tokens.is_multiple_of(token_step(shape))
-}
-
-/// Returns the next smaller tokens than `tokens` that a kernel of this shape has instructions for; 0 if none.
-///
-/// An instruction for `tokens` tokens is for tiles with more rows than that.
-#[inline(always)]
-#[must_use]
-pub const fn smaller_tokens(shape: TileShape, tokens: u32) -> u32 {
-    tokens.saturating_sub(token_step(shape))
 }
 
 const _: () = assert!(K_TILE == 128, "a row of a box is a row of the 128-byte swizzle");
@@ -567,19 +538,5 @@ mod tests {
         grouped_shapes!(check);
         assert_eq!(GROUPED_ENTRIES.len(), GROUPED_SHAPES.len());
         assert_eq!(find_shape(7, 8), None);
-    }
-
-    #[test]
-    fn every_tile_has_the_smallest_instruction_with_room_for_it() {
-        for shape in GROUPED_SHAPES {
-            for rows in 1..=shape.tokens {
-                let fits = |tokens: &u32| has_tokens(shape, *tokens) && rows > smaller_tokens(shape, *tokens);
-                let tokens = (1..=256).rev().find(fits).unwrap();
-                assert!(tokens >= rows, "{shape:?}, {rows}");
-                assert!((rows..tokens).all(|smaller| !has_tokens(shape, smaller)), "{shape:?}, {rows}");
-            }
-            // For int8 the instruction's n is 8, 16, 24, 32, or a multiple of 16.
-            assert!((1..=256).all(|tokens| !has_tokens(shape, tokens) || tokens % 16 == 0));
-        }
     }
 }

@@ -19,6 +19,9 @@ const GROUP_CHANNELS: u32 = 2048;
 /// Smaller tiles read far more weights than activations.
 const LEAST_SHARED_TOKENS: u32 = 96;
 
+/// The least K for tiles of 64 channels.
+const LEAST_K_OF_64_CHANNELS: usize = 2048;
+
 /// The dimensions of a grouped GEMM, and the layout of its rows.
 ///
 /// Any values can be stored; [`GroupedPlan::new`] and the GEMM calls check them.
@@ -97,7 +100,7 @@ impl GroupedPlan {
         expected_rows: usize,
         figures: &DeviceFigures,
     ) -> Result<Self, Error> {
-        let shape = fitting_shape(problem.experts, expected_rows);
+        let shape = fitting_shape(problem, expected_rows);
         let strips = (problem.n.div_ceil(brick::BRICK_CHANNELS) as u32).div_ceil(shape.strips);
         // A second thread block without channels would waste its SM.
         let pairs_up = strips.is_multiple_of(MAX_CLUSTER) || strips > 8;
@@ -205,13 +208,16 @@ fn check_problem(problem: GroupedProblem) -> Result<(), Error> {
 /// Returns the smallest shape with room for the rows of most experts, or else the largest shape.
 ///
 /// With random routing, the rows of an expert have a standard deviation of about the root of their mean.
-fn fitting_shape(experts: usize, expected_rows: usize) -> TileShape {
-    let mean = expected_rows as f64 / experts.max(1) as f64;
-    let likely = if experts > 1 { mean + 3.0 * mean.sqrt() } else { mean };
+fn fitting_shape(problem: GroupedProblem, expected_rows: usize) -> TileShape {
+    let mean = expected_rows as f64 / problem.experts.max(1) as f64;
+    let likely = if problem.experts > 1 { mean + 3.0 * mean.sqrt() } else { mean };
     let fits = |shape: &&TileShape| {
+        if shape.strips > 1 {
+            return likely <= f64::from(shape.tokens);
+        }
         // Tiles of 64 channels read the activations twice as often, so they are for few rows only.
-        let room = if shape.strips == 1 { shape.tokens / 2 + 1 } else { shape.tokens };
-        likely <= f64::from(room)
+        // With a short K, each tile costs more than the bytes that it waits for, so there should be few.
+        likely <= f64::from(shape.tokens / 2 + 1) && problem.k >= LEAST_K_OF_64_CHANNELS
     };
     *GROUPED_SHAPES.iter().find(fits).unwrap_or(&GROUPED_SHAPES[GROUPED_SHAPES.len() - 1])
 }
@@ -229,9 +235,10 @@ mod tests {
     fn tiles_have_room_for_the_rows_of_most_experts() {
         let tokens = |experts, rows| plan(experts, [rows, 4096, 7168]).shape().tokens;
         assert_eq!([1, 64, 1024, 2048].map(|rows| tokens(256, rows)), [32, 32, 32, 32]);
-        assert_eq!([4096, 8192, 16_384, 32_768].map(|rows| tokens(256, rows)), [64, 64, 96, 192]);
+        assert_eq!([4096, 8192, 16_384, 32_768].map(|rows| tokens(256, rows)), [64, 64, 96, 256]);
         assert_eq!([65_536, 1 << 24].map(|rows| tokens(256, rows)), [256, 256]);
-        assert_eq!([16, 64, 100, 192, 1000].map(|rows| tokens(1, rows)), [32, 64, 128, 192, 256]);
+        assert_eq!([16, 64, 100, 160, 1000].map(|rows| tokens(1, rows)), [32, 64, 160, 160, 256]);
+        assert_eq!(plan(128, [8, 2048, 768]).shape().tokens, 64, "with a short K, fewer tiles");
     }
 
     #[test]

@@ -3,11 +3,8 @@
 //! Main loop, reduction and epilogue are those of the tiled GEMM.
 //! For the epilogue, an expert's tile is a tile of a GEMM that ends with the expert's last row.
 
-use core::marker::PhantomData;
-
 use cuda_std::TensorMap;
 use liquidgemm_format::arguments::{GemmArguments, GroupedArguments, WeightsArguments};
-use liquidgemm_format::grouped::{has_tokens, smaller_tokens};
 use liquidgemm_format::ring::RingCursor;
 use liquidgemm_format::schedule::{Schedule, Segment};
 
@@ -18,7 +15,7 @@ use crate::dequant::LiquidQuant;
 use crate::epilogue::Epilogue;
 use crate::gemm::main_loop::{MainLoop, StageWalk};
 use crate::ptx::tma;
-use crate::ptx::wgmma::{self, Accumulator, FragmentVisitor, HasAccumulator, Tokens};
+use crate::ptx::wgmma::{Accumulator, Fitting, FragmentVisitor};
 use crate::reduce::warpgroup;
 use crate::shape::Shape;
 
@@ -29,7 +26,7 @@ use crate::shape::Shape;
 /// The whole warpgroup calls it; the ring's barriers are initialized.
 /// The arguments are valid as `grouped` requires.
 #[inline(always)]
-pub(super) unsafe fn consume<A: Accumulator, S: Shape, const STAGES: u32>(
+pub(super) unsafe fn consume<A: Fitting, S: Shape, const STAGES: u32>(
     arguments: &GroupedArguments,
     output: *const TensorMap,
     block: Block<S>,
@@ -49,10 +46,12 @@ pub(super) unsafe fn consume<A: Accumulator, S: Shape, const STAGES: u32>(
         while let Some(current) = tile {
             let gemm = gemm_of(arguments, current);
             let epilogue = epilogue_of(&gemm, output, block, current, consumer);
-            let mut accumulator = Fitted::<A, S>::for_rows(current.rows::<S>());
+            let mut accumulator = Fitted::<A>::for_rows(current.rows::<S>());
             if stores_scales_early {
                 epilogue.store_scales(scales);
             }
+            // The rows of the next tile's expert arrive during the main loop.
+            let found = tiles.find();
             let segment = Segment { tile: 0, k_begin: 0, k_end: arguments.schedule.k_iterations };
             let walk = StageWalk::<LiquidQuant, S, STAGES>::accumulate(
                 &mut accumulator,
@@ -64,7 +63,10 @@ pub(super) unsafe fn consume<A: Accumulator, S: Shape, const STAGES: u32>(
             if !stores_scales_early {
                 epilogue.store_scales(scales);
             }
-            tile = tiles.next::<S>();
+            tile = match found {
+                Some(found) => Some(found.tile::<S>(arguments)),
+                None => None,
+            };
             if let Some(next) = tile {
                 scales = epilogue_of(&gemm_of(arguments, next), output, block, next, consumer).fetch();
             }
@@ -77,24 +79,24 @@ pub(super) unsafe fn consume<A: Accumulator, S: Shape, const STAGES: u32>(
     tma::await_stores::<0>();
 }
 
-/// An accumulator of a tile of shape `S`, of which only the first tokens are multiplied.
-struct Fitted<A, S> {
+/// An accumulator of which only the first tokens are multiplied: as many as the tile has rows, or a few more.
+struct Fitted<A> {
     accumulator: A,
-    /// The rows of the tile. The smallest n that has room for them is multiplied.
+    /// The rows of the tile.
     rows: u32,
-    shape: PhantomData<S>,
 }
 
-impl<A: Accumulator, S: Shape> Fitted<A, S> {
+impl<A: Accumulator> Fitted<A> {
     /// Returns an accumulator with arbitrary contents for a tile with `rows` rows.
     #[inline(always)]
     fn for_rows(rows: u32) -> Self {
-        Self { accumulator: A::arbitrary(), rows, shape: PhantomData }
+        Self { accumulator: A::arbitrary(), rows }
     }
 }
 
-impl<A: Accumulator, S: Shape> Accumulator for Fitted<A, S> {
+impl<A: Fitting> Accumulator for Fitted<A> {
     const TOKENS: u32 = A::TOKENS;
+    const COMMITS: bool = true;
 
     #[inline(always)]
     fn zero() -> Self {
@@ -119,21 +121,8 @@ impl<A: Accumulator, S: Shape> Accumulator for Fitted<A, S> {
         descriptor: u32,
         accumulate: bool,
     ) {
-        // From the largest n down, by comparisons that do not make a jump table.
-        seq_macro::seq!(I in 0..16 {
-            if const { has_tokens(S::SHAPE, 16 * (16 - I)) }
-                && self.rows > smaller_tokens(S::SHAPE, 16 * (16 - I))
-            {
-                // SAFETY: the shape has at most as many tokens as `A`; the caller guarantees the rest.
-                unsafe {
-                    wgmma::first_tokens::<<Tokens<{ 16 * (16 - I) }> as HasAccumulator>::Accumulator, A>(
-                        &mut self.accumulator,
-                    )
-                    .multiply_accumulate_along(a, descriptor, accumulate);
-                }
-                return;
-            }
-        });
+        // SAFETY: a tile has no more rows than tokens; the caller guarantees the rest.
+        unsafe { self.accumulator.multiply_accumulate_fitting(self.rows, a, descriptor, accumulate) }
     }
 
     #[inline(always)]

@@ -5,7 +5,7 @@
 //! So each thread block first counts the tiles of all experts ([`table`]),
 //! and its producers and consumers then find their tiles in that table.
 //! A tile has the rows of one expert. Producers load only these rows,
-//! and consumers run the smallest main loop that has room for them.
+//! and consumers multiply by the smallest instructions that have room for them.
 //!
 //! `liquidgemm_format::grouped` has the arithmetic of the schedule, and the shapes.
 //! The host twin is `host/src/gpu/grouped.rs`.
@@ -16,9 +16,10 @@ mod table;
 
 use cuda_std::{TensorMap, cluster, thread, warp};
 use liquidgemm_format::arguments::GroupedArguments;
+use liquidgemm_format::grouped::box_maps;
 
 use crate::block::{Block, Consumer};
-use crate::ptx::wgmma::Accumulator;
+use crate::ptx::wgmma::Fitting;
 use crate::ptx::{grid, registers, tma};
 use crate::shape::Shape;
 use consumer::consume;
@@ -37,7 +38,7 @@ use table::{ExpertTable, Tiles};
 /// If `output_is_mapped` is set, `output` is a map of the 16-bit output with the same swizzle
 /// and boxes of 64 channels × [`epilogue_tokens`](liquidgemm_format::tile::TileShape::epilogue_tokens).
 #[inline(always)]
-pub unsafe fn grouped<A: Accumulator, S: Shape, const STAGES: u32>(
+pub unsafe fn grouped<A: Fitting, S: Shape, const STAGES: u32>(
     boxes: *const TensorMap,
     output: *const TensorMap,
     arguments: &GroupedArguments,
@@ -49,8 +50,12 @@ pub unsafe fn grouped<A: Accumulator, S: Shape, const STAGES: u32>(
     let warp = warp::broadcast(thread / warp::WARP_SIZE);
     let warpgroup = warp / 4;
 
+    if thread < box_maps(shape) {
+        // SAFETY: the maps are kernel parameters.
+        unsafe { tma::prefetch_map(boxes.add(thread as usize)) };
+    }
     if thread == 0 {
-        // SAFETY: the maps are kernel parameters;
+        // SAFETY: the map is a kernel parameter;
         // the barriers below order the initialization of the barriers before their use.
         unsafe {
             if shape.maps_output() {

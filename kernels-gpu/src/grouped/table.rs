@@ -6,7 +6,7 @@
 
 use cuda_std::{cluster, thread, warp};
 use liquidgemm_format::arguments::GroupedArguments;
-use liquidgemm_format::grouped::{CHUNK_EXPERTS, ExpertRows, MAX_EXPERTS, Turns, status};
+use liquidgemm_format::grouped::{CHUNK_EXPERTS, MAX_EXPERTS, Turns, status};
 
 use crate::ptx::memory::{load_global_if, load_shared, store_global, store_shared};
 use crate::shape::Shape;
@@ -22,20 +22,18 @@ pub(super) struct ExpertTable {
     tiles: u32,
 }
 
-/// Returns the rows of `expert`; none if there is no such expert.
+/// Loads the entries of `expert` in the index: its own and, if the rows are contiguous, the next.
+/// They are zeros if there is no such expert.
 ///
 /// # Safety
 /// The arguments' index is valid.
 #[inline(always)]
-unsafe fn rows_of(arguments: &GroupedArguments, expert: u32) -> ExpertRows {
+unsafe fn load_index(arguments: &GroupedArguments, expert: u32) -> [u32; 2] {
     let layout = arguments.schedule.layout;
     let exists = expert < layout.experts;
     let address = arguments.index + expert as u64 * 4;
     // SAFETY: the index has an entry for each expert, and one more if the rows are contiguous.
-    let [first, second] = unsafe {
-        [load_global_if(exists, address), load_global_if(exists && !layout.is_masked(), address + 4)]
-    };
-    layout.rows_of(expert, first.cast_signed(), second.cast_signed())
+    unsafe { [load_global_if(exists, address), load_global_if(exists && !layout.is_masked(), address + 4)] }
 }
 
 impl ExpertTable {
@@ -59,7 +57,9 @@ impl ExpertTable {
         while chunk * CHUNK_EXPERTS < experts {
             // SAFETY: the caller guarantees the index; the table has room for whole chunks.
             unsafe {
-                let rows = rows_of(arguments, chunk * CHUNK_EXPERTS + lane);
+                let expert = chunk * CHUNK_EXPERTS + lane;
+                let [first, second] = load_index(arguments, expert);
+                let rows = schedule.layout.rows_of(expert, first.cast_signed(), second.cast_signed());
                 is_limited |= !rows.is_valid;
                 let end = warp::inclusive_sum(schedule.tiles_of(rows.end - rows.begin, S::SHAPE.tokens));
                 store_shared(place(chunk), end);
@@ -115,6 +115,35 @@ impl Tile {
     }
 }
 
+/// A tile whose expert's entries in the index are still being loaded.
+///
+/// A consumer finds its next tile before the main loop of this one, and needs it afterwards.
+#[derive(Clone, Copy)]
+pub(super) struct FoundTile {
+    expert: u32,
+    /// The tile's number among those of its expert.
+    tile: u32,
+    index: [u32; 2],
+}
+
+impl FoundTile {
+    /// Returns the tile, once its expert's entries have been loaded.
+    #[inline(always)]
+    pub(super) fn tile<S: Shape>(self, arguments: &GroupedArguments) -> Tile {
+        let schedule = &arguments.schedule;
+        let [first, second] = self.index;
+        let rows = schedule.layout.rows_of(self.expert, first.cast_signed(), second.cast_signed());
+        let token_tiles = (rows.end - rows.begin).div_ceil(S::SHAPE.tokens);
+        let position = schedule.position(self.tile, token_tiles);
+        Tile {
+            expert: self.expert,
+            channel_tile: warp::broadcast(position.channel_tile),
+            first_row: warp::broadcast(rows.begin + position.token_tile * S::SHAPE.tokens),
+            end_row: warp::broadcast(rows.end),
+        }
+    }
+}
+
 /// A warp's way through the tiles of its cluster.
 #[derive(Clone, Copy)]
 pub(super) struct Tiles<'a> {
@@ -132,12 +161,12 @@ impl<'a> Tiles<'a> {
         Self { arguments, table, turns: arguments.schedule.turns(cluster), chunk: 0 }
     }
 
-    /// Returns the cluster's next tile.
+    /// Finds the cluster's next tile, and begins to load its expert's rows.
     ///
     /// # Safety
     /// A whole warp calls it, converged; the arguments' index is valid.
     #[inline(always)]
-    pub(super) unsafe fn next<S: Shape>(&mut self) -> Option<Tile> {
+    pub(super) unsafe fn find(&mut self) -> Option<FoundTile> {
         let schedule = &self.arguments.schedule;
         let tile = warp::broadcast(self.turns.next());
         if tile >= self.table.tiles {
@@ -151,18 +180,23 @@ impl<'a> Tiles<'a> {
         }
         let expert = warp::broadcast(self.chunk + passed);
         // SAFETY: the expert exists; the table has an entry for it and for those before it.
-        let (begin, rows) = unsafe {
+        unsafe {
             let begin = if expert == 0 { 0 } else { load_shared(self.table.address + (expert - 1) * 4) };
-            (begin, rows_of(self.arguments, expert))
-        };
-        let token_tiles = (rows.end - rows.begin).div_ceil(S::SHAPE.tokens);
-        let position = schedule.position(tile - begin, token_tiles);
-        Some(Tile {
-            expert,
-            channel_tile: warp::broadcast(position.channel_tile),
-            first_row: warp::broadcast(rows.begin + position.token_tile * S::SHAPE.tokens),
-            end_row: warp::broadcast(rows.end),
-        })
+            Some(FoundTile { expert, tile: tile - begin, index: load_index(self.arguments, expert) })
+        }
+    }
+
+    /// Returns the cluster's next tile.
+    ///
+    /// # Safety
+    /// As for [`find`](Self::find).
+    #[inline(always)]
+    pub(super) unsafe fn next<S: Shape>(&mut self) -> Option<Tile> {
+        // SAFETY: the caller guarantees the same.
+        match unsafe { self.find() } {
+            Some(found) => Some(found.tile::<S>(self.arguments)),
+            None => None,
+        }
     }
 
     /// Returns how many experts of the chunk end at or before `tile`.

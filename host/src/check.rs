@@ -1,5 +1,7 @@
 //! Argument checks that the public functions share. They run before anything is written.
 
+use std::borrow::Borrow;
+
 use liquidgemm_format::brick::MAX_K;
 
 use crate::{ActivationsView, Error, Output, OutputType, PackedWeights};
@@ -69,9 +71,10 @@ pub(crate) fn check_bias<T: Output>(
 }
 
 /// Fails unless there are experts, all with the same shape and group. Returns the first one.
-pub(crate) fn check_experts(experts: &[PackedWeights]) -> Result<&PackedWeights, Error> {
+pub(crate) fn check_experts<E: Borrow<PackedWeights>>(experts: &[E]) -> Result<&PackedWeights, Error> {
     let [first, others @ ..] = experts else { return Err(Error::NoExperts) };
-    for (index, other) in others.iter().enumerate() {
+    let first = first.borrow();
+    for (index, other) in others.iter().map(E::borrow).enumerate() {
         let parts = [
             ("n", first.n().to_string(), other.n().to_string()),
             ("k", first.k().to_string(), other.k().to_string()),

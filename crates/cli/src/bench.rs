@@ -17,7 +17,7 @@ use liquidgemm_bench::replay::Pace;
 use liquidgemm_bench::run::{Observer, Options};
 use liquidgemm_bench::shapes::{self, Case, Matrix};
 use liquidgemm_bench::sweep::Sweep;
-use liquidgemm_bench::{markdown, monotone, plots, table, targets};
+use liquidgemm_bench::{markdown, moe, monotone, plots, table, targets};
 use liquidgemm_format::tile::{TILE_SHAPES, TileShape};
 
 use super::Report;
@@ -95,6 +95,10 @@ pub(super) struct Arguments {
     /// by default on the feed-forward matrices of LLaMA-2-7B and -70B at M = 1, 2, 4 … 1024
     #[arg(long, conflicts_with_all = ["tile", "group", "device", "sweep", "quick", "peers", "between", "shards", "curve", "monotone", "algorithms", "baselines", "no_probes", "pace"])]
     ablation: bool,
+    /// Measure the grouped GEMM instead, on the layers of three mixtures of experts with random routing,
+    /// beside recorded times of torch and Humming; --m takes some of its numbers of tokens
+    #[arg(long, conflicts_with_all = ["tile", "sweep", "ablation", "quick", "peers", "between", "shards", "curve", "monotone", "shapes", "algorithms", "baselines", "no_probes", "from", "plots", "markdown"])]
+    moe: bool,
     /// Measure nothing; read the results of earlier runs from these files;
     /// separate several by commas or repeat the option
     #[arg(long, value_name = "JSON", value_delimiter = ',', conflicts_with_all = ["problems", "m", "tile", "json", "baselines", "no_probes", "pace"])]
@@ -220,6 +224,9 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<Report> {
     if arguments.ablation {
         return ablation(arguments);
     }
+    if arguments.moe {
+        return mixtures(arguments);
+    }
     let runs = match arguments.from.as_slice() {
         [] => vec![measure(arguments)?],
         paths => paths.iter().map(|path| Run::load(path)).collect::<Result<Vec<_>, _>>()?,
@@ -336,6 +343,23 @@ fn ablation(arguments: &Arguments) -> anyhow::Result<Report> {
     Ok(Report { text, success: wrong == 0 })
 }
 
+fn mixtures(arguments: &Arguments) -> anyhow::Result<Report> {
+    let gpu = arguments.gpu()?;
+    let points = moe::points(arguments.m.as_ref().map(|Tokens(tokens)| tokens.as_slice()));
+    let bar = progress(points.len());
+    print(&bar, &format!("{}\n{}\n{}", gpu.description(), moe::page().provenance, moe::heading()));
+    let results = moe::run(&gpu, &points, arguments.group, arguments.options().pace, |results| {
+        if let Some(point) = results.last() {
+            print(&bar, &moe::row(point));
+        }
+        bar.inc(1);
+        arguments.json.as_deref().map_or(Ok(()), |path| moe::save(results, path))
+    })?;
+    bar.finish_and_clear();
+    let success = results.iter().all(|point| point.mismatch.is_none());
+    Ok(Report { text: format!("\n{}", moe::summary(&results)), success })
+}
+
 fn measure_ablation(arguments: &Arguments) -> anyhow::Result<Ablation> {
     let gpu = arguments.gpu()?;
     let cases = arguments.cases();
@@ -364,10 +388,7 @@ struct Screen {
 
 impl Screen {
     fn new(cases: &[Case], json: Option<PathBuf>) -> Self {
-        let points: usize = cases.iter().map(|case| case.tokens.len()).sum();
-        let style = ProgressStyle::with_template("{msg:24} {wide_bar} {pos}/{len}  {eta} left")
-            .expect("the template is valid");
-        Self { bar: ProgressBar::new(points as u64).with_style(style), json }
+        Self { bar: progress(cases.iter().map(|case| case.tokens.len()).sum()), json }
     }
 
     fn print(&self, text: &str) {
@@ -377,6 +398,13 @@ impl Screen {
     fn save(&self, run: &Run) -> anyhow::Result<()> {
         self.json.as_deref().map_or(Ok(()), |path| run.save(path))
     }
+}
+
+/// Returns a progress bar for this many points.
+fn progress(points: usize) -> ProgressBar {
+    let style = ProgressStyle::with_template("{msg:24} {wide_bar} {pos}/{len}  {eta} left")
+        .expect("the template is valid");
+    ProgressBar::new(points as u64).with_style(style)
 }
 
 /// Prints above the progress bar.

@@ -1,5 +1,7 @@
 //! The packed weights of many experts in device memory, one behind the other.
 
+use std::borrow::Borrow;
+
 use liquidgemm_format::arguments::WeightsArguments;
 
 use crate::check::{check_experts, checked_elements};
@@ -24,18 +26,22 @@ pub struct DeviceExperts {
 }
 
 impl DeviceExperts {
-    pub(super) fn upload(context: &ContextHandle, experts: &[PackedWeights]) -> Result<Self, Error> {
+    pub(super) fn upload<E: Borrow<PackedWeights>>(
+        context: &ContextHandle,
+        experts: &[E],
+    ) -> Result<Self, Error> {
         let first = check_experts(experts)?;
         let (n, k, group) = (first.n(), first.k(), first.group());
         let layout = StreamLayout::new(n, k, group)?;
         let each = layout.bytes();
         let bytes = checked_elements("expert list", experts.len(), each)?;
         let stream = DeviceMemory::uninitialized(context, bytes, "allocating the experts' weights")?;
-        for (index, expert) in experts.iter().enumerate() {
+        for (index, expert) in experts.iter().map(E::borrow).enumerate() {
             let merged = layout.merge(expert.codes(), expert.pairs());
             stream.write(index * each, &merged, "copying an expert's weights to the GPU")?;
         }
-        let scales: Vec<f32> = experts.iter().flat_map(|expert| expert.channel_scales()).copied().collect();
+        let scales: Vec<f32> =
+            experts.iter().flat_map(|expert| expert.borrow().channel_scales()).copied().collect();
         let channel_scales =
             DeviceMemory::copy_of(context, &scales, "copying the channel scales to the GPU")?;
         Ok(Self { experts: experts.len(), n, k, group, layout, stream, channel_scales })

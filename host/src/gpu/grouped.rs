@@ -1,5 +1,6 @@
 //! Checks and launches grouped GEMMs. The device twin is `kernels-gpu/src/grouped/mod.rs`.
 
+use std::borrow::Borrow;
 use std::ffi::c_void;
 
 use liquidgemm_format::arguments::GroupedArguments;
@@ -127,7 +128,7 @@ impl Gpu {
     /// # Errors
     /// - [`Error::NoExperts`] without experts, [`Error::ExpertsDiffer`] if one differs from the first.
     /// - [`GpuError::Cuda`] if device memory runs out or the driver fails.
-    pub fn upload_experts(&self, experts: &[PackedWeights]) -> Result<DeviceExperts, Error> {
+    pub fn upload_experts<E: Borrow<PackedWeights>>(&self, experts: &[E]) -> Result<DeviceExperts, Error> {
         DeviceExperts::upload(&self.context, experts)
     }
 

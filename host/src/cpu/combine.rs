@@ -7,7 +7,7 @@ use rayon::prelude::*;
 use crate::Error;
 use crate::check::{check_length, checked_elements};
 
-/// An element type that can be combined: [`bf16`] or [`f16`]. The trait is sealed.
+/// An element type that can be combined: [`bf16`] or [`half::f16`]. The trait is sealed.
 pub trait Combined: crate::Output + Into<f32> {
     /// Rounds a sum to the type, to nearest even.
     fn round(sum: f32) -> Self;

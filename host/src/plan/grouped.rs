@@ -15,9 +15,6 @@ use crate::{DeviceFigures, Error};
 
 /// Channels whose tiles are visited together, for all rows of an expert, as in plans of one matrix.
 const GROUP_CHANNELS: u32 = 2048;
-/// The fewest tokens of a tile whose activations two thread blocks share.
-/// Smaller tiles read far more weights than activations.
-const LEAST_SHARED_TOKENS: u32 = 96;
 
 /// The least K for tiles of 64 channels.
 const LEAST_K_OF_64_CHANNELS: usize = 2048;
@@ -90,6 +87,7 @@ impl GroupedPlan {
     ///
     /// The tile has room for the rows of most experts if the `expected_rows` rows go to the experts at random.
     /// For contiguous rows these are usually all rows.
+    /// Clusters have one thread block, as in most plans of one matrix, which are fitted to measurements.
     ///
     /// # Errors
     /// - [`Error::EmptyDimension`] if `experts`, `n` or `k` is 0, [`Error::KTooLarge`] if `k` exceeds 131,072.
@@ -101,11 +99,7 @@ impl GroupedPlan {
         figures: &DeviceFigures,
     ) -> Result<Self, Error> {
         let shape = fitting_shape(problem, expected_rows);
-        let strips = (problem.n.div_ceil(brick::BRICK_CHANNELS) as u32).div_ceil(shape.strips);
-        // A second thread block without channels would waste its SM.
-        let pairs_up = strips.is_multiple_of(MAX_CLUSTER) || strips > 8;
-        let cluster_size = if shape.tokens >= LEAST_SHARED_TOKENS && pairs_up { MAX_CLUSTER } else { 1 };
-        Self::with_config(problem, shape, cluster_size, figures.resident_clusters(cluster_size))
+        Self::with_config(problem, shape, 1, figures.resident_clusters(1))
     }
 
     /// Makes the plan with a shape of [`GROUPED_SHAPES`], clusters of 1 or 2 thread blocks, and that many clusters.
@@ -242,11 +236,17 @@ mod tests {
     }
 
     #[test]
-    fn every_block_of_a_pair_has_channels() {
-        let cluster = |n| plan(8, [16_384, n, 4096]).cluster_size();
-        assert_eq!([64, 128, 256, 300, 512, 640, 4096].map(cluster), [1, 1, 2, 1, 2, 1, 2]);
-        assert_eq!(plan(8, [16, 4096, 4096]).cluster_size(), 1);
-        assert_eq!(plan(8, [16_384, 4096, 4096]).blocks(), 132);
+    fn a_launch_fills_the_gpu_and_clusters_are_limited_to_pairs() {
+        let problem = GroupedProblem::contiguous(8, [16_384, 4096, 4096]);
+        assert_eq!((plan(8, [16_384, 4096, 4096]).blocks(), plan(8, [1, 1, 1]).blocks()), (132, 132));
+        let with = |cluster_size, clusters| {
+            let plan = GroupedPlan::with_config(problem, GROUPED_SHAPES[0], cluster_size, clusters).unwrap();
+            (plan.cluster_size(), plan.blocks(), plan.schedule().channel_tiles)
+        };
+        assert_eq!(
+            [with(0, 0), with(1, 5), with(2, 5), with(9, 66)],
+            [(1, 1, 64), (1, 5, 64), (2, 10, 32), (2, 132, 32)]
+        );
     }
 
     #[test]

@@ -27,7 +27,10 @@ use super::record::{Baseline, weight_bytes, write_json};
 use super::replay::{Clock, Contender, Pace};
 use super::statistics::{Timing, geometric_mean};
 use liquidgemm::gpu::{DeviceExperts, DeviceRowIndex, DeviceSpan, Gpu, GroupedOperands};
-use liquidgemm::{ActivationsView, Group, OutputType, PackedWeights, cpu};
+use liquidgemm::{
+    ActivationsView, Error, GROUPED_SHAPES, Group, GroupedPlan, GroupedProblem, OutputType, PackedWeights,
+    cpu,
+};
 
 /// Bytes of experts that a point's routings read together, if there are enough experts.
 const ROTATED_BYTES: usize = 400_000_000;
@@ -134,7 +137,32 @@ pub fn points(tokens: Option<&[usize]>) -> Vec<&'static PagePoint> {
     page().points.iter().filter(chosen).collect()
 }
 
-/// Measures points of the page. `measured` receives all results after each point.
+/// Which plans to measure.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Plans {
+    /// The library's choice.
+    Chosen,
+    /// Every tile shape, with clusters of one and of two thread blocks.
+    Every,
+}
+
+impl Plans {
+    fn of(self, gpu: &Gpu, problem: GroupedProblem) -> Result<Vec<GroupedPlan>, Error> {
+        match self {
+            Self::Chosen => Ok(vec![gpu.grouped_plan(problem, problem.rows)?]),
+            Self::Every => [1, 2]
+                .into_iter()
+                .flat_map(|cluster_size| GROUPED_SHAPES.map(|shape| (shape, cluster_size)))
+                .map(|(shape, cluster_size)| {
+                    let clusters = gpu.multiprocessors() / cluster_size;
+                    GroupedPlan::with_config(problem, shape, cluster_size, clusters)
+                })
+                .collect(),
+        }
+    }
+}
+
+/// Measures points of the page, each with the given plans. `measured` receives the new results of each point.
 ///
 /// # Errors
 /// If the GPU or our kernel fails, or `measured` returns an error.
@@ -143,6 +171,7 @@ pub fn run(
     points: &[&PagePoint],
     group: Group,
     pace: Pace,
+    plans: Plans,
     mut measured: impl FnMut(&[Point]) -> anyhow::Result<()>,
 ) -> anyhow::Result<Vec<Point>> {
     gpu.make_current()?;
@@ -156,10 +185,10 @@ pub fn run(
         let weights = data::random_weights(first.n, first.k, group)?;
         let experts = gpu.upload_experts(&vec![&weights; first.experts])?;
         for point in of_layer {
-            let result = measure(gpu, &experts, &weights, point, pace, &pool)
+            let of_point = measure(gpu, &experts, &weights, point, (pace, plans), &pool)
                 .with_context(|| format!("measuring {layer} with {} tokens", point.tokens))?;
-            results.push(result);
-            measured(&results)?;
+            measured(&of_point)?;
+            results.extend(of_point);
         }
     }
     Ok(results)
@@ -170,9 +199,9 @@ fn measure(
     experts: &DeviceExperts,
     weights: &PackedWeights,
     point: &PagePoint,
-    pace: Pace,
+    (pace, plans): (Pace, Plans),
     pool: &Pool,
-) -> anyhow::Result<Point> {
+) -> anyhow::Result<Vec<Point>> {
     let PagePoint { rows, n, k, .. } = *point;
     let expert_bytes = weight_bytes(n, k, weights.group());
     let routings = ROTATED_BYTES.div_ceil(point.active * expert_bytes).clamp(1, MOST_ROUTINGS);
@@ -202,40 +231,51 @@ fn measure(
         output_type: OutputType::Bf16,
         status: None,
     };
-    let plan = gpu.grouped_plan(operands(0).problem(experts)?, rows)?;
-    let launch = |routing: usize| -> anyhow::Result<()> {
+    let launch = |plan: &GroupedPlan, routing: usize| -> anyhow::Result<()> {
         // SAFETY: everything stays alive until the stream has been synchronized.
-        Ok(unsafe { gpu.grouped_gemm_with_plan(experts, &operands(routing), &plan, &stream) }?)
+        Ok(unsafe { gpu.grouped_gemm_with_plan(experts, &operands(routing), plan, &stream) }?)
     };
-    let contender = Contender { copies: routings, launch: Box::new(launch) };
-    let timings = Clock::new(&stream, pace)?.measure(std::slice::from_ref(&contender));
-    let ours = timings.into_iter().next().context("no time was measured")??;
-
-    // The last launch decides what is in the output, so launch the first routing once more.
-    launch(0)?;
-    stream.synchronize()?;
-    let mut mismatch = None;
-    for row in [0, rows / 2, rows - 1] {
-        let mut codes = vec![0i8; k];
-        copy(&mut codes, (&activations).into(), row * k)?;
-        let mut found = vec![bf16::ZERO; n];
-        copy(&mut found, (&output).into(), row * n * 2)?;
-        let view = ActivationsView::new(&codes, k, &scales[row..=row], 1, k)?;
-        let mut expected = vec![bf16::ZERO; n];
-        cpu::gemm(weights, view, None, &mut expected)?;
-        let bits = |values: &[bf16]| values.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
-        if bits(&found) != bits(&expected) {
-            mismatch = Some(format!("row {row} differs from the CPU backend's"));
+    let plans = plans.of(gpu, operands(0).problem(experts)?)?;
+    let contender = |plan| Contender {
+        copies: routings,
+        launch: Box::new(move |routing| launch(plan, routing)) as Box<dyn Fn(usize) -> _>,
+    };
+    let timings = Clock::new(&stream, pace)?.measure(&plans.iter().map(contender).collect::<Vec<_>>());
+    let mut points = Vec::new();
+    for (plan, ours) in plans.iter().zip(timings) {
+        // Launch the first routing once more, into an output that holds no result.
+        let span = DeviceSpan::from(&output);
+        // SAFETY: the output has this many bytes, and null is the default stream.
+        unsafe {
+            sys::cuMemsetD8_v2(span.address(), 0xA5, span.bytes()).during("clearing the output")?;
+            sys::cuStreamSynchronize(std::ptr::null_mut()).during("waiting for the output")?;
         }
+        launch(plan, 0)?;
+        stream.synchronize()?;
+        let mut mismatch = None;
+        for row in [0, rows / 2, rows - 1] {
+            let mut codes = vec![0i8; k];
+            copy(&mut codes, (&activations).into(), row * k)?;
+            let mut found = vec![bf16::ZERO; n];
+            copy(&mut found, (&output).into(), row * n * 2)?;
+            let view = ActivationsView::new(&codes, k, &scales[row..=row], 1, k)?;
+            let mut expected = vec![bf16::ZERO; n];
+            cpu::gemm(weights, view, None, &mut expected)?;
+            let bits = |values: &[bf16]| values.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
+            if bits(&found) != bits(&expected) {
+                mismatch = Some(format!("row {row} differs from the CPU backend's"));
+            }
+        }
+        points.push(Point {
+            page: point.clone(),
+            group: weights.group().to_string(),
+            plan: plan.to_string(),
+            ours: ours?,
+            ideal_us: point.ideal_us(weights.group()),
+            mismatch,
+        });
     }
-    Ok(Point {
-        page: point.clone(),
-        group: weights.group().to_string(),
-        plan: plan.to_string(),
-        ours,
-        ideal_us: point.ideal_us(weights.group()),
-        mismatch,
-    })
+    Ok(points)
 }
 
 /// Copies device memory from `offset` bytes on to the host.
@@ -283,7 +323,20 @@ pub fn row(point: &Point) -> String {
 }
 
 /// Formats the geometric means over all points, and the points that are slower than a recorded time.
-pub fn summary(points: &[Point]) -> String {
+///
+/// Of several plans of a point, the fastest counts.
+pub fn summary(results: &[Point]) -> String {
+    let mut points: Vec<&Point> = Vec::new();
+    for result in results {
+        let is_same = |point: &&mut &Point| {
+            (&point.page.layer, point.page.tokens) == (&result.page.layer, result.page.tokens)
+        };
+        match points.iter_mut().find(is_same) {
+            Some(point) if result.ours.us < point.ours.us => *point = result,
+            Some(_) => {}
+            None => points.push(result),
+        }
+    }
     let scored = points.iter().filter(|point| point.page.rows >= SCORED_ROWS);
     let score = geometric_mean(scored.map(|point| point.ideal_us / point.ours.us));
     let mut text = format!(

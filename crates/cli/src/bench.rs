@@ -99,6 +99,9 @@ pub(super) struct Arguments {
     /// beside recorded times of torch and Humming; --m takes some of its numbers of tokens
     #[arg(long, conflicts_with_all = ["tile", "sweep", "ablation", "quick", "peers", "between", "shards", "curve", "monotone", "shapes", "algorithms", "baselines", "no_probes", "from", "plots", "markdown"])]
     moe: bool,
+    /// With --moe, measure every tile in clusters of one and of two thread blocks instead of the library's choice
+    #[arg(long, requires = "moe")]
+    every_plan: bool,
     /// Measure nothing; read the results of earlier runs from these files;
     /// separate several by commas or repeat the option
     #[arg(long, value_name = "JSON", value_delimiter = ',', conflicts_with_all = ["problems", "m", "tile", "json", "baselines", "no_probes", "pace"])]
@@ -348,14 +351,16 @@ fn mixtures(arguments: &Arguments) -> anyhow::Result<Report> {
     let points = moe::points(arguments.m.as_ref().map(|Tokens(tokens)| tokens.as_slice()));
     let bar = progress(points.len());
     print(&bar, &format!("{}\n{}\n{}", gpu.description(), moe::page().provenance, moe::heading()));
-    let results = moe::run(&gpu, &points, arguments.group, arguments.options().pace, |results| {
-        if let Some(point) = results.last() {
-            print(&bar, &moe::row(point));
-        }
+    let plans = if arguments.every_plan { moe::Plans::Every } else { moe::Plans::Chosen };
+    let results = moe::run(&gpu, &points, arguments.group, arguments.options().pace, plans, |of_point| {
+        of_point.iter().for_each(|point| print(&bar, &moe::row(point)));
         bar.inc(1);
-        arguments.json.as_deref().map_or(Ok(()), |path| moe::save(results, path))
+        Ok(())
     })?;
     bar.finish_and_clear();
+    if let Some(path) = &arguments.json {
+        moe::save(&results, path)?;
+    }
     let success = results.iter().all(|point| point.mismatch.is_none());
     Ok(Report { text: format!("\n{}", moe::summary(&results)), success })
 }

@@ -7,7 +7,9 @@
 //!
 //! An expert's rows are cut into token tiles, and its channels into channel tiles.
 //! The last token tile of an expert has only the rows that are left, so no tile has rows of two experts.
-//! All tiles are numbered expert by expert. Persistent clusters take them in waves, one tile each.
+//! Whole tiles are numbered expert by expert, and so are the last ones of the experts, which have fewer rows.
+//! Persistent clusters take tiles of either kind in waves, one tile each, so that all get equally many of both.
+//! Each cluster computes its tiles in the order of their experts.
 
 use crate::schedule::TilePosition;
 use crate::tile::{K_TILE, MAX_SHARED_BYTES, TileShape};
@@ -160,33 +162,32 @@ impl GroupedSchedule {
         }
     }
 
-    /// Returns the number of tiles of an expert with `rows` rows, in tiles of `tokens` tokens.
+    /// Returns the turns of `cluster`, from tile `first` on.
+    ///
+    /// They have no end: the caller stops at the number of tiles that there are.
+    /// The partial tiles of all experts are numbered behind the whole ones.
+    /// Clusters that have one whole tile fewer then begin with a partial tile.
     #[inline(always)]
     #[must_use]
-    pub const fn tiles_of(&self, rows: u32, tokens: u32) -> u32 {
-        rows.div_ceil(tokens).wrapping_mul(self.channel_tiles)
+    pub const fn turns_from(&self, cluster: u32, first: u32) -> Turns {
+        let waves = quotient(first, self.clusters);
+        let moved = cluster.wrapping_add(waves.wrapping_mul(self.rotation));
+        let place = moved.wrapping_sub(quotient(moved, self.clusters).wrapping_mul(self.clusters));
+        let wave = waves.wrapping_mul(self.clusters);
+        let mut turns = Turns { wave, place, clusters: self.clusters, rotation: self.rotation };
+        if wave.wrapping_add(place) < first {
+            turns.next();
+        }
+        turns
     }
 
-    /// Returns the tiles of `cluster`, without an end: the caller stops at the number of tiles that there are.
-    #[inline(always)]
-    #[must_use]
-    pub const fn turns(&self, cluster: u32) -> Turns {
-        Turns { wave: 0, place: cluster, clusters: self.clusters, rotation: self.rotation }
-    }
-
-    /// Returns the position of a tile among the tiles of its expert, which has `token_tiles` token tiles.
+    /// Returns the position of a whole tile among the whole tiles of its expert,
+    /// which has `token_tiles` whole token tiles.
     ///
     /// Within a group of channels, the tiles of one token tile follow one another.
     #[inline(always)]
     #[must_use]
     pub const fn position(&self, tile: u32, token_tiles: u32) -> TilePosition {
-        /// Returns the quotient, or 0 for a divisor of 0, without a panic.
-        const fn quotient(dividend: u32, divisor: u32) -> u32 {
-            match dividend.checked_div(divisor) {
-                Some(quotient) => quotient,
-                None => 0,
-            }
-        }
         if token_tiles == 1 {
             return TilePosition { channel_tile: tile, token_tile: 0 };
         }
@@ -199,6 +200,48 @@ impl GroupedSchedule {
         let token_tile = quotient(within, width);
         let channel_tile = first.wrapping_add(within.wrapping_sub(token_tile.wrapping_mul(width)));
         TilePosition { channel_tile, token_tile }
+    }
+}
+
+/// Returns the quotient, or 0 for a divisor of 0, without a panic.
+#[inline(always)]
+const fn quotient(dividend: u32, divisor: u32) -> u32 {
+    match dividend.checked_div(divisor) {
+        Some(quotient) => quotient,
+        None => 0,
+    }
+}
+
+/// Bits of a [`TokenTiles`] that count experts with a partial tile: enough for all experts.
+const PARTIAL_BITS: u32 = 10;
+const _: () = assert!(MAX_EXPERTS < 1 << PARTIAL_BITS);
+/// The most whole token tiles of all experts together.
+pub const MAX_WHOLE_TOKEN_TILES: u32 = (1 << (u32::BITS - PARTIAL_BITS)) - 1;
+
+/// Numbers of token tiles of one or several experts: of whole ones, and of partial ones.
+///
+/// They are packed into one word, so that the sum of words has the sums of both.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TokenTiles(
+    /// The packed word.
+    pub u32,
+);
+
+impl TokenTiles {
+    /// Returns those of an expert with `rows` rows, in tiles of `tokens` tokens.
+    #[inline(always)]
+    #[must_use]
+    pub const fn of_rows(rows: u32, tokens: u32) -> Self {
+        let whole = quotient(rows, tokens);
+        let has_partial = whole.wrapping_mul(tokens) != rows;
+        Self(whole << PARTIAL_BITS | has_partial as u32)
+    }
+
+    /// Returns the number of token tiles that have all of their rows, or if `partial` of those that have fewer.
+    #[inline(always)]
+    #[must_use]
+    pub const fn count(self, partial: bool) -> u32 {
+        if partial { self.0 & ((1 << PARTIAL_BITS) - 1) } else { self.0 >> PARTIAL_BITS }
     }
 }
 
@@ -317,7 +360,7 @@ pub const fn find_shape(strips: u32, tokens: u32) -> Option<TileShape> {
 }
 
 /// Bytes of the table of experts in shared memory:
-/// for each expert the number of tiles up to its last one, then the tiles of each chunk of experts.
+/// for each expert the [`TokenTiles`] up to its last one, then those of each chunk of experts.
 pub const TABLE_BYTES: u32 = (MAX_EXPERTS + MAX_CHUNKS) * 4;
 
 /// Returns the offset of the table of experts in shared memory.
@@ -362,36 +405,55 @@ mod tests {
         experts: &[ExpertRows],
         all_rows: usize,
     ) -> Result<Vec<u32>, TestCaseError> {
-        let mut ends = Vec::new();
+        let mut ends: Vec<TokenTiles> = Vec::new();
         for rows in experts {
-            let before = ends.last().copied().unwrap_or(0);
-            ends.push(before + schedule.tiles_of(rows.end - rows.begin, tokens));
+            let before = ends.last().map_or(0, |end| end.0);
+            ends.push(TokenTiles(before + TokenTiles::of_rows(rows.end - rows.begin, tokens).0));
         }
-        let total = ends.last().copied().unwrap_or(0);
+        let totals = [false, true]
+            .map(|partial| ends.last().map_or(0, |end| end.count(partial)) * schedule.channel_tiles);
         let mut done = vec![0u32; all_rows * schedule.channel_tiles as usize];
+        let mut of_cluster = vec![[0u32; 2]; schedule.clusters as usize];
         for cluster in 0..schedule.clusters {
-            let mut turns = schedule.turns(cluster);
-            let mut last = None;
-            loop {
-                let tile = turns.next();
-                prop_assert!(last.is_none_or(|last| last < tile), "ascending, for the search of the expert");
-                last = Some(tile);
-                if tile >= total {
-                    break;
-                }
-                let expert = ends.iter().position(|&end| tile < end).unwrap();
-                let first = if expert == 0 { 0 } else { ends[expert - 1] };
-                let rows = experts[expert];
-                let token_tiles = (rows.end - rows.begin).div_ceil(tokens);
-                let position = schedule.position(tile - first, token_tiles);
-                prop_assert!(position.channel_tile < schedule.channel_tiles);
-                prop_assert!(position.token_tile < token_tiles);
-                let begin = rows.begin + position.token_tile * tokens;
-                prop_assert!(begin < rows.end, "every tile has a row");
-                for row in begin..rows.end.min(begin + tokens) {
-                    done[(row * schedule.channel_tiles + position.channel_tile) as usize] += 1;
+            for partial in [false, true] {
+                let first = if partial { totals[0] } else { 0 };
+                let mut turns = schedule.turns_from(cluster, first);
+                let mut last = None;
+                loop {
+                    let turn = turns.next();
+                    prop_assert!(turn >= first && last.is_none_or(|last| last < turn), "turns ascend");
+                    last = Some(turn);
+                    let tile = turn - first;
+                    if tile >= totals[partial as usize] {
+                        break;
+                    }
+                    let end = |expert: usize| ends[expert].count(partial) * schedule.channel_tiles;
+                    let expert = (0..experts.len()).position(|expert| tile < end(expert)).unwrap();
+                    let tile = tile - if expert == 0 { 0 } else { end(expert - 1) };
+                    let rows = experts[expert];
+                    let whole = TokenTiles::of_rows(rows.end - rows.begin, tokens).count(false);
+                    let position = if partial {
+                        TilePosition { channel_tile: tile, token_tile: whole }
+                    } else {
+                        schedule.position(tile, whole)
+                    };
+                    prop_assert!(position.channel_tile < schedule.channel_tiles);
+                    let begin = rows.begin + position.token_tile * tokens;
+                    prop_assert!(begin < rows.end, "every tile has a row");
+                    prop_assert!(partial || begin + tokens <= rows.end, "whole tiles have all rows");
+                    for row in begin..rows.end.min(begin + tokens) {
+                        done[(row * schedule.channel_tiles + position.channel_tile) as usize] += 1;
+                    }
+                    of_cluster[cluster as usize][partial as usize] += 1;
                 }
             }
+        }
+        // All clusters have equally many whole tiles, and equally many tiles, up to one.
+        type Count = fn(&[u32; 2]) -> u32;
+        let counts: [Count; 2] = [|kinds| kinds[0], |kinds| kinds[0] + kinds[1]];
+        for count in counts {
+            let counts: Vec<u32> = of_cluster.iter().map(count).collect();
+            prop_assert!(counts.iter().max().unwrap() - counts.iter().min().unwrap() <= 1);
         }
         Ok(done)
     }
@@ -469,7 +531,7 @@ mod tests {
             let waves = kinds * 16;
             for kind in 0..kinds {
                 let of_kind = |cluster| {
-                    let mut turns = schedule.turns(cluster);
+                    let mut turns = schedule.turns_from(cluster, 0);
                     (0..waves).filter(|_| turns.next() % kinds == kind).count()
                 };
                 let counts: Vec<usize> = (0..clusters).map(of_kind).collect();

@@ -6,7 +6,9 @@
 use std::fmt;
 
 use liquidgemm_format::brick;
-use liquidgemm_format::grouped::{GROUPED_SHAPES, GroupedSchedule, MAX_EXPERTS, RowLayout};
+use liquidgemm_format::grouped::{
+    GROUPED_SHAPES, GroupedSchedule, MAX_EXPERTS, MAX_WHOLE_TOKEN_TILES, RowLayout,
+};
 use liquidgemm_format::tile::{MAX_CLUSTER, TileShape};
 
 use crate::check::{check_dimension, check_k};
@@ -123,13 +125,16 @@ impl GroupedPlan {
         let channel_tiles = (problem.n as u32).div_ceil(channels);
         let k_iterations = (brick::k_blocks(problem.k) as u32).div_ceil(shape.stage_bricks());
         // The kernels add up the tiles of all experts in 32 bits, whatever the counts are.
-        let most_tiles = problem.experts as u64
-            * (problem.most_rows() as u64).div_ceil(u64::from(shape.tokens))
-            * u64::from(channel_tiles);
-        let limit = i32::MAX as usize;
-        if most_tiles > limit as u64 {
-            let value = usize::try_from(most_tiles).unwrap_or(usize::MAX);
-            return Err(PlanError::OutOfRange { what: "the number of tiles", value, limit }.into());
+        let token_tiles =
+            problem.experts as u64 * (problem.most_rows() as u64).div_ceil(u64::from(shape.tokens));
+        for (what, value, limit) in [
+            ("the number of token tiles", token_tiles, u64::from(MAX_WHOLE_TOKEN_TILES)),
+            ("the number of tiles", token_tiles * u64::from(channel_tiles), i32::MAX as u64),
+        ] {
+            if value > limit {
+                let value = usize::try_from(value).unwrap_or(usize::MAX);
+                return Err(PlanError::OutOfRange { what, value, limit: limit as usize }.into());
+            }
         }
         let schedule = GroupedSchedule::new(
             problem.layout(),
@@ -231,7 +236,7 @@ mod tests {
         let tokens = |experts, rows| plan(experts, [rows, 4096, 7168]).shape().tokens;
         assert_eq!([1, 64, 1024, 2048].map(|rows| tokens(256, rows)), [32, 32, 32, 32]);
         assert_eq!([4096, 8192, 16_384, 32_768].map(|rows| tokens(256, rows)), [64, 64, 96, 160]);
-        assert_eq!([65_536, 1 << 24].map(|rows| tokens(256, rows)), [256, 256]);
+        assert_eq!([65_536, 1 << 20].map(|rows| tokens(256, rows)), [256, 256]);
         assert_eq!([16, 64, 100, 160, 1000].map(|rows| tokens(1, rows)), [32, 64, 160, 160, 256]);
         assert_eq!(plan(128, [8, 2048, 768]).shape().tokens, 64, "with a short K, fewer tiles");
     }

@@ -1,12 +1,13 @@
 //! The table of experts in shared memory, and the search for a cluster's tiles in it.
 //!
-//! For each expert the table has the number of tiles up to its last one.
-//! Each warp adds up the tiles of 32 experts at a time;
-//! with more than 32 experts, a second pass adds the tiles of the experts before those.
+//! For each expert the table has the numbers of whole and of partial token tiles up to its last one.
+//! Each warp adds up those of 32 experts at a time;
+//! with more than 32 experts, a second pass adds those of the experts before.
 
 use cuda_std::{cluster, thread, warp};
 use liquidgemm_format::arguments::GroupedArguments;
-use liquidgemm_format::grouped::{CHUNK_EXPERTS, MAX_EXPERTS, Turns, status};
+use liquidgemm_format::grouped::{CHUNK_EXPERTS, MAX_EXPERTS, TokenTiles, Turns, status};
+use liquidgemm_format::schedule::TilePosition;
 
 use crate::ptx::memory::{load_global_if, load_shared, store_global, store_shared};
 use crate::shape::Shape;
@@ -16,10 +17,10 @@ const _: () = assert!(CHUNK_EXPERTS == warp::WARP_SIZE, "one expert for each lan
 /// A filled table of experts.
 #[derive(Clone, Copy)]
 pub(super) struct ExpertTable {
-    /// Its address in shared memory: a u32 for each expert, then a u32 for each chunk of experts.
+    /// Its address in shared memory: [`TokenTiles`] for each expert, then for each chunk of experts.
     address: u32,
-    /// The tiles of all experts.
-    tiles: u32,
+    /// The token tiles of all experts.
+    totals: TokenTiles,
 }
 
 /// Loads the entries of `expert` in the index: its own and, if the rows are contiguous, the next.
@@ -61,7 +62,8 @@ impl ExpertTable {
                 let [first, second] = load_index(arguments, expert);
                 let rows = schedule.layout.rows_of(expert, first.cast_signed(), second.cast_signed());
                 is_limited |= !rows.is_valid;
-                let end = warp::inclusive_sum(schedule.tiles_of(rows.end - rows.begin, S::SHAPE.tokens));
+                let tiles = TokenTiles::of_rows(rows.end - rows.begin, S::SHAPE.tokens);
+                let end = warp::inclusive_sum(tiles.0);
                 store_shared(place(chunk), end);
                 // All lanes store the same number.
                 store_shared(totals + chunk * 4, warp::broadcast_from(end, warp::WARP_SIZE - 1));
@@ -90,8 +92,8 @@ impl ExpertTable {
             thread::sync_threads();
         }
         // SAFETY: there is at least one expert, and its entry was stored before the barrier.
-        let tiles = unsafe { load_shared(address + (experts - 1) * 4) };
-        Self { address, tiles: warp::broadcast(tiles) }
+        let totals = unsafe { load_shared(address + (experts - 1) * 4) };
+        Self { address, totals: TokenTiles(warp::broadcast(totals)) }
     }
 }
 
@@ -121,8 +123,10 @@ impl Tile {
 #[derive(Clone, Copy)]
 pub(super) struct FoundTile {
     expert: u32,
-    /// The tile's number among those of its expert.
+    /// The tile's number among the tiles of its kind of the expert.
     tile: u32,
+    /// Whether it has fewer rows than a whole tile.
+    is_partial: bool,
     index: [u32; 2],
 }
 
@@ -133,8 +137,12 @@ impl FoundTile {
         let schedule = &arguments.schedule;
         let [first, second] = self.index;
         let rows = schedule.layout.rows_of(self.expert, first.cast_signed(), second.cast_signed());
-        let token_tiles = (rows.end - rows.begin).div_ceil(S::SHAPE.tokens);
-        let position = schedule.position(self.tile, token_tiles);
+        let whole = TokenTiles::of_rows(rows.end - rows.begin, S::SHAPE.tokens).count(false);
+        let position = if self.is_partial {
+            TilePosition { channel_tile: self.tile, token_tile: whole }
+        } else {
+            schedule.position(self.tile, whole)
+        };
         Tile {
             expert: self.expert,
             channel_tile: warp::broadcast(position.channel_tile),
@@ -144,45 +152,133 @@ impl FoundTile {
     }
 }
 
+/// A way through the tiles of one kind, whole or partial, of a cluster.
+#[derive(Clone, Copy)]
+struct Cursor<const PARTIAL: bool> {
+    turns: Turns,
+    /// The first expert of the chunk in which the search for the next tile begins.
+    chunk: u32,
+    /// The expert of the next tile, or `u32::MAX` if there is none.
+    expert: u32,
+    /// The number of the next tile among the tiles of its kind of all experts.
+    tile: u32,
+}
+
+impl<const PARTIAL: bool> Cursor<PARTIAL> {
+    /// Returns the way of cluster `cluster`, at its first tile.
+    #[inline(always)]
+    fn new(arguments: &GroupedArguments, table: ExpertTable, cluster: u32) -> Self {
+        let turns = arguments.schedule.turns_from(cluster, Self::first(arguments, table));
+        let mut cursor = Self { turns, chunk: 0, expert: 0, tile: 0 };
+        cursor.advance(arguments, table);
+        cursor
+    }
+
+    /// Returns the first turn of the kind. The turns of partial tiles follow those of whole ones.
+    #[inline(always)]
+    fn first(arguments: &GroupedArguments, table: ExpertTable) -> u32 {
+        if PARTIAL { table.totals.count(false) * arguments.schedule.channel_tiles } else { 0 }
+    }
+
+    /// Goes on to the cluster's next tile.
+    ///
+    /// The tiles ascend, so the search for the expert goes on where the last one ended.
+    #[inline(always)]
+    fn advance(&mut self, arguments: &GroupedArguments, table: ExpertTable) {
+        let schedule = &arguments.schedule;
+        self.tile = warp::broadcast(self.turns.next() - Self::first(arguments, table));
+        if self.tile >= table.totals.count(PARTIAL) * schedule.channel_tiles {
+            self.expert = u32::MAX;
+            return;
+        }
+        let mut passed = self.passed(arguments, table);
+        while passed == CHUNK_EXPERTS && self.chunk + CHUNK_EXPERTS < schedule.layout.experts {
+            self.chunk += CHUNK_EXPERTS;
+            passed = self.passed(arguments, table);
+        }
+        self.expert = warp::broadcast(self.chunk + passed);
+    }
+
+    /// Returns how many experts of the chunk end at or before the tile.
+    #[inline(always)]
+    fn passed(&self, arguments: &GroupedArguments, table: ExpertTable) -> u32 {
+        let end = table.end::<PARTIAL>(arguments, self.chunk + warp::lane_id());
+        warp::ballot(end <= self.tile).count_ones()
+    }
+
+    /// Returns the next tile, and begins to load its expert's rows.
+    ///
+    /// # Safety
+    /// There is a next tile; the arguments' index is valid.
+    #[inline(always)]
+    unsafe fn found(&self, arguments: &GroupedArguments, table: ExpertTable) -> FoundTile {
+        let begin = if self.expert == 0 { 0 } else { table.end::<PARTIAL>(arguments, self.expert - 1) };
+        FoundTile {
+            expert: self.expert,
+            tile: self.tile - begin,
+            is_partial: PARTIAL,
+            // SAFETY: the caller guarantees the index.
+            index: unsafe { load_index(arguments, self.expert) },
+        }
+    }
+}
+
+impl ExpertTable {
+    /// Returns the number of tiles of a kind up to the last one of `expert`.
+    ///
+    /// The table has whole chunks of experts.
+    #[inline(always)]
+    fn end<const PARTIAL: bool>(self, arguments: &GroupedArguments, expert: u32) -> u32 {
+        // SAFETY: the expert's chunk was stored before the last barrier.
+        let tiles = TokenTiles(unsafe { load_shared(self.address + expert * 4) });
+        tiles.count(PARTIAL) * arguments.schedule.channel_tiles
+    }
+}
+
 /// A warp's way through the tiles of its cluster.
 #[derive(Clone, Copy)]
 pub(super) struct Tiles<'a> {
     arguments: &'a GroupedArguments,
     table: ExpertTable,
-    turns: Turns,
-    /// The first expert of the chunk in which the search for the next tile begins.
-    chunk: u32,
+    whole: Cursor<false>,
+    partial: Cursor<true>,
 }
 
 impl<'a> Tiles<'a> {
-    /// Returns the tiles of cluster `cluster`.
+    /// Returns the tiles of cluster `cluster`. A whole warp calls it, converged.
     #[inline(always)]
     pub(super) fn new(arguments: &'a GroupedArguments, table: ExpertTable, cluster: u32) -> Self {
-        Self { arguments, table, turns: arguments.schedule.turns(cluster), chunk: 0 }
+        Self {
+            arguments,
+            table,
+            whole: Cursor::new(arguments, table, cluster),
+            partial: Cursor::new(arguments, table, cluster),
+        }
     }
 
     /// Finds the cluster's next tile, and begins to load its expert's rows.
+    ///
+    /// The tiles come in the order of their experts, and the whole ones of an expert before its partial ones.
     ///
     /// # Safety
     /// A whole warp calls it, converged; the arguments' index is valid.
     #[inline(always)]
     pub(super) unsafe fn find(&mut self) -> Option<FoundTile> {
-        let schedule = &self.arguments.schedule;
-        let tile = warp::broadcast(self.turns.next());
-        if tile >= self.table.tiles {
+        let (arguments, table) = (self.arguments, self.table);
+        if self.whole.expert.min(self.partial.expert) == u32::MAX {
             return None;
         }
-        // The tiles ascend, so the search goes on where the last one ended.
-        let mut passed = self.passed(tile);
-        while passed == CHUNK_EXPERTS && self.chunk + CHUNK_EXPERTS < schedule.layout.experts {
-            self.chunk += CHUNK_EXPERTS;
-            passed = self.passed(tile);
-        }
-        let expert = warp::broadcast(self.chunk + passed);
-        // SAFETY: the expert exists; the table has an entry for it and for those before it.
+        // SAFETY: there is a next tile; the caller guarantees the index.
         unsafe {
-            let begin = if expert == 0 { 0 } else { load_shared(self.table.address + (expert - 1) * 4) };
-            Some(FoundTile { expert, tile: tile - begin, index: load_index(self.arguments, expert) })
+            if self.whole.expert <= self.partial.expert {
+                let found = self.whole.found(arguments, table);
+                self.whole.advance(arguments, table);
+                Some(found)
+            } else {
+                let found = self.partial.found(arguments, table);
+                self.partial.advance(arguments, table);
+                Some(found)
+            }
         }
     }
 
@@ -197,13 +293,5 @@ impl<'a> Tiles<'a> {
             Some(found) => Some(found.tile::<S>(self.arguments)),
             None => None,
         }
-    }
-
-    /// Returns how many experts of the chunk end at or before `tile`.
-    #[inline(always)]
-    fn passed(&self, tile: u32) -> u32 {
-        // SAFETY: the table has whole chunks.
-        let end = unsafe { load_shared(self.table.address + (self.chunk + warp::lane_id()) * 4) };
-        warp::ballot(end <= tile).count_ones()
     }
 }

@@ -9,7 +9,10 @@ use std::process::{Command, ExitCode};
 use std::sync::LazyLock;
 
 use libtest_mimic::{Arguments, Failed, Trial};
-use liquidgemm::gpu::{DEVICE_VARIABLE, DeviceSpan, Gpu, GpuError, Operands, StreamHandle};
+use liquidgemm::gpu::{
+    CombineOperands, DEVICE_VARIABLE, DeviceRowIndex, DeviceSpan, Gpu, GpuError, GroupedOperands, Operands,
+    StreamHandle,
+};
 use liquidgemm::{
     Backend, Error, Group, OutputType, PackedWeights, Plan, Problem, QuantizedActivations, TileConfig, cpu,
 };
@@ -571,6 +574,55 @@ fn two_launches() -> Result<(), Error> {
     launched
 }
 
+/// Runs a grouped GEMM and a combine of its rows, and waits for the stream.
+///
+/// Leaks the experts if the wait fails, because a launch may still use them.
+fn grouped() -> Result<(), Error> {
+    let gpu = Gpu::new()?;
+    let (rows, n, k) = (6, 200, 300);
+    let experts = gpu.upload_experts(&[some_weights()?, some_weights()?])?;
+    let (dense, stream) = (fake_operands([rows, n, k]), default_stream());
+    // SAFETY: the fake driver neither reads nor writes there.
+    let span = |bytes| unsafe { DeviceSpan::from_raw(FAKE_ADDRESS, bytes) };
+    let operands = GroupedOperands {
+        rows,
+        index: DeviceRowIndex::Offsets(span(3 * 4)),
+        expected_rows: None,
+        activations: dense.activations,
+        activation_stride: dense.activation_stride,
+        token_scales: dense.token_scales,
+        bias: None,
+        output: dense.output,
+        output_stride: n,
+        output_type: OutputType::Bf16,
+        status: None,
+    };
+    let combine = CombineOperands {
+        tokens: 3,
+        top_k: 2,
+        row_count: rows,
+        n,
+        element_type: OutputType::Bf16,
+        rows: dense.output,
+        rows_stride: n,
+        positions: span(rows * 4),
+        weights: span(rows * 4),
+        output: span(3 * n * 2),
+        output_stride: n,
+    };
+    // SAFETY: the fake driver dereferences no address.
+    let (launched, finished) = unsafe {
+        let launched =
+            gpu.grouped_gemm(&experts, &operands, stream).and_then(|()| gpu.combine(&combine, stream));
+        let entered = gpu.make_current();
+        (launched, entered.is_ok() && cust::sys::cuStreamSynchronize(stream.as_raw().cast()) as u32 == 0)
+    };
+    if !finished {
+        std::mem::forget(experts);
+    }
+    launched
+}
+
 /// Uploads weights and downloads them.
 ///
 /// The fake driver keeps no contents, so what comes back is no valid packed weights: only the driver's errors count.
@@ -601,13 +653,18 @@ fn custom_kernel() -> Result<(), Error> {
 fn any_failure() -> Result<(), Failed> {
     let (packed, x) = (some_weights()?, some_activations(3)?);
     type Operation<'a> = &'a dyn Fn() -> Result<(), Error>;
-    let operations: [(&str, Operation<'_>); 8] = [
+    let operations: [(&str, Operation<'_>); 11] = [
         ("Gpu::new", &|| Gpu::new().map(drop)),
         ("Gpu::upload", &|| Gpu::new()?.upload(&packed).map(drop)),
         ("Gpu::workspace", &|| Gpu::new()?.workspace().map(drop)),
         ("Gpu::prepare", &|| Gpu::new()?.prepare(&[[200, 300]], 1..=40)),
         ("Gpu::multiply", &|| Gpu::new()?.multiply::<f32>(&packed, &x, None).map(drop)),
         ("Gpu::gemm_with_plan in two launches", &two_launches),
+        ("Gpu::upload_experts", &|| {
+            Gpu::new()?.upload_experts(&[some_weights()?, some_weights()?]).map(drop)
+        }),
+        ("Gpu::prepare_grouped", &|| Gpu::new()?.prepare_grouped()),
+        ("Gpu::grouped_gemm and Gpu::combine", &grouped),
         ("DeviceWeights::download", &download),
         ("Gpu::launch_kernel", &custom_kernel),
     ];

@@ -5,6 +5,7 @@
 //! TMA requires that alignment, so the buffer can be copied to a GPU as it is.
 
 use std::fmt;
+use std::ops::Range;
 
 use liquidgemm_format::activations::{CODE_ALIGNMENT, CODE_LIMIT};
 use liquidgemm_format::rounding::{round_clamped, scale_of};
@@ -232,6 +233,13 @@ impl<'a> ActivationsView<'a> {
     /// Returns the number of elements per token (columns).
     pub fn k(&self) -> usize {
         self.k
+    }
+
+    /// Returns the view of a range of tokens, which exist.
+    pub(crate) fn rows(&self, tokens: Range<usize>) -> Self {
+        // The last row of the view may end before its stride does.
+        let first = (tokens.start * self.stride).min(self.data.len());
+        Self { data: &self.data[first..], scales: &self.scales[tokens.clone()], m: tokens.len(), ..*self }
     }
 
     /// Returns the `k` codes of one token.

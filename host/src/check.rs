@@ -1,8 +1,10 @@
 //! Argument checks that the public functions share. They run before anything is written.
 
+use std::borrow::Borrow;
+
 use liquidgemm_format::brick::MAX_K;
 
-use crate::{ActivationsView, Error, Output, OutputType};
+use crate::{ActivationsView, Error, Output, OutputType, PackedWeights};
 
 /// Fails if `value` is 0.
 pub(crate) fn check_dimension(dimension: &'static str, value: usize) -> Result<(), Error> {
@@ -87,12 +89,38 @@ pub(crate) fn check_call<T: Output>(
         return Err(Error::KMismatch { weights: k, activations: x.k() });
     }
     check_length("output", "[m, n]", checked_elements("output matrix", x.m(), n)?, out_length)?;
+    check_bias::<T>(bias, "[n]", n)
+}
+
+/// Checks a bias of `expected` elements, the product of `shape`, for an output of `T`.
+pub(crate) fn check_bias<T: Output>(
+    bias: Option<&[f32]>,
+    shape: &'static str,
+    expected: usize,
+) -> Result<(), Error> {
     if let Some(bias) = bias {
         if T::TYPE == OutputType::I32 {
             return Err(Error::BiasWithRawOutput);
         }
-        check_length("bias", "[n]", n, bias.len())?;
+        check_length("bias", shape, expected, bias.len())?;
         check_finite("bias", bias)?;
     }
     Ok(())
+}
+
+/// Fails unless there are experts, all with the same shape and group. Returns the first one.
+pub(crate) fn check_experts<E: Borrow<PackedWeights>>(experts: &[E]) -> Result<&PackedWeights, Error> {
+    let [first, others @ ..] = experts else { return Err(Error::NoExperts) };
+    let first = first.borrow();
+    for (index, other) in others.iter().map(E::borrow).enumerate() {
+        let parts = [
+            ("n", first.n().to_string(), other.n().to_string()),
+            ("k", first.k().to_string(), other.k().to_string()),
+            ("group", first.group().to_string(), other.group().to_string()),
+        ];
+        if let Some((what, expected, found)) = parts.into_iter().find(|(_, one, other)| one != other) {
+            return Err(Error::ExpertsDiffer { expert: index + 1, what, expected, found });
+        }
+    }
+    Ok(first)
 }

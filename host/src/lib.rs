@@ -14,6 +14,8 @@
 //! | quantize activations at run time | [`QuantizedActivations::quantize`] |
 //! | multiply, on the GPU if there is one | [`Backend::auto`] |
 //! | multiply on the CPU | [`cpu::gemm`] |
+//! | multiply the rows of many experts in one call | [`cpu::grouped_gemm`], `gpu::Gpu::grouped_gemm` |
+//! | add up the experts' rows of each token | [`cpu::combine`], `gpu::Gpu::combine` |
 //! | launch on device memory and a stream of your own | `gpu::Gpu::gemm` (feature `gpu`) |
 //! | inspect or choose how the GPU computes a product | [`Plan`] |
 //!
@@ -75,7 +77,7 @@ pub use linear::Linear;
 pub use operation::{GateOrder, Gather, Half, HalfType, Operation, Scaling};
 pub use output::{Output, OutputType};
 pub use packed::{Group, PackedWeights, UnpackedCodes};
-pub use plan::{Algorithm, Plan, Skinny, TileConfig, Tiled, TwoLaunches};
+pub use plan::{Algorithm, GroupedPlan, GroupedProblem, Plan, Skinny, TileConfig, Tiled, TwoLaunches};
 pub use problem::Problem;
 
 /// The activation function of a gated operation.
@@ -83,6 +85,7 @@ pub use liquidgemm_format::activations::Gate;
 
 /// The parts of a [`Plan`], and the shapes for which the library has kernels.
 pub use liquidgemm_format::{
+    grouped::GROUPED_SHAPES,
     schedule::Schedule,
     skinny::{SKINNY_SHAPES, SkinnyShape, TileRuns},
     tile::{TILE_SHAPES, TileShape},

@@ -4,6 +4,7 @@
 //! `search.rs` finds the fastest plan by the cost model in `cost.rs`.
 
 mod cost;
+mod grouped;
 mod layout;
 mod search;
 mod shapes;
@@ -24,6 +25,7 @@ use cost::Model;
 use layout::{Grid, Layout, sizes};
 use shapes::SHAPES;
 
+pub use grouped::{GroupedPlan, GroupedProblem};
 pub use skinny::Skinny;
 pub use two_launches::TwoLaunches;
 

@@ -8,6 +8,7 @@ use core::marker::PhantomData;
 
 use cuda_std::{cluster, shared};
 use liquidgemm_format::brick::BRICK_CHANNELS;
+use liquidgemm_format::grouped;
 use liquidgemm_format::stream::WeightStream;
 use liquidgemm_format::tile::{MAX_SPLIT_ROUNDS, SPLIT_BARRIERS_BYTES, TileShape, WARPGROUP};
 
@@ -219,6 +220,12 @@ impl Shared {
     #[inline(always)]
     pub fn channels(self, consumer: Consumer) -> u32 {
         self.base + self.shape.channels_offset() + consumer.index * BRICK_CHANNELS as u32 * 8
+    }
+
+    /// Returns the address of a grouped kernel's table of experts.
+    #[inline(always)]
+    pub fn expert_table(self) -> u32 {
+        self.base + grouped::table_offset(self.shape)
     }
 
     /// Returns the full barrier of a K-tile of a stage.

@@ -15,6 +15,8 @@
 //! | [`epilogue`] | from the int32 sums to the output |
 //! | [`skinny`] | the GEMM for few tokens |
 //! | [`activations`] | quantization of activations, with norms and gated activation functions |
+//! | [`grouped`](mod@grouped) | the GEMM of a mixture of experts |
+//! | [`combine`](mod@combine) | the weighted sum of the experts' rows of each token |
 //! | [`ablation`], [`probes`] | kernels that the bench compares with the library's |
 //! | [`dequant`] | dequantization of 4-bit codes to int8 weights |
 //! | [`block`] | a thread block's place in its cluster, its shared memory and its pipeline barriers |
@@ -27,9 +29,11 @@
 pub mod ablation;
 pub mod activations;
 pub mod block;
+pub mod combine;
 pub mod dequant;
 pub mod epilogue;
 pub mod gemm;
+pub mod grouped;
 pub mod probes;
 pub mod ptx;
 pub mod reduce;
@@ -38,10 +42,11 @@ pub mod skinny;
 
 use cuda_std::kernel;
 use liquidgemm_format::activations::QuantizeArguments;
-use liquidgemm_format::arguments::{GemmArguments, SkinnyArguments};
+use liquidgemm_format::arguments::{CombineArguments, GemmArguments, GroupedArguments, SkinnyArguments};
+use liquidgemm_format::grouped::{COMBINE_THREADS, box_maps, find_shape};
 use liquidgemm_format::skinny::{GROUP_TOKENS, SkinnyShape, THREADS};
 use liquidgemm_format::tile::TileShape;
-use liquidgemm_format::{quantize_kernels, skinny_shapes, tile_shapes};
+use liquidgemm_format::{grouped_shapes, quantize_kernels, skinny_shapes, tile_shapes};
 
 use dequant::LiquidQuant;
 use gemm::main_loop::StageWalk;
@@ -159,6 +164,51 @@ macro_rules! define_quantize_kernels {
     };
 }
 quantize_kernels!(define_quantize_kernels);
+
+/// Defines a kernel for each shape in the list of [`grouped_shapes!`].
+macro_rules! grouped_kernels {
+    ($($name:ident: $strips:literal, $tokens:literal, $warpgroup_split:literal, $threads:literal, $maps:literal;)*) => {
+        $(
+            #[doc = concat!("[`grouped::grouped`] for ", $strips, " strips and ", $tokens, " tokens.")]
+            ///
+            /// # Safety
+            /// See [`grouped::grouped`].
+            #[kernel(max_threads = $threads, min_blocks = 1)]
+            pub unsafe fn $name(
+                #[grid_constant] boxes: [cuda_std::TensorMap; $maps],
+                #[grid_constant] output: cuda_std::TensorMap,
+                arguments: GroupedArguments,
+            ) {
+                #[derive(Clone, Copy)]
+                struct Tile;
+                impl Shape for Tile {
+                    const SHAPE: TileShape = match find_shape($strips, $tokens) {
+                        Some(shape) => shape,
+                        None => panic!("no such shape"),
+                    };
+                    const SKIPS_ROUNDS: bool = true;
+                }
+                const _: () = assert!(Tile::SHAPE.threads() == $threads && box_maps(Tile::SHAPE) == $maps);
+                // SAFETY: the launcher guarantees that the arguments are valid.
+                unsafe {
+                    grouped::grouped::<AccumulatorOf<$tokens>, Tile, { Tile::SHAPE.stages }>(boxes, output, &arguments)
+                }
+            }
+        )*
+    };
+}
+grouped_shapes!(grouped_kernels);
+
+/// Adds up the rows of each token's experts: [`combine::combine`].
+///
+/// # Safety
+/// See [`combine::combine`].
+#[kernel(max_threads = 128, min_blocks = 1)]
+pub unsafe fn combine_rows(arguments: CombineArguments) {
+    const _: () = assert!(COMBINE_THREADS == 128);
+    // SAFETY: the launcher guarantees that the arguments are valid.
+    unsafe { combine::combine(&arguments) }
+}
 
 /// Reads memory as fast as it can: [`probes::stream`].
 ///

@@ -9,4 +9,9 @@ use liquidgemm_format::tile::TileShape;
 pub trait Shape: Copy {
     /// The tile shape.
     const SHAPE: TileShape;
+
+    /// Whether a tile may have far fewer tokens than its shape, as those of a small expert.
+    ///
+    /// The epilogue then leaves out rounds without tokens.
+    const SKIPS_ROUNDS: bool = false;
 }

@@ -5,6 +5,7 @@
 //! Without a GPU, every test is reported as ignored, and one line says why.
 
 pub mod graph;
+pub mod grouped;
 pub mod refused;
 
 use cust::memory::{CopyDestination, DeviceBuffer, DeviceCopy};
@@ -45,10 +46,20 @@ pub fn run(tests: &[Test]) -> Conclusion {
     libtest_mimic::run(&arguments, trials.collect())
 }
 
+/// Returns a random group size.
+pub fn random_group(rng: &mut StdRng) -> Group {
+    let groups = [Group::K(64), Group::K(64), Group::K(128), Group::K(192), Group::K(512), Group::Channel];
+    groups[rng.random_range(0..groups.len())]
+}
+
 /// Returns random weights with a random group size. Codes and pairs span the format's whole range.
 pub fn random_weights(rng: &mut StdRng, n: usize, k: usize) -> PackedWeights {
-    let groups = [Group::K(64), Group::K(64), Group::K(128), Group::K(192), Group::K(512), Group::Channel];
-    let group = groups[rng.random_range(0..groups.len())];
+    let group = random_group(rng);
+    random_weights_in_groups(rng, n, k, group)
+}
+
+/// Returns random weights with this group size. Codes and pairs span the format's whole range.
+pub fn random_weights_in_groups(rng: &mut StdRng, n: usize, k: usize, group: Group) -> PackedWeights {
     let count = group.count(k).expect("a valid group");
     let codes: Vec<u8> = (0..n * k).map(|_| rng.random_range(0..16)).collect();
     let pairs: Vec<(u8, u8)> = (0..n * count)

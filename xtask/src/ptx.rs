@@ -23,7 +23,8 @@ const COMMITTED: [(&str, &[&str]); 2] = [("crates/bench/ptx", &["ablation_", "pr
 /// The most bytes that all compressed PTX may have.
 const MOST_BYTES: usize = 3_000_000;
 /// The prefixes of the kernels that dequantize, and the tensor-core instruction of each.
-const MULTIPLY: [(&str, &str); 3] = [("gemm", "IGMMA"), ("ablation", "IGMMA"), ("skinny", "IMMA")];
+const MULTIPLY: [(&str, &str); 4] =
+    [("gemm", "IGMMA"), ("grouped", "IGMMA"), ("ablation", "IGMMA"), ("skinny", "IMMA")];
 /// The prefixes of the kernels that use QServe's dequantization.
 const SUBTRACTING: [&str; 2] = ["ablation_baseline", "ablation_qserve"];
 
@@ -196,6 +197,11 @@ fn describe_kernel(tools: &CudaTools, ptx: &Path, entry: &str, cubin: &Path) -> 
     }
     if let Some(instruction) = kernel.parted("IGMMA") {
         bail!("the main loop is compiled for divergent lanes, which is slower: `{instruction}`");
+    }
+    // ptxas writes an empty group of multiplications as a dummy HGMMA; no kernel uses that instruction.
+    // A wait for one group then waits for the multiplications that it should overlap with.
+    if let Some(instruction) = kernel.find(&["HGMMA"]) {
+        bail!("a group of multiplications is empty: `{instruction}`");
     }
     let mut line = format!("{entry}: {} registers, 0 spills", resources.registers);
     if let Some((form, instructions_per_word, multiply)) = dequantization(entry) {

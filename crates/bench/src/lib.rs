@@ -10,6 +10,7 @@
 //! | [`probes`] | kernels that only read memory, or only multiply |
 //! | [`run`], `check` | one run over all problems; comparison of its results with a reference |
 //! | [`monotone`] | search for batch sizes that take longer than a larger one |
+//! | [`moe`] | the grouped GEMM on mixtures of experts, beside recorded times of other projects |
 //! | [`sweep`] | the time of every plan of a problem, to judge the planner |
 //! | [`ablation`] | the kernel without one of its ideas at a time: figure 13 of the paper |
 //! | [`record`], [`circumstances`] | the results, and the GPU, driver and date that belong to them |
@@ -32,6 +33,7 @@ mod driver;
 mod lazy_kernel;
 pub mod markdown;
 pub mod matrix;
+pub mod moe;
 pub mod monotone;
 pub mod peers;
 pub mod plots;

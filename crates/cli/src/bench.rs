@@ -18,7 +18,7 @@ use liquidgemm_bench::replay::Pace;
 use liquidgemm_bench::run::{Observer, Options};
 use liquidgemm_bench::shapes::{self, Case, Matrix};
 use liquidgemm_bench::sweep::Sweep;
-use liquidgemm_bench::{markdown, monotone, plots, table, targets};
+use liquidgemm_bench::{markdown, moe, monotone, plots, table, targets};
 use liquidgemm_format::tile::{TILE_SHAPES, TileShape};
 
 use super::Report;
@@ -100,6 +100,13 @@ pub(super) struct Arguments {
     /// for rows of 4096, 8192 and 28672 elements and 1 to 8192 rows
     #[arg(long, conflicts_with_all = ["ablation", "tile", "group", "sweep", "problems", "plots", "algorithms", "baselines", "no_probes"])]
     activations: bool,
+    /// Measure the grouped GEMM instead, on the layers of three mixtures of experts with random routing,
+    /// beside recorded times of torch and Humming; --m takes some of its numbers of tokens
+    #[arg(long, conflicts_with_all = ["tile", "sweep", "ablation", "quick", "peers", "between", "shards", "curve", "monotone", "shapes", "algorithms", "baselines", "no_probes", "from", "plots", "markdown"])]
+    moe: bool,
+    /// With --moe, measure every tile in clusters of one and of two thread blocks instead of the library's choice
+    #[arg(long, requires = "moe")]
+    every_plan: bool,
     /// Measure nothing; read the results of earlier runs from these files;
     /// separate several by commas or repeat the option
     #[arg(long, value_name = "JSON", value_delimiter = ',', conflicts_with_all = ["problems", "m", "tile", "json", "baselines", "no_probes", "pace"])]
@@ -228,6 +235,9 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<Report> {
     if arguments.activations {
         return activations(arguments);
     }
+    if arguments.moe {
+        return mixtures(arguments);
+    }
     let runs = match arguments.from.as_slice() {
         [] => vec![measure(arguments)?],
         paths => paths.iter().map(|path| Run::load(path)).collect::<Result<Vec<_>, _>>()?,
@@ -344,6 +354,25 @@ fn ablation(arguments: &Arguments) -> anyhow::Result<Report> {
     Ok(Report { text, success: wrong == 0 })
 }
 
+fn mixtures(arguments: &Arguments) -> anyhow::Result<Report> {
+    let gpu = arguments.gpu()?;
+    let points = moe::points(arguments.m.as_ref().map(|Tokens(tokens)| tokens.as_slice()));
+    let bar = progress(points.len());
+    print(&bar, &format!("{}\n{}\n{}", gpu.description(), moe::page().provenance, moe::heading()));
+    let plans = if arguments.every_plan { moe::Plans::Every } else { moe::Plans::Chosen };
+    let results = moe::run(&gpu, &points, arguments.group, arguments.options().pace, plans, |of_point| {
+        of_point.iter().for_each(|point| print(&bar, &moe::row(point)));
+        bar.inc(1);
+        Ok(())
+    })?;
+    bar.finish_and_clear();
+    if let Some(path) = &arguments.json {
+        moe::save(&results, path)?;
+    }
+    let success = results.iter().all(|point| point.mismatch.is_none());
+    Ok(Report { text: format!("\n{}", moe::summary(&results)), success })
+}
+
 fn measure_ablation(arguments: &Arguments) -> anyhow::Result<Ablation> {
     let gpu = arguments.gpu()?;
     let cases = arguments.cases();
@@ -422,9 +451,7 @@ impl Screen {
     }
 
     fn of_points(points: usize, json: Option<PathBuf>) -> Self {
-        let style = ProgressStyle::with_template("{msg:24} {wide_bar} {pos}/{len}  {eta} left")
-            .expect("the template is valid");
-        Self { bar: ProgressBar::new(points as u64).with_style(style), json }
+        Self { bar: progress(points), json }
     }
 
     fn print(&self, text: &str) {
@@ -434,6 +461,13 @@ impl Screen {
     fn save(&self, run: &Run) -> anyhow::Result<()> {
         self.json.as_deref().map_or(Ok(()), |path| run.save(path))
     }
+}
+
+/// Returns a progress bar for this many points.
+fn progress(points: usize) -> ProgressBar {
+    let style = ProgressStyle::with_template("{msg:24} {wide_bar} {pos}/{len}  {eta} left")
+        .expect("the template is valid");
+    ProgressBar::new(points as u64).with_style(style)
 }
 
 /// Prints above the progress bar.

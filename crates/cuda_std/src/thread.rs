@@ -40,6 +40,27 @@ pub fn sync_threads() {
     unsafe { nvptx::_syncthreads() }
 }
 
+/// As [`sync_threads`]; returns whether `condition` holds for any thread.
+#[inline(always)]
+pub fn sync_threads_or(condition: bool) -> bool {
+    let any: u32;
+    // SAFETY: as for `sync_threads`.
+    unsafe {
+        asm!(
+            "{{",
+            ".reg .pred holds, any;",
+            "setp.ne.u32 holds, {1}, 0;",
+            "bar.red.or.pred any, 0, holds;",
+            "selp.u32 {0}, 1, 0, any;",
+            "}}",
+            out(reg32) any,
+            in(reg32) condition as u32,
+            options(nostack)
+        )
+    }
+    any != 0
+}
+
 /// Waits at the named barrier `id` until `THREADS` threads, in whole warps, have arrived there.
 ///
 /// Barrier 0 is that of [`sync_threads`].

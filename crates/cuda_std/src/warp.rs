@@ -63,3 +63,58 @@ pub fn sync_warp() {
     // SAFETY: the barrier itself accesses no memory.
     unsafe { asm!("bar.warp.sync -1;", options(nostack)) }
 }
+
+/// Returns `value` of lane `lane` in every lane.
+#[inline(always)]
+pub fn broadcast_from(value: u32, lane: u32) -> u32 {
+    let uniform;
+    // SAFETY: as for [`broadcast`].
+    unsafe {
+        asm!("shfl.sync.idx.b32 {}, {}, {}, 31, -1;", out(reg32) uniform, in(reg32) value, in(reg32) lane, options(nomem, nostack))
+    }
+    uniform
+}
+
+/// Returns a bit for each lane, set if `condition` holds there.
+#[inline(always)]
+pub fn ballot(condition: bool) -> u32 {
+    let lanes;
+    // SAFETY: as for [`broadcast`].
+    unsafe {
+        asm!(
+            "{{",
+            ".reg .pred holds;",
+            "setp.ne.u32 holds, {1}, 0;",
+            "vote.sync.ballot.b32 {0}, holds, -1;",
+            "}}",
+            out(reg32) lanes,
+            in(reg32) condition as u32,
+            options(nomem, nostack)
+        )
+    }
+    lanes
+}
+
+/// Returns the sum of `value` over the lanes from lane 0 up to this one.
+#[inline(always)]
+pub fn inclusive_sum(mut value: u32) -> u32 {
+    let mut distance = 1;
+    while distance < WARP_SIZE {
+        // SAFETY: as for [`broadcast`].
+        unsafe {
+            asm!(
+                "{{",
+                ".reg .pred exists;",
+                ".reg .b32 lower;",
+                "shfl.sync.up.b32 lower|exists, {0}, {1}, 0, -1;",
+                "@exists add.u32 {0}, {0}, lower;",
+                "}}",
+                inout(reg32) value,
+                in(reg32) distance,
+                options(nomem, nostack)
+            )
+        }
+        distance *= 2;
+    }
+    value
+}

@@ -14,7 +14,10 @@
 use proc_macro::TokenStream;
 use proc_macro2::TokenStream as TokenStream2;
 use quote::quote;
-use syn::{FnArg, Ident, ItemFn, LitInt, Pat, Token, parse::Parse, parse::ParseStream, parse_macro_input};
+use syn::{
+    FnArg, Ident, ItemFn, LitInt, Pat, Token, Type, TypeArray, parse::Parse, parse::ParseStream,
+    parse_macro_input,
+};
 
 /// The `key = integer` pairs between the parentheses of the attribute.
 struct Bounds {
@@ -53,8 +56,9 @@ impl Parse for Bounds {
 /// and the cluster size along x.
 /// Each of them is optional, but `min_blocks` needs `max_threads`.
 ///
-/// A parameter marked `#[grid_constant]` must be a `TensorMap`.
-/// The caller passes it by value. The body sees a `*const TensorMap` into the parameter bank.
+/// A parameter marked `#[grid_constant]` must be a `TensorMap` or an array of them.
+/// The caller passes it by value. The body sees a `*const TensorMap` into the parameter bank,
+/// which points to the first one of an array.
 #[proc_macro_attribute]
 pub fn kernel(attribute: TokenStream, item: TokenStream) -> TokenStream {
     let bounds = parse_macro_input!(attribute as Bounds);
@@ -104,7 +108,10 @@ fn expand(bounds: Bounds, mut function: ItemFn) -> syn::Result<TokenStream2> {
             }
         });
         // rustc cannot yet pass an over-aligned aggregate by value. `cuda_builder` restores the alignment.
-        let declared = syn::parse_quote!([u64; 16]);
+        let declared = match &*parameter.ty {
+            Type::Array(TypeArray { len, .. }) => syn::parse_quote!([u64; 16 * #len]),
+            _ => syn::parse_quote!([u64; 16]),
+        };
         *parameter.ty = declared;
         *parameter.pat = syn::parse_quote!(_);
     }

@@ -1,9 +1,11 @@
 //! The arguments that the host passes to the GEMM kernels by value.
 //!
-//! `host/src/gpu/gemm.rs` and `host/src/gpu/skinny.rs` fill them.
-//! `kernels-gpu/src/gemm` and `kernels-gpu/src/skinny` read them.
+//! `host/src/gpu/gemm.rs`, `skinny.rs`, `grouped.rs` and `combine.rs` beside it fill them.
+//! `kernels-gpu/src/gemm`, `skinny`, `grouped` and `combine.rs` beside them read them.
 
 use crate::brick::BRICK_CHANNELS;
+use crate::divisor::Divisor;
+use crate::grouped::GroupedSchedule;
 use crate::schedule::Schedule;
 use crate::skinny::TileRuns;
 use crate::stream::WeightStream;
@@ -102,4 +104,69 @@ pub struct SkinnyArguments {
     pub output_type: u32,
     /// The m16 tiles of each thread block.
     pub runs: TileRuns,
+}
+
+/// Arguments of the grouped GEMM kernels. Pointers are device addresses.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct GroupedArguments {
+    /// The packed weights of the first expert's n channels, and the channel scales f32 `[experts, n]`.
+    pub weights: WeightsArguments,
+    /// Bytes from the strips of one expert to those of the next.
+    pub expert_bytes: u64,
+    /// i32: the offsets `[experts + 1]` of contiguous rows, or the counts `[experts]` of masked ones.
+    pub index: u64,
+    /// A u32 that the launch sets to one of the values in [`status`](crate::grouped::status), or 0 for none.
+    pub status: u64,
+    /// f32: the scale of each row.
+    pub token_scales: u64,
+    /// f32 `[experts, n]`, or 0 for no bias.
+    pub bias: u64,
+    /// The output, one row for each row of the activations,
+    /// with `output_stride` elements between the starts of rows.
+    pub output: u64,
+    /// Number of output channels of each expert.
+    pub n: u32,
+    /// Clock cycles from one stage to the next in the ring's first turn, as in [`GemmArguments`].
+    pub first_turn_cycles: u32,
+    /// Elements from the start of one output row to the start of the next.
+    pub output_stride: u32,
+    /// One of the constants in [`output_type`].
+    pub output_type: u32,
+    /// Nonzero if the kernel may use its tensor map of the output, as in [`GemmArguments`].
+    pub output_is_mapped: u32,
+    /// Assigns the tiles of all experts to persistent clusters.
+    pub schedule: GroupedSchedule,
+}
+
+/// Arguments of the combine kernel. Pointers are device addresses.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct CombineArguments {
+    /// The rows to combine, `[rows, n]` of 16-bit elements, `rows_stride` elements apart.
+    pub rows: u64,
+    /// i32 `[tokens, top_k]`: the row of each token's choices. A value outside `0..row_count` is skipped.
+    pub positions: u64,
+    /// f32 `[tokens, top_k]`: the weight of each choice.
+    pub weights: u64,
+    /// The output, `[tokens, n]` of the same element type, `output_stride` elements apart.
+    pub output: u64,
+    /// Number of tokens.
+    pub tokens: u32,
+    /// Choices of each token.
+    pub top_k: u32,
+    /// Number of rows.
+    pub row_count: u32,
+    /// Elements of a row.
+    pub n: u32,
+    /// Elements from the start of one row to the start of the next.
+    pub rows_stride: u32,
+    /// Elements from the start of one output row to the start of the next.
+    pub output_stride: u32,
+    /// [`output_type::BF16`] or [`output_type::F16`].
+    pub element_type: u32,
+    /// Nonzero if every row starts at a multiple of 16 bytes.
+    pub is_aligned: u32,
+    /// Divides by the number of thread blocks of each token.
+    pub by_token_blocks: Divisor,
 }

@@ -13,6 +13,7 @@ pub mod arguments;
 pub mod brick;
 pub mod dequant;
 pub mod divisor;
+pub mod grouped;
 pub mod probe;
 pub mod ring;
 pub mod rounding;

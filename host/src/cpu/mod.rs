@@ -9,6 +9,8 @@
 mod activations;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
+mod combine;
+mod grouped;
 mod portable;
 #[cfg(target_arch = "x86_64")]
 mod vnni;
@@ -20,6 +22,9 @@ pub use activations::{QuantizeInput, Residual, quantize};
 
 use liquidgemm_format::brick::{BRICK_CHANNELS, BRICK_K};
 use rayon::prelude::*;
+
+pub use combine::{Combined, combine};
+pub use grouped::{RowIndex, grouped_gemm};
 
 use crate::check::check_call;
 use crate::packed::Brick;

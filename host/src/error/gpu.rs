@@ -139,6 +139,13 @@ pub enum GpuError {
         n: usize,
     },
 
+    /// A combine of elements that do not have 16 bits.
+    #[error("a combine takes bf16 or f16 rows, not {element_type}")]
+    ElementType {
+        /// The element type requested.
+        element_type: crate::OutputType,
+    },
+
     /// A value does not fit the kernels' 32-bit arguments.
     #[error("{what} is {value}; the GPU kernels take at most {limit}")]
     OutOfRange {

@@ -153,6 +153,39 @@ pub enum Error {
         found: String,
     },
 
+    /// An empty list of experts.
+    #[error("there are no experts; give one at least")]
+    NoExperts,
+
+    /// An expert that differs from the first in shape or group.
+    #[error("expert {expert} does not fit the first one: its {what} is {found}, not {expected}")]
+    ExpertsDiffer {
+        /// Number of the expert, from 0.
+        expert: usize,
+        /// What differs: `"n"`, `"k"` or `"group"`.
+        what: &'static str,
+        /// The first expert's value.
+        expected: String,
+        /// This expert's value.
+        found: String,
+    },
+
+    /// An expert's rows are out of range, or end before they begin.
+    #[error(
+        "expert {expert} has the rows {begin}..{end}, but they must ascend within 0..{limit}; \
+         check the offsets, or the counts and the capacity"
+    )]
+    BadRowIndex {
+        /// Number of the expert, from 0.
+        expert: usize,
+        /// First row, counted from the start of the expert's place if the rows are masked.
+        begin: i64,
+        /// Row after the last.
+        end: i64,
+        /// Number of rows, or the capacity if the rows are masked.
+        limit: usize,
+    },
+
     /// A weight is NaN or infinite.
     #[error("the weight of channel {channel} at k = {k} is {value}; weights must be finite")]
     NonFiniteWeight {

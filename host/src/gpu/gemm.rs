@@ -75,7 +75,7 @@ impl Operands {
     ///
     /// TMA stores take 16-bit elements, in rows that begin on 16 bytes.
     /// Rows must also end on 16 bytes, because TMA would write beyond other ends.
-    fn output_has_16_byte_rows(&self, n: usize) -> bool {
+    pub(super) fn output_has_16_byte_rows(&self, n: usize) -> bool {
         let size = self.output_type.size();
         size == 2
             && (n * size).is_multiple_of(16)
@@ -83,8 +83,9 @@ impl Operands {
             && self.output.address().is_multiple_of(16)
     }
 
-    fn check(&self, weights: &DeviceWeights) -> Result<(), Error> {
-        let (m, n, k) = (self.m, weights.n(), weights.k());
+    /// Fails unless the operands fit weights `[n, k]`.
+    pub(super) fn check(&self, [n, k]: [usize; 2]) -> Result<(), Error> {
+        let m = self.m;
         if self.activation_stride < k {
             return Err(Error::StrideTooShort { stride: self.activation_stride, k });
         }
@@ -251,7 +252,7 @@ impl Gpu {
     ) -> Result<(), Error> {
         self.check_context("weights", weights.context())?;
         self.check_context("workspace's partial sums", workspace.context())?;
-        operands.check(weights)
+        operands.check([weights.n(), weights.k()])
     }
 
     /// Fails unless weights, operands, plan and workspace fit together. Enters the context.

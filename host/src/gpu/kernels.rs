@@ -1,5 +1,5 @@
 //! The kernels' PTX, embedded in the library, and its compilation by the driver on first use.
-//! The list of kernels follows from `tile_shapes!` and `skinny_shapes!` of `liquidgemm_format`.
+//! The list of kernels follows from `tile_shapes!`, `skinny_shapes!` and `grouped_shapes!` of `liquidgemm_format`.
 
 use std::ffi::CString;
 use std::io::Read;
@@ -9,9 +9,10 @@ use cust::module::Module;
 use cust::sys::{self, CUfunction};
 use flate2::read::ZlibDecoder;
 use liquidgemm_format::activations::QUANTIZE_ENTRIES;
+use liquidgemm_format::grouped::{self, GROUPED_SHAPES};
 use liquidgemm_format::skinny::{SKINNY_SHAPES, SkinnyShape};
 use liquidgemm_format::tile::{MAX_SHARED_BYTES, TILE_SHAPES, TileShape};
-use liquidgemm_format::{quantize_kernels, skinny_shapes, tile_shapes};
+use liquidgemm_format::{grouped_shapes, quantize_kernels, skinny_shapes, tile_shapes};
 
 use crate::Error;
 use crate::error::PlanError;
@@ -69,6 +70,16 @@ macro_rules! quantize_sources {
     };
 }
 quantize_kernels!(quantize_sources);
+macro_rules! grouped_sources {
+    ($($entry:ident: $strips:literal, $tokens:literal, $warpgroup_split:literal, $threads:literal, $maps:literal;)*) => {
+        /// The grouped kernels, in the order of [`GROUPED_SHAPES`].
+        const GROUPED: [KernelSource; GROUPED_SHAPES.len()] = [$(source!(stringify!($entry))),*];
+    };
+}
+grouped_shapes!(grouped_sources);
+
+/// The kernel that adds up the rows of each token's experts.
+const COMBINE: KernelSource = source!("combine_rows");
 
 /// A kernel that does nothing. The driver uses it to compute how many clusters run at a time.
 const OCCUPANCY: KernelSource = source!("occupancy");
@@ -153,6 +164,8 @@ pub(crate) struct KernelCache {
     gemm: [OnceLock<Kernel>; GEMM.len()],
     skinny: [OnceLock<Kernel>; SKINNY.len()],
     quantize: [OnceLock<Kernel>; QUANTIZE.len()],
+    grouped: [OnceLock<Kernel>; GROUPED.len()],
+    combine: OnceLock<Kernel>,
 }
 
 impl KernelCache {
@@ -163,6 +176,8 @@ impl KernelCache {
             gemm: [const { OnceLock::new() }; GEMM.len()],
             skinny: [const { OnceLock::new() }; SKINNY.len()],
             quantize: [const { OnceLock::new() }; QUANTIZE.len()],
+            grouped: [const { OnceLock::new() }; GROUPED.len()],
+            combine: OnceLock::new(),
         }
     }
 
@@ -183,6 +198,18 @@ impl KernelCache {
     /// Returns the kernel with this index in [`QUANTIZE_ENTRIES`].
     pub(crate) fn quantize(&self, index: usize) -> Result<&Kernel, GpuError> {
         self.get_or_load(&self.quantize[index], &QUANTIZE[index], MAX_SHARED_BYTES)
+    }
+
+    /// Returns the grouped kernel of a tile shape.
+    pub(crate) fn grouped(&self, shape: TileShape) -> Result<&Kernel, Error> {
+        let index = GROUPED_SHAPES.iter().position(|&other| other == shape);
+        let index = index.ok_or(PlanError::UnknownTile { shape })?;
+        Ok(self.get_or_load(&self.grouped[index], &GROUPED[index], grouped::shared_bytes(shape))?)
+    }
+
+    /// Returns the kernel that adds up the rows of each token's experts.
+    pub(crate) fn combine(&self) -> Result<&Kernel, Error> {
+        Ok(self.get_or_load(&self.combine, &COMBINE, 0)?)
     }
 
     /// Loads the kernel that does nothing, with the most shared memory that a thread block may have.

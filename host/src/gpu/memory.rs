@@ -120,15 +120,20 @@ impl DeviceMemory {
         values: &[T],
         action: &'static str,
     ) -> Result<Self, GpuError> {
-        let memory = Self::uninitialized(context, size_of_val(values), action)?;
-        memory.fill(values, action)?;
+        let bytes: &[u8] = bytemuck::cast_slice(values);
+        let memory = Self::uninitialized(context, bytes.len(), action)?;
+        memory.write(0, bytes, action)?;
         Ok(memory)
     }
 
-    /// Copies host memory to the first bytes, as [`copy_of`](Self::copy_of) does.
-    pub(crate) fn fill<T: NoUninit>(&self, values: &[T], action: &'static str) -> Result<(), GpuError> {
-        let bytes: &[u8] = bytemuck::cast_slice(values);
-        assert!(bytes.len() <= self.bytes, "{} bytes to {}", bytes.len(), self.bytes);
+    /// Copies host memory to the bytes from `offset` on, and waits as [`copy_of`](Self::copy_of) does.
+    pub(crate) fn write(&self, offset: usize, bytes: &[u8], action: &'static str) -> Result<(), GpuError> {
+        assert!(
+            self.bytes.checked_sub(offset).is_some_and(|room| bytes.len() <= room),
+            "{} bytes at {offset} of {}",
+            bytes.len(),
+            self.bytes
+        );
         if bytes.is_empty() {
             return Ok(());
         }
@@ -136,7 +141,8 @@ impl DeviceMemory {
         // SAFETY: source and destination have this many bytes.
         // Null is the default stream, which always exists.
         unsafe {
-            sys::cuMemcpyHtoD_v2(self.address, bytes.as_ptr().cast(), bytes.len()).during(action)?;
+            sys::cuMemcpyHtoD_v2(self.address + offset as u64, bytes.as_ptr().cast(), bytes.len())
+                .during(action)?;
             sys::cuStreamSynchronize(ptr::null_mut()).during(action)
         }
     }
@@ -269,8 +275,12 @@ impl DeviceWeights {
     ) -> Result<Self, Error> {
         let this = Self::borrowed(context, memory, [weights.n(), weights.k()], weights.group())?;
         let merged = this.layout.merge(weights.codes(), weights.pairs());
-        this.stream.fill(&merged, "copying the weights to the GPU")?;
-        this.channel_scales.fill(weights.channel_scales(), "copying the channel scales to the GPU")?;
+        this.stream.write(0, &merged, "copying the weights to the GPU")?;
+        this.channel_scales.write(
+            0,
+            bytemuck::cast_slice(weights.channel_scales()),
+            "copying the channel scales to the GPU",
+        )?;
         Ok(this)
     }
 
@@ -378,7 +388,7 @@ impl Workspace {
             DeviceMemory::borrowed(context, DeviceSpan { address: memory.address + offset as u64, bytes })
         };
         let (partials, flags) = (part(0, partials), part(partials, flags));
-        flags.fill(&vec![0u8; flags.bytes()], "initializing the workspace's flags")?;
+        flags.write(0, &vec![0u8; flags.bytes()], "initializing the workspace's flags")?;
         Ok(Self { partials, flags })
     }
 

@@ -6,15 +6,20 @@
 //! | [`Gpu::gemm`] | device memory, the caller's stream, returns at once | `gemm.rs` |
 //! | [`DeviceLinear::forward`] | a linear layer with bf16 or f16 activations | `linear.rs` |
 //! | [`Gpu::quantize`] | quantization of activations in device memory, with norms and gates | `activations.rs` |
+//! | [`Gpu::grouped_gemm`], [`DeviceExperts`] | the rows of many experts in one launch | `grouped.rs`, `experts.rs` |
+//! | [`Gpu::combine`] | the weighted sum of the experts' rows of each token | `combine.rs` |
 //! | [`DeviceWeights`], [`DeviceSpan`], [`Workspace`] | device memory | `memory.rs` |
 //! | [`CustomKernel`] | kernels of another crate | `custom.rs` |
 //!
 //! It needs the NVIDIA driver but no CUDA toolkit. Without a driver [`Gpu::new`] returns an error.
 
 mod activations;
+mod combine;
 mod context;
 mod custom;
+mod experts;
 mod gemm;
+mod grouped;
 mod kernels;
 mod launch;
 mod linear;
@@ -35,9 +40,12 @@ use liquidgemm_format::tile::MAX_SHARED_BYTES;
 
 pub use crate::error::{DriverStatus, GpuError};
 pub use activations::QuantizeOperands;
+pub use combine::CombineOperands;
 pub use cuda_driver::{CudaVersion, LoadError};
 pub use custom::CustomKernel;
+pub use experts::DeviceExperts;
 pub use gemm::{Operands, StreamHandle};
+pub use grouped::{DeviceRowIndex, GroupedOperands};
 pub use kernels::ptx_hash;
 pub use linear::{DeviceLinear, LinearInput, LinearOutput, QuantizedSpan};
 pub use memory::{DeviceSpan, DeviceWeights, Workspace};

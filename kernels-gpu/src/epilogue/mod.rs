@@ -245,6 +245,13 @@ impl<'a, S: Shape> Epilogue<'a, S> {
         sync_consumer(self.consumer.index);
     }
 
+    /// Returns whether the epilogue round of fragment `j` has tokens of the output.
+    #[inline(always)]
+    fn has_tokens_in_round_of(&self, j: u32) -> bool {
+        let first = (j - S::SHAPE.fragment_in_round(j)) * 8;
+        self.first_token + first < self.arguments.m
+    }
+
     /// Returns the address of an output element of `size` bytes.
     #[inline(always)]
     fn output(&self, token: u32, channel: u32, size: u64) -> u64 {
@@ -271,6 +278,7 @@ impl<S: Shape, const BIAS: bool> Scaling<'_, '_, S, BIAS> {
     fn writes(&self, j: u32) -> bool {
         self.only.is_none_or(|round| round == S::SHAPE.split_round_of_fragment(j))
             && finishes(S::SHAPE, self.epilogue.consumer, j)
+            && (!S::SKIPS_ROUNDS || self.epilogue.has_tokens_in_round_of(j))
     }
 
     /// Returns the four results of fragment `j` as f32, in the accumulator's order.

@@ -69,6 +69,9 @@ pub(super) trait Exit {
 }
 
 /// By TMA stores, which need rows that are multiples of 16 bytes.
+///
+/// Where a tile may end inside a round, the rows behind it are another expert's.
+/// TMA would overwrite them, so the threads store such a round.
 pub(super) struct Mapped;
 
 impl Exit for Mapped {
@@ -85,7 +88,10 @@ impl Exit for Mapped {
     }
 
     #[inline(always)]
-    fn leave<S: Shape>(&self, epilogue: &Epilogue<'_, S>, first_token: u32, _: u32, address: u32) {
+    fn leave<S: Shape>(&self, epilogue: &Epilogue<'_, S>, first_token: u32, tokens: u32, address: u32) {
+        if S::SKIPS_ROUNDS && warp::broadcast((first_token + tokens > epilogue.arguments.m) as u32) != 0 {
+            return Pieces.leave(epilogue, first_token, tokens, address);
+        }
         // The warp's number comes from a broadcast.
         // After a branch that could diverge the warp, the compiler keeps nothing in uniform registers,
         // not even in the main loop.

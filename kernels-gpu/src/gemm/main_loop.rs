@@ -210,7 +210,9 @@ impl<D: Dequantization, S: Shape, const STAGES: u32> StageWalk<D, S, STAGES> {
             } else {
                 accumulator.multiply_accumulate_along([operands[0], operands[1]], tile, accumulate);
             }
-            wgmma::commit();
+            if !A::COMMITS {
+                wgmma::commit();
+            }
             if !next_is_full && goes_on {
                 self.block.shared.acquire_full(next.stage(), next_k_tile, next.full_parity());
                 self.shares = Self::load(next, next_k_tile, self.place, self.block.shared.stream());

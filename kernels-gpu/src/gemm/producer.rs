@@ -18,6 +18,32 @@ use crate::ptx::tma::Policy;
 use crate::ptx::{grid, tma};
 use crate::shape::Shape;
 
+/// Loads the bricks of an acquired stage: of `$strips` strips from address `$source` on.
+/// The stage begins with K-tile `$first_k_tile`, `$offset` bytes behind the first one of each strip.
+///
+/// It is a macro because a function would change the machine code of the tiled kernels, which is tuned as it is.
+macro_rules! load_bricks {
+    ($shape:ident, $shared:ident, $stage:ident, $stream:ident, $load:ident, $source:ident, $strips:ident, $first_k_tile:ident, $offset:ident, $policy:ident) => {
+        seq_macro::seq!(TILE in 0..2 {
+            if TILE < $shape.k_tiles() {
+                // Behind the last K-tile the activations are zeros, so stale bricks add nothing.
+                // With cluster split-K even the first K-tile of a last k-iteration may not exist.
+                let exists = TILE == 0 && $shape.cluster_split == 1 || $first_k_tile + TILE < $stream.k_tiles;
+                let bytes = if exists { $load.bytes() } else { 0 };
+                let full = $shared.announce($stage, TILE, $strips * bytes);
+                seq_macro::seq!(STRIP in 0..3 {
+                    if STRIP < $shape.strips && STRIP < $strips && exists {
+                        let to = $shared.bricks($stage, STRIP) + TILE * STRIP_K_TILE_BYTES;
+                        let strip = $source + STRIP * $stream.strip_bytes as u64;
+                        $load.load(to, strip, $offset + TILE * $stream.k_tile_bytes, full, $policy);
+                    }
+                });
+            }
+        });
+    };
+}
+pub(crate) use load_bricks;
+
 /// Runs the first producer warp, which keeps the ring full of bricks.
 ///
 /// Weights do not depend on the preceding launch, which may compute the activations.
@@ -56,22 +82,18 @@ pub(crate) unsafe fn produce_bricks<S: Shape, const STAGES: u32>(arguments: &Gem
             // SAFETY: the stage is empty once acquired and has room for the copies; the K-tiles exist.
             unsafe {
                 shared.acquire_empty(stage, ring.empty_parity());
-                seq_macro::seq!(TILE in 0..2 {
-                    if TILE < shape.k_tiles() {
-                        // Behind the last K-tile the activations are zeros, so stale bricks add nothing.
-                        // With cluster split-K even the first K-tile of a last k-iteration may not exist.
-                        let exists = TILE == 0 && shape.cluster_split == 1 || first_k_tile + TILE < stream.k_tiles;
-                        let bytes = if exists { load.bytes() } else { 0 };
-                        let full = shared.announce(stage, TILE, strips * bytes);
-                        seq_macro::seq!(STRIP in 0..3 {
-                            if STRIP < shape.strips && STRIP < strips && exists {
-                                let to = shared.bricks(stage, STRIP) + TILE * STRIP_K_TILE_BYTES;
-                                let strip = source + STRIP * stream.strip_bytes as u64;
-                                load.load(to, strip, offset + TILE * stream.k_tile_bytes, full, policy);
-                            }
-                        });
-                    }
-                });
+                load_bricks!(
+                    shape,
+                    shared,
+                    stage,
+                    stream,
+                    load,
+                    source,
+                    strips,
+                    first_k_tile,
+                    offset,
+                    policy
+                );
             }
             first_k_tile += shape.k_tiles();
             offset += shape.k_tiles() * stream.k_tile_bytes;

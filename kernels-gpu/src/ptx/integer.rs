@@ -133,3 +133,34 @@ pub fn add_bias(scaled: f32, bias: f32) -> f32 {
     }
     result
 }
+
+/// Returns `rn(a · b)`, never fused with a sum that follows.
+#[inline(always)]
+pub fn multiply(a: f32, b: f32) -> f32 {
+    let product;
+    // SAFETY: register arithmetic.
+    unsafe {
+        asm!("mul.rn.f32 {}, {}, {};", out(reg32) product, in(reg32) a, in(reg32) b, options(pure, nomem, nostack));
+    }
+    product
+}
+
+/// Returns the f16 in the lower half of `word` as f32, which is exact.
+#[inline(always)]
+pub fn f16_to_f32(word: u32) -> f32 {
+    let value;
+    // SAFETY: register arithmetic.
+    unsafe {
+        asm!(
+            "{{",
+            ".reg .b16 half, unused;",
+            "mov.b32 {{half, unused}}, {1};",
+            "cvt.f32.f16 {0}, half;",
+            "}}",
+            out(reg32) value,
+            in(reg32) word,
+            options(pure, nomem, nostack)
+        );
+    }
+    value
+}

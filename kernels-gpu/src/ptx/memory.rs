@@ -189,6 +189,33 @@ pub unsafe fn load_global_f32_if(valid: bool, address: u64, otherwise: f32) -> f
     value
 }
 
+/// Loads 4 bytes of global memory if `valid`, otherwise returns 0.
+///
+/// It is not the read-only load, for the same reason as [`load_global_f32_if`].
+///
+/// # Safety
+/// If `valid`, `address` is valid and 4-byte aligned.
+#[inline(always)]
+pub unsafe fn load_global_if(valid: bool, address: u64) -> u32 {
+    let value;
+    // SAFETY: the caller guarantees that the address is valid.
+    unsafe {
+        asm!(
+            "{{",
+            ".reg .pred valid;",
+            "setp.ne.u32 valid, {2}, 0;",
+            "mov.b32 {0}, 0;",
+            "@valid ld.global.u32 {0}, [{1}];",
+            "}}",
+            out(reg32) value,
+            in(reg64) address,
+            in(reg32) valid as u32,
+            options(nostack)
+        );
+    }
+    value
+}
+
 /// Loads 16 bytes of global memory if `valid`, otherwise returns zeros.
 ///
 /// It reads from L2, for data that other thread blocks have written during this kernel.
@@ -252,7 +279,8 @@ pub unsafe fn load_global_u16(address: u64) -> u32 {
             "ld.global.b16 half, [{1}];",
             "cvt.u32.u16 {0}, half;",
             "}}",
-            out(reg32) value, in(reg64) address,
+            out(reg32) value,
+            in(reg64) address,
             options(nostack)
         );
     }

@@ -70,6 +70,10 @@ pub trait Accumulator {
     /// Tokens of the tile: the instruction's n.
     const TOKENS: u32;
 
+    /// Whether [`multiply_accumulate_along`](Self::multiply_accumulate_along) closes its group itself,
+    /// so that no [`commit`] follows.
+    const COMMITS: bool = false;
+
     /// Returns an accumulator of zeros.
     fn zero() -> Self;
 
@@ -307,3 +311,189 @@ accumulator!(Accumulator208, 208, 26);
 accumulator!(Accumulator224, 224, 28);
 accumulator!(Accumulator240, 240, 30);
 accumulator!(Accumulator256, 256, 32);
+
+/// An accumulator that can be multiplied for its first tokens only.
+pub trait Fitting: Accumulator {
+    /// As [`multiply_accumulate_along`](Accumulator::multiply_accumulate_along) and [`commit`],
+    /// by instructions with the smallest n that has room for `rows` tokens.
+    ///
+    /// `COUNT` is 2 for accumulators of 32 tokens, whose consumers share K, and otherwise 4.
+    ///
+    /// # Safety
+    /// As for [`multiply_accumulate`](Accumulator::multiply_accumulate).
+    /// `rows` is at most [`TOKENS`](Accumulator::TOKENS), and the same for all threads.
+    unsafe fn multiply_accumulate_fitting<const COUNT: usize>(
+        &mut self,
+        rows: u32,
+        a: [[u32; 4]; COUNT],
+        descriptor: u32,
+        accumulate: bool,
+    );
+}
+
+/// The text of one wgmma with n = `$n` on the first `$blocks` fragments of the accumulator.
+///
+/// Its A operand is the registers named `$a` with a digit.
+macro_rules! fitting_instruction {
+    ($n:tt, $blocks:tt, $a:literal, $tile:literal, $accumulate:literal) => {
+        seq!(J in 1..$blocks {
+            concat!(
+                "wgmma.mma_async.sync.aligned.m64n", $n, "k32.s32.s8.s8 {{{a0}, {b0}, {c0}, {d0}",
+                #( ", {a", J, "}, {b", J, "}, {c", J, "}, {d", J, "}", )*
+                "}}, {{{", $a, "0}, {", $a, "1}, {", $a, "2}, {", $a, "3}}}, ", $tile, ", ", $accumulate, ";"
+            )
+        })
+    };
+}
+
+/// Returns whether the n of instructions descend from `tokens`, each a multiple of 16,
+/// each with its number of fragments and the next smaller n.
+const fn descends(tokens: u32, instructions: &[(u32, u32, u32)]) -> bool {
+    let (mut expected, mut index) = (tokens, 0);
+    while index < instructions.len() {
+        let (n, fragments, smaller) = instructions[index];
+        if n != expected || !n.is_multiple_of(16) || fragments * 8 != n || smaller >= n {
+            return false;
+        }
+        expected = smaller;
+        index += 1;
+    }
+    expected == 0
+}
+
+/// Implements [`Fitting`] for the accumulator of `$tokens` tokens, with two or four A operands.
+///
+/// `$n` are the n of the instructions, descending, each with its fragments and the next smaller n.
+/// The branches are part of the assembly, so that all instructions name the same registers,
+/// and each branch closes its own group: behind the branches, `ptxas` would add an empty group,
+/// and every wait would be for one group too many.
+///
+/// Tiles of up to 96 tokens mostly wait for memory, so few n suffice.
+/// Not every list is possible: `ptxas` serializes the instructions of some, which `cargo xtask ptx --check` finds.
+macro_rules! fitting {
+    ($name:ident, $fragments:tt, $count:tt: $(($n:tt, $blocks:tt, $smaller:tt)),*) => {
+        const _: () = assert!(descends($name::TOKENS, &[$(($n, $blocks, $smaller)),*]));
+
+        impl Fitting for $name {
+            // The labels lie in a scope of their own in the PTX, so every copy of the assembly has its own.
+            #[allow(named_asm_labels)]
+            #[inline(always)]
+            unsafe fn multiply_accumulate_fitting<const COUNT: usize>(
+                &mut self,
+                rows: u32,
+                a: [[u32; 4]; COUNT],
+                descriptor: u32,
+                accumulate: bool,
+            ) {
+                let a = |index: usize| if index < COUNT { a[index] } else { a[0] };
+                let a = [a(0), a(1), a(2), a(3)];
+                let tile = |index: u32| descriptor + index * DESCRIPTOR_K32;
+                fitting!(@assembly self, $fragments, $count, rows, a, tile, accumulate, $(($n, $blocks, $smaller)),*);
+            }
+        }
+    };
+    (@assembly $self:ident, $fragments:tt, 4, $rows:ident, $a:ident, $tile:ident, $accumulate:ident, $(($n:tt, $blocks:tt, $smaller:tt)),*) => {
+        seq!(J in 1..$fragments {
+            // SAFETY: the caller guarantees the warpgroup and the descriptor.
+            unsafe {
+                asm!(
+                    "{{",
+                    ".reg .pred accumulate, always, fits;",
+                    ".reg .b64 tile0, tile1, tile2, tile3;",
+                    "setp.ne.b32 accumulate, {accumulate}, 0;",
+                    "setp.eq.b32 always, 0, 0;",
+                    "mov.b64 tile0, {{{lower0}, {upper}}};",
+                    "mov.b64 tile1, {{{lower1}, {upper}}};",
+                    "mov.b64 tile2, {{{lower2}, {upper}}};",
+                    "mov.b64 tile3, {{{lower3}, {upper}}};",
+                    $(
+                        concat!("setp.le.u32 fits, {rows}, ", $smaller, ";"),
+                        concat!("@fits bra.uni below_", $n, ";"),
+                        fitting_instruction!($n, $blocks, "w", "tile0", "accumulate"),
+                        fitting_instruction!($n, $blocks, "x", "tile1", "always"),
+                        fitting_instruction!($n, $blocks, "y", "tile2", "always"),
+                        fitting_instruction!($n, $blocks, "z", "tile3", "always"),
+                        "wgmma.commit_group.sync.aligned;",
+                        "bra.uni done;",
+                        concat!("below_", $n, ":"),
+                    )*
+                    "done:",
+                    "}}",
+                    a0 = inout(reg32) $self.0[0][0],
+                    b0 = inout(reg32) $self.0[0][1],
+                    c0 = inout(reg32) $self.0[0][2],
+                    d0 = inout(reg32) $self.0[0][3],
+                    #(
+                        a~J = inout(reg32) $self.0[J][0],
+                        b~J = inout(reg32) $self.0[J][1],
+                        c~J = inout(reg32) $self.0[J][2],
+                        d~J = inout(reg32) $self.0[J][3],
+                    )*
+                    w0 = in(reg32) $a[0][0], w1 = in(reg32) $a[0][1], w2 = in(reg32) $a[0][2], w3 = in(reg32) $a[0][3],
+                    x0 = in(reg32) $a[1][0], x1 = in(reg32) $a[1][1], x2 = in(reg32) $a[1][2], x3 = in(reg32) $a[1][3],
+                    y0 = in(reg32) $a[2][0], y1 = in(reg32) $a[2][1], y2 = in(reg32) $a[2][2], y3 = in(reg32) $a[2][3],
+                    z0 = in(reg32) $a[3][0], z1 = in(reg32) $a[3][1], z2 = in(reg32) $a[3][2], z3 = in(reg32) $a[3][3],
+                    accumulate = in(reg32) u32::from($accumulate),
+                    rows = in(reg32) $rows,
+                    lower0 = in(reg32) $tile(0),
+                    lower1 = in(reg32) $tile(1),
+                    lower2 = in(reg32) $tile(2),
+                    lower3 = in(reg32) $tile(3),
+                    upper = const DESCRIPTOR_UPPER,
+                    options(nostack)
+                );
+            }
+        });
+    };
+    (@assembly $self:ident, $fragments:tt, 2, $rows:ident, $a:ident, $tile:ident, $accumulate:ident, $(($n:tt, $blocks:tt, $smaller:tt)),*) => {
+        seq!(J in 1..$fragments {
+            // SAFETY: the caller guarantees the warpgroup and the descriptor.
+            unsafe {
+                asm!(
+                    "{{",
+                    ".reg .pred accumulate, always, fits;",
+                    ".reg .b64 tile0, tile1;",
+                    "setp.ne.b32 accumulate, {accumulate}, 0;",
+                    "setp.eq.b32 always, 0, 0;",
+                    "mov.b64 tile0, {{{lower0}, {upper}}};",
+                    "mov.b64 tile1, {{{lower1}, {upper}}};",
+                    $(
+                        concat!("setp.le.u32 fits, {rows}, ", $smaller, ";"),
+                        concat!("@fits bra.uni below_", $n, ";"),
+                        fitting_instruction!($n, $blocks, "w", "tile0", "accumulate"),
+                        fitting_instruction!($n, $blocks, "x", "tile1", "always"),
+                        "wgmma.commit_group.sync.aligned;",
+                        "bra.uni done;",
+                        concat!("below_", $n, ":"),
+                    )*
+                    "done:",
+                    "}}",
+                    a0 = inout(reg32) $self.0[0][0],
+                    b0 = inout(reg32) $self.0[0][1],
+                    c0 = inout(reg32) $self.0[0][2],
+                    d0 = inout(reg32) $self.0[0][3],
+                    #(
+                        a~J = inout(reg32) $self.0[J][0],
+                        b~J = inout(reg32) $self.0[J][1],
+                        c~J = inout(reg32) $self.0[J][2],
+                        d~J = inout(reg32) $self.0[J][3],
+                    )*
+                    w0 = in(reg32) $a[0][0], w1 = in(reg32) $a[0][1], w2 = in(reg32) $a[0][2], w3 = in(reg32) $a[0][3],
+                    x0 = in(reg32) $a[1][0], x1 = in(reg32) $a[1][1], x2 = in(reg32) $a[1][2], x3 = in(reg32) $a[1][3],
+                    accumulate = in(reg32) u32::from($accumulate),
+                    rows = in(reg32) $rows,
+                    lower0 = in(reg32) $tile(0),
+                    lower1 = in(reg32) $tile(1),
+                    upper = const DESCRIPTOR_UPPER,
+                    options(nostack)
+                );
+            }
+        });
+    };
+}
+
+fitting!(Accumulator32, 4, 2: (32, 4, 16), (16, 2, 0));
+fitting!(Accumulator64, 8, 4: (64, 8, 32), (32, 4, 0));
+fitting!(Accumulator96, 12, 4: (96, 12, 32), (32, 4, 0));
+fitting!(Accumulator160, 20, 4: (160, 20, 128), (128, 16, 96), (96, 12, 32), (32, 4, 0));
+fitting!(Accumulator256, 32, 4: (256, 32, 224), (224, 28, 192), (192, 24, 160), (160, 20, 128), (128, 16, 96), (96, 12, 64), (64, 8, 32), (32, 4, 0));

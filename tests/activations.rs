@@ -219,7 +219,7 @@ fn check<T: Half>(
         m,
         k,
         operation: on_device,
-        input_type: T::TYPE,
+        input_type: T::HALF,
         input: device_input.span(),
         input_stride,
         gather: call.gathers.then(|| Gather { rows: device_rows.span(), input_rows }),
@@ -249,7 +249,7 @@ fn check<T: Half>(
         },
         has_residual.then(|| Residual { data: &mut sum, stride: residual_stride }),
     )?;
-    let fail = |what: &str| Err(format!("{what} differ: {}, {call:?}", T::TYPE).into());
+    let fail = |what: &str| Err(format!("{what} differ: {}, {call:?}", T::HALF).into());
     if device_input.values()?.iter().zip(&input).any(|(a, b)| bits(a) != bits(b)) {
         return fail("inputs");
     }
@@ -318,7 +318,7 @@ fn every_gate_equals_the_cpu(gpu: &'static Gpu) -> Result<(), Failed> {
                     m,
                     k: 1,
                     operation: Operation::Gated { gate, order: GateOrder::Interleaved },
-                    input_type: T::TYPE,
+                    input_type: T::HALF,
                     input: device_input.span(),
                     input_stride: 2,
                     gather: None,
@@ -340,7 +340,7 @@ fn every_gate_equals_the_cpu(gpu: &'static Gpu) -> Result<(), Failed> {
                     if found != expected.to_bits() {
                         return Err(format!(
                             "{gate:?} of {} {bits:#06x}: {} instead of {expected}",
-                            T::TYPE,
+                            T::HALF,
                             f32::from_bits(found)
                         )
                         .into());

@@ -289,7 +289,7 @@ fn random_problems_with_the_library_s_plan_equal_the_cpu(gpu: &'static Gpu) -> R
         let output_type = OutputType::ALL[round % OutputType::ALL.len()];
         fixture.check_type(gpu, &session, &plan, &index, output_type, rng.random(), 0)?;
         // The call without a plan takes the same one.
-        let output = to_device(&vec![0xA5; rows * n * 4])?;
+        let output = to_device(&vec![0xA5u8; rows * n * 4])?;
         let device_index = to_device(index.values())?;
         let operands = fixture.operands(&index, &device_index, (&output).into(), n, OutputType::F32, false);
         // SAFETY: all operands stay alive until the stream has been synchronized.
@@ -310,7 +310,7 @@ fn a_captured_gemm_replays_with_offsets_that_changed(gpu: &'static Gpu) -> Resul
         let fixture = GroupedFixture::random(gpu, &mut rng, experts, [rows, n, k])?;
         let mut index = Index::of_counts(&random_counts(&mut rng, experts, rows));
         let mut device_index = to_device(index.values())?;
-        let output = to_device(&vec![0xA5; rows * n * 4])?;
+        let output = to_device(&vec![0xA5u8; rows * n * 4])?;
         let operands = fixture.operands(&index, &device_index, (&output).into(), n, OutputType::F32, true);
         let graph = Graph::capture(&session.stream, || {
             // Twice, so that the second launch begins while the first one still runs.
@@ -478,7 +478,7 @@ fn calls_that_do_not_fit_are_refused(gpu: &'static Gpu) -> Result<(), Failed> {
     let fixture = GroupedFixture::random(gpu, &mut rng, experts, [rows, n, k])?;
     let index = Index::of_counts(&[4, 4, 4]);
     let device_index = to_device(index.values())?;
-    let output = to_device(&vec![0xA5; rows * n * 4])?;
+    let output = to_device(&vec![0xA5u8; rows * n * 4])?;
     let good = fixture.operands(&index, &device_index, (&output).into(), n, OutputType::F32, true);
     let short = |span: DeviceSpan, bytes: usize| {
         // SAFETY: the span is a part of the other one.
@@ -523,7 +523,7 @@ fn calls_that_do_not_fit_are_refused(gpu: &'static Gpu) -> Result<(), Failed> {
         return Err("the plan of another problem is not refused".into());
     }
     session.stream.synchronize()?;
-    let mut bytes = vec![0; rows * n * 4];
+    let mut bytes = vec![0u8; rows * n * 4];
     output.copy_to(&mut bytes[..])?;
     if bytes.iter().any(|&byte| byte != 0xA5) {
         return Err("a refused call wrote to its output".into());

@@ -38,14 +38,14 @@ impl fmt::Display for HalfType {
 /// A 16-bit element type of activations: [`bf16`] or [`f16`]. The trait is sealed, as [`Float`] is.
 pub trait Half: Float + PartialEq + fmt::Debug {
     /// This type as a value.
-    const TYPE: HalfType;
+    const HALF: HalfType;
 
     /// Rounds to the nearest value, ties to even. NaN becomes the one NaN that GPUs return, `0x7FFF`.
     fn round(value: f32) -> Self;
 }
 
 impl Half for bf16 {
-    const TYPE: HalfType = HalfType::Bf16;
+    const HALF: HalfType = HalfType::Bf16;
 
     #[inline(always)]
     fn round(value: f32) -> Self {
@@ -54,7 +54,7 @@ impl Half for bf16 {
 }
 
 impl Half for f16 {
-    const TYPE: HalfType = HalfType::F16;
+    const HALF: HalfType = HalfType::F16;
 
     #[inline(always)]
     fn round(value: f32) -> Self {

@@ -30,22 +30,15 @@ impl Arithmetic for Device {
     }
 }
 
-/// The two numbers by which a norm changes a row.
-#[derive(Clone, Copy)]
-pub struct Statistics {
-    /// The mean, subtracted by LayerNorm.
-    pub mean: f32,
-    /// 1 / √(variance + epsilon).
-    pub inverse: f32,
-}
-
 /// The words of a vector: those of one array, or of two.
 pub type Words = [[u32; 4]; 2];
 
 /// What happens to a row before it is quantized.
 pub trait Operation {
-    /// Sums that are formed of the row: of squares for RMSNorm; of elements, then of squares for LayerNorm.
-    const SUMS: u32 = 0;
+    /// Whether the operation is a norm.
+    const NORM: bool = false;
+    /// Whether the norm subtracts the row's mean, and may add a bias.
+    const CENTERED: bool = false;
     /// Whether the row has a gate and an up for each element of the result.
     const GATED: bool = false;
 
@@ -57,25 +50,24 @@ pub trait Operation {
         unpack::<T>(words)
     }
 
-    /// Returns the sum of a vector's elements, for the row's sum with this number, from 0.
-    ///
-    /// `length` of the elements exist; the others are zeros.
+    /// Multiplies a vector's values by `inverse` and by the words of its weights,
+    /// and adds the words of its biases if `biased`.
     #[inline(always)]
-    fn part_of_sum(_number: u32, _values: [f32; VECTOR], _length: u32, _mean: f32) -> f32 {
-        0.0
-    }
-
-    /// Applies the norm to a vector's values, with the words of its weights, and of its biases if `biased`.
-    #[inline(always)]
-    fn finish<T: Element>(
-        values: [f32; VECTOR],
-        _length: u32,
-        _parameters: Words,
-        _biased: bool,
-        _statistics: Statistics,
-    ) -> [f32; VECTOR] {
+    fn finish<T: Element>(values: [f32; VECTOR], _: Words, _biased: bool, _inverse: f32) -> [f32; VECTOR] {
         values
     }
+}
+
+/// Returns the sum of a vector's squares.
+#[inline(always)]
+pub fn sum_of_squares(values: [f32; VECTOR]) -> f32 {
+    sum_of_vector(each(|i| values[i] * values[i]))
+}
+
+/// Subtracts the mean from the first `length` elements of a vector.
+#[inline(always)]
+pub fn center(values: [f32; VECTOR], length: u32, mean: f32) -> [f32; VECTOR] {
+    each(|i| if (i as u32) < length { values[i] - mean } else { values[i] })
 }
 
 /// No operation.
@@ -134,42 +126,22 @@ pub type LayerNorm = Norm<true>;
 pub struct Norm<const CENTERED: bool>;
 
 impl<const CENTERED: bool> Operation for Norm<CENTERED> {
-    const SUMS: u32 = if CENTERED { 2 } else { 1 };
-
-    #[inline(always)]
-    fn part_of_sum(number: u32, values: [f32; VECTOR], length: u32, mean: f32) -> f32 {
-        if CENTERED && number == 0 {
-            return sum_of_vector(values);
-        }
-        sum_of_vector(each(|i| {
-            let value = if CENTERED { difference(values, length, mean, i) } else { values[i] };
-            value * value
-        }))
-    }
+    const NORM: bool = true;
+    const CENTERED: bool = CENTERED;
 
     #[inline(always)]
     fn finish<T: Element>(
         values: [f32; VECTOR],
-        length: u32,
         [weights, biases]: Words,
         biased: bool,
-        Statistics { mean, inverse }: Statistics,
+        inverse: f32,
     ) -> [f32; VECTOR] {
         let weights = unpack::<T>(weights);
-        if !CENTERED {
-            return each(|i| values[i] * inverse * weights[i]);
-        }
-        let scaled = each(|i| difference(values, length, mean, i) * inverse * weights[i]);
-        if !biased {
+        let scaled = each(|i| values[i] * inverse * weights[i]);
+        if !CENTERED || !biased {
             return scaled;
         }
         let biases = unpack::<T>(biases);
         each(|i| scaled[i] + biases[i])
     }
-}
-
-/// Returns an element minus the mean; 0 if the element does not exist.
-#[inline(always)]
-fn difference(values: [f32; VECTOR], length: u32, mean: f32, index: usize) -> f32 {
-    if (index as u32) < length { values[index] - mean } else { 0.0 }
 }

@@ -10,10 +10,11 @@
 use cuda_std::{thread, warp};
 use liquidgemm_format::activations::{
     HELD_PAIRS, MAX_STAGES, QuantizeArguments, REDUCTION_BYTES, RowRing, VECTOR, inverse_deviation,
+    sum_of_vector,
 };
 
 use super::element::{Element, Vector};
-use super::operation::{Device, Operation, Statistics, Words};
+use super::operation::{Device, Operation, Words, center, sum_of_squares};
 use super::reduce::Reduction;
 use super::row::{add, load_parameters};
 use super::{largest, scale_of_row, source_of_row};
@@ -47,7 +48,7 @@ pub unsafe fn quantize<O: Operation, T: Element, const BLOCKS: u32>(arguments: &
                 rows.init_barriers();
             }
             warp::sync_warp();
-            if const { O::SUMS > 0 } {
+            if const { O::NORM } {
                 rows.load_parameters::<O>();
             }
         }
@@ -61,7 +62,7 @@ pub unsafe fn quantize<O: Operation, T: Element, const BLOCKS: u32>(arguments: &
             loaded += row_step;
             stage += 1;
         }
-        if const { O::SUMS > 0 } {
+        if const { O::NORM } {
             mbarrier::wait(rows.parameters_barrier(), 0);
         }
         let mut place = Place { stage: 0, parity: 0 };
@@ -161,7 +162,7 @@ impl Rows<'_> {
     #[inline(always)]
     unsafe fn load_parameters<O: Operation>(self) {
         let bytes = self.arguments.ring.parameter_bytes;
-        let biased = O::SUMS == 2 && self.arguments.bias != 0;
+        let biased = O::CENTERED && self.arguments.bias != 0;
         let arrays = if biased { 2 } else { 1 };
         let barrier = self.parameters_barrier();
         // SAFETY: the caller guarantees the warp; the parameters have as many bytes as the row.
@@ -202,7 +203,7 @@ impl Rows<'_> {
                 // Gates and ups lie behind one another, in either order.
                 mbarrier::arrive_expect(barrier, bytes * 2);
                 tma::load_bulk(first, input, bytes * 2, barrier, policy);
-            } else if O::SUMS > 0 && arguments.residual != 0 {
+            } else if O::NORM && arguments.residual != 0 {
                 mbarrier::arrive_expect(barrier, bytes * 2);
                 tma::load_bulk(first, input, bytes, barrier, policy);
                 let residual = arguments.residual + source as u64 * arguments.residual_stride;
@@ -224,7 +225,7 @@ impl Rows<'_> {
         vectors: u32,
     ) -> [[f32; VECTOR]; 2] {
         let arguments = self.arguments;
-        let has_residual = O::SUMS > 0 && arguments.residual != 0;
+        let has_residual = O::NORM && arguments.residual != 0;
         let mut words = [[[0; 4]; 2]; 2];
         let places = [self.words::<O>(stage, vector), self.words::<O>(stage, vector + 1)];
         let exist = [vector < vectors, vector + 1 < vectors];
@@ -317,55 +318,54 @@ impl Rows<'_> {
                         self.pair::<O, T>(place.stage, vector, vectors);
                 }
             });
-            if O::SUMS > 0 && arguments.residual != 0 {
+            if O::NORM && arguments.residual != 0 {
                 self.store_residual::<O>(index, place.stage, reduction);
             }
-            let mut statistics = Statistics { mean: 0.0, inverse: 0.0 };
-            if const { O::SUMS > 0 } {
-                let mut number = 0;
-                while number < O::SUMS {
-                    seq_macro::seq!(ROUND in 0..2 {
-                        let group = reduction.warp + ROUND * reduction.warps;
-                        if group < groups {
-                            let vector = 2 * (thread + ROUND * threads);
-                            // Behind the row's end the elements are zeros that do not count.
-                            let [first, second] =
-                                [vector, vector + 1].map(|vector| if vector < vectors { WHOLE } else { 0 });
-                            let first = O::part_of_sum(number, values[2 * ROUND], first, statistics.mean);
-                            let second = O::part_of_sum(number, values[2 * ROUND + 1], second, statistics.mean);
-                            reduction.give_sum(number, group, first + second);
-                        }
-                    });
-                    let sum = reduction.sum(number, groups);
-                    if number == 0 {
-                        self.load_if::<O>(is_loader, next, place.stage);
+            if const { O::CENTERED } {
+                seq_macro::seq!(ROUND in 0..2 {
+                    let group = reduction.warp + ROUND * reduction.warps;
+                    if group < groups {
+                        let pair = sum_of_vector(values[2 * ROUND]) + sum_of_vector(values[2 * ROUND + 1]);
+                        reduction.give_sum(0, group, pair);
                     }
-                    number += 1;
-                    if number < O::SUMS {
-                        statistics.mean = sum / arguments.k as f32;
-                    } else {
-                        statistics.inverse = inverse_deviation::<Device>(sum, arguments.k, arguments.epsilon);
-                    }
-                }
+                });
+                let mean = reduction.sum(0, groups) / arguments.k as f32;
+                seq_macro::seq!(SLOT in 0..4 {
+                    let vector = 2 * (thread + SLOT / 2 * threads) + SLOT % 2;
+                    values[SLOT] = center(values[SLOT], if vector < vectors { WHOLE } else { 0 }, mean);
+                });
             }
-            let biased = O::SUMS == 2 && arguments.bias != 0;
+            let mut inverse = 0.0;
+            if const { O::NORM } {
+                seq_macro::seq!(ROUND in 0..2 {
+                    let group = reduction.warp + ROUND * reduction.warps;
+                    if group < groups {
+                        let pair = sum_of_squares(values[2 * ROUND]) + sum_of_squares(values[2 * ROUND + 1]);
+                        reduction.give_sum(1, group, pair);
+                    }
+                });
+                let squares = reduction.sum(1, groups);
+                // Every thread has come past a barrier since it took its vectors.
+                self.load_if::<O>(is_loader, next, place.stage);
+                inverse = inverse_deviation::<Device>(squares, arguments.k, arguments.epsilon);
+            }
+            let biased = O::CENTERED && arguments.bias != 0;
             let mut max = 0.0;
             seq_macro::seq!(ROUND in 0..2 {
                 if reduction.warp + ROUND * reduction.warps < groups {
-                    if const { O::SUMS > 0 } {
+                    if const { O::NORM } {
                         let vector = 2 * (thread + ROUND * threads);
                         seq_macro::seq!(SIDE in 0..2 {
                             let parameters = self.parameters_of::<O>(vector + SIDE, vectors, biased);
-                            let slot = 2 * ROUND + SIDE;
-                            let length = if vector + SIDE < vectors { WHOLE } else { 0 };
-                            values[slot] = O::finish::<T>(values[slot], length, parameters, biased, statistics);
+                            values[2 * ROUND + SIDE] =
+                                O::finish::<T>(values[2 * ROUND + SIDE], parameters, biased, inverse);
                         });
                     }
                     max = largest(largest(max, values[2 * ROUND]), values[2 * ROUND + 1]);
                 }
             });
             let max = reduction.max(if exists { max.to_bits() } else { f32::NAN.to_bits() });
-            if const { O::SUMS == 0 } {
+            if const { !O::NORM } {
                 self.load_if::<O>(is_loader, next, place.stage);
             }
             let scale = scale_of_row(arguments, index, max);

@@ -5,12 +5,12 @@
 
 use cuda_std::{cluster, thread};
 use liquidgemm_format::activations::{
-    CLUSTER, CODE_ALIGNMENT, LANES, PIECE, QuantizeArguments, VECTOR, inverse_deviation,
+    CLUSTER, CODE_ALIGNMENT, LANES, PIECE, QuantizeArguments, VECTOR, inverse_deviation, sum_of_vector,
 };
 
 use super::codes::RowScale;
 use super::element::{Element, Vector, each, pack, unpack};
-use super::operation::{Device, Operation, Statistics, Words};
+use super::operation::{Device, Operation, Words, center, sum_of_squares};
 use super::reduce::Reduction;
 use super::{largest, scale_of_row, smooth, source_of_row};
 use crate::ptx::grid;
@@ -63,16 +63,25 @@ pub(super) unsafe fn load_parameters<O: Operation>(arguments: &QuantizeArguments
     let mut parameters = [[0; 4]; 2];
     // SAFETY: the caller guarantees the arguments.
     unsafe {
-        if const { O::SUMS > 0 } {
+        if const { O::NORM } {
             parameters[0] = vector.load_constant(arguments.weight, aligned);
         }
-        if const { O::SUMS == 2 } {
+        if const { O::CENTERED } {
             if arguments.bias != 0 {
                 parameters[1] = vector.load_constant(arguments.bias, aligned);
             }
         }
     }
     parameters
+}
+
+/// The two numbers by which a norm changes a row.
+#[derive(Clone, Copy)]
+struct Statistics {
+    /// The mean, which LayerNorm subtracts; otherwise 0.
+    mean: f32,
+    /// 1 / √(variance + epsilon).
+    inverse: f32,
 }
 
 /// A thread's part of a row.
@@ -119,7 +128,7 @@ impl<const BLOCKS: u32> Row<'_, BLOCKS> {
                 };
                 return O::values::<T>(arguments, words);
             }
-            if const { O::SUMS > 0 } {
+            if const { O::NORM } {
                 if arguments.residual != 0 {
                     let residual = arguments.residual + self.source as u64 * arguments.residual_stride;
                     let mut words = vector.load(residual, aligned);
@@ -134,34 +143,44 @@ impl<const BLOCKS: u32> Row<'_, BLOCKS> {
         }
     }
 
-    /// Returns the row's sum with this number.
+    /// Returns the sum of the row's elements, or with a mean, of the squares of their differences from it.
     ///
-    /// `values` are those of the only round, if there is only one. Otherwise they are loaded.
+    /// `values` are those of the only round, if there is only one. Otherwise they are loaded,
+    /// for the first time unless `again` is set.
     #[inline(always)]
     unsafe fn sum<O: Operation, T: Element>(
         self,
-        number: u32,
         reduction: Reduction<BLOCKS>,
         values: [f32; VECTOR],
-        mean: f32,
+        squares_of: Option<f32>,
+        again: bool,
     ) -> f32 {
         let rounds = self.rounds();
         let mut sum = 0.0;
         // SAFETY: the caller guarantees the row; the cluster's threads call this together.
         unsafe {
             if rounds == 1 {
-                sum += O::part_of_sum(number, values, self.vector(0).length, mean);
+                sum += self.part_of_sum(values, self.vector(0), squares_of);
             } else {
                 let mut round = 0;
                 while round < rounds {
                     let vector = self.vector(round);
-                    let values = self.load::<O, T>(vector, number > 0);
-                    sum += O::part_of_sum(number, values, vector.length, mean);
+                    sum += self.part_of_sum(self.load::<O, T>(vector, again), vector, squares_of);
                     round += 1;
                 }
             }
+            let number = squares_of.is_some() as u32;
             reduction.give_sum(number, reduction.warp, sum);
             reduction.sum(number, reduction.warps)
+        }
+    }
+
+    /// Returns a vector's part of a sum.
+    #[inline(always)]
+    fn part_of_sum(self, values: [f32; VECTOR], vector: Vector, squares_of: Option<f32>) -> f32 {
+        match squares_of {
+            None => sum_of_vector(values),
+            Some(mean) => sum_of_squares(center(values, vector.length, mean)),
         }
     }
 
@@ -175,7 +194,9 @@ impl<const BLOCKS: u32> Row<'_, BLOCKS> {
         statistics: Statistics,
     ) -> [f32; VECTOR] {
         let biased = self.arguments.bias != 0;
-        let values = O::finish::<T>(values, vector.length, parameters, biased, statistics);
+        let values =
+            if const { O::CENTERED } { center(values, vector.length, statistics.mean) } else { values };
+        let values = O::finish::<T>(values, parameters, biased, statistics.inverse);
         // SAFETY: the caller guarantees the arguments.
         unsafe { smooth(self.arguments, vector, values) }
     }
@@ -186,7 +207,7 @@ impl<const BLOCKS: u32> Row<'_, BLOCKS> {
         let vector = self.vector(round);
         // SAFETY: the caller guarantees the row.
         unsafe {
-            let values = self.load::<O, T>(vector, O::SUMS > 0);
+            let values = self.load::<O, T>(vector, O::NORM);
             self.finish::<O, T>(vector, values, load_parameters::<O>(self.arguments, vector), statistics)
         }
     }
@@ -220,14 +241,14 @@ impl<const BLOCKS: u32> Row<'_, BLOCKS> {
                 values = self.load::<O, T>(self.vector(0), false);
             }
             let mut statistics = Statistics { mean: 0.0, inverse: 0.0 };
-            if const { O::SUMS == 2 } {
-                statistics.mean = self.sum::<O, T>(0, reduction, values, 0.0) / arguments.k as f32;
+            if const { O::CENTERED } {
+                statistics.mean = self.sum::<O, T>(reduction, values, None, false) / arguments.k as f32;
             }
-            if const { O::SUMS > 0 } {
-                let squares = self.sum::<O, T>(O::SUMS - 1, reduction, values, statistics.mean);
+            if const { O::NORM } {
+                let mean = Some(statistics.mean);
+                let squares = self.sum::<O, T>(reduction, values, mean, O::CENTERED);
                 statistics.inverse = inverse_deviation::<Device>(squares, arguments.k, arguments.epsilon);
             }
-
             let mut max = 0.0;
             if rounds == 1 {
                 values = self.finish::<O, T>(self.vector(0), values, parameters, statistics);

@@ -10,11 +10,12 @@ use std::sync::LazyLock;
 
 use libtest_mimic::{Arguments, Failed, Trial};
 use liquidgemm::gpu::{
-    CombineOperands, DEVICE_VARIABLE, DeviceRowIndex, DeviceSpan, Gpu, GpuError, GroupedOperands, Operands,
-    StreamHandle,
+    CombineOperands, DEVICE_VARIABLE, DeviceRowIndex, DeviceSpan, DeviceWeights, Gpu, GpuError,
+    GroupedOperands, LinearInput, LinearOutput, Operands, StreamHandle,
 };
 use liquidgemm::{
-    Backend, Error, Group, OutputType, PackedWeights, Plan, Problem, QuantizedActivations, TileConfig, cpu,
+    Backend, Error, Group, HalfType, Linear, OutputType, PackedWeights, Plan, Problem, QuantizedActivations,
+    TileConfig, cpu,
 };
 use liquidgemm_format::tile::TILE_SHAPES;
 use liquidgemm_gpu_tests::refused::{REFUSED_SHAPE, refused_calls};
@@ -623,6 +624,45 @@ fn grouped() -> Result<(), Error> {
     launched
 }
 
+/// Runs a linear layer and waits for the stream.
+///
+/// Leaks the layer and the workspace if the wait fails, because a launch may still use them.
+fn linear() -> Result<(), Error> {
+    let gpu = Gpu::new()?;
+    let (m, n, k) = (300, 200, 300);
+    let layer = Linear::new(some_weights()?).with_bias(vec![1.0; n])?.with_smoothing(vec![2.0; k])?;
+    let (layer, workspace) = (gpu.upload_linear(&layer)?, gpu.workspace()?);
+    let stream = default_stream();
+    // SAFETY: the fake driver neither reads nor writes there.
+    let span = |bytes| unsafe { DeviceSpan::from_raw(FAKE_ADDRESS, bytes) };
+    let input = LinearInput::new(span(m * k * 2), HalfType::Bf16, m, k);
+    let output = LinearOutput { output: span(m * n * 2), output_stride: n, output_type: OutputType::Bf16 };
+    let scratch = span(layer.scratch_bytes(m)?);
+    // SAFETY: the fake driver dereferences no address.
+    let (launched, finished) = unsafe {
+        let launched = layer.forward(&gpu, &input, &output, scratch, &workspace, stream);
+        let entered = gpu.make_current();
+        (launched, entered.is_ok() && cust::sys::cuStreamSynchronize(stream.as_raw().cast()) as u32 == 0)
+    };
+    if !finished {
+        std::mem::forget((layer, workspace));
+    }
+    launched
+}
+
+/// Makes weights and a workspace in memory that the caller owns, which the library never frees.
+fn borrowed_memory() -> Result<(), Error> {
+    let gpu = Gpu::new()?;
+    let packed = some_weights()?;
+    let bytes = DeviceWeights::bytes_for(packed.n(), packed.k(), packed.group())?;
+    // SAFETY: the fake driver neither reads nor writes there.
+    unsafe {
+        gpu.upload_to(&packed, DeviceSpan::from_raw(FAKE_ADDRESS, bytes))?;
+        gpu.workspace_in(DeviceSpan::from_raw(FAKE_ADDRESS, gpu.workspace_bytes()))?;
+    }
+    Ok(())
+}
+
 /// Uploads weights and downloads them.
 ///
 /// The fake driver keeps no contents, so what comes back is no valid packed weights: only the driver's errors count.
@@ -653,7 +693,7 @@ fn custom_kernel() -> Result<(), Error> {
 fn any_failure() -> Result<(), Failed> {
     let (packed, x) = (some_weights()?, some_activations(3)?);
     type Operation<'a> = &'a dyn Fn() -> Result<(), Error>;
-    let operations: [(&str, Operation<'_>); 11] = [
+    let operations: [(&str, Operation<'_>); 14] = [
         ("Gpu::new", &|| Gpu::new().map(drop)),
         ("Gpu::upload", &|| Gpu::new()?.upload(&packed).map(drop)),
         ("Gpu::workspace", &|| Gpu::new()?.workspace().map(drop)),
@@ -665,6 +705,11 @@ fn any_failure() -> Result<(), Failed> {
         }),
         ("Gpu::prepare_grouped", &|| Gpu::new()?.prepare_grouped()),
         ("Gpu::grouped_gemm and Gpu::combine", &grouped),
+        ("Gpu::prepare_quantize", &|| {
+            Gpu::new()?.prepare_quantize(&liquidgemm::Operation::Plain, HalfType::F16, 300)
+        }),
+        ("DeviceLinear::forward", &linear),
+        ("Gpu::upload_to and Gpu::workspace_in", &borrowed_memory),
         ("DeviceWeights::download", &download),
         ("Gpu::launch_kernel", &custom_kernel),
     ];

@@ -35,7 +35,7 @@ impl fmt::Display for HalfType {
     }
 }
 
-/// A 16-bit element type of activations: [`bf16`] or [`f16`]. The trait is sealed, as [`Float`] is.
+/// A 16-bit element type of activations: [`bf16`] or [`half::f16`]. The trait is sealed, as [`Float`] is.
 pub trait Half: Float + PartialEq + fmt::Debug {
     /// This type as a value.
     const HALF: HalfType;

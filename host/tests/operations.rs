@@ -268,8 +268,8 @@ fn a_linear_layer_is_its_parts() {
 
 #[test]
 fn bad_calls_are_refused_and_leave_the_residual_untouched() {
-    let input = vec![bf16::ONE; 3 * 8];
-    let weight = vec![bf16::ONE; 8];
+    let input = [bf16::ONE; 3 * 8];
+    let weight = [bf16::ONE; 8];
     let good = QuantizeInput::new(&input[..], 3, 8);
     let norm = Operation::RmsNorm { weight: &weight[..], epsilon: 1e-5 };
     let mut residual = vec![bf16::ONE; 3 * 8];

@@ -11,7 +11,7 @@ use std::fmt::Write;
 use std::path::Path;
 use std::sync::LazyLock;
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use cust::memory::DeviceBuffer;
 use cust::stream::{Stream, StreamFlags};
 use cust::sys;
@@ -21,9 +21,11 @@ use rand::seq::index;
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
+use super::circumstances::Circumstances;
 use super::data::{self, Pool};
 use super::driver::During;
-use super::record::{Baseline, weight_bytes, write_json};
+use super::markdown::facts;
+use super::record::{Baseline, read_json, weight_bytes, write_atomically, write_json};
 use super::replay::{Clock, Contender, Pace};
 use super::statistics::{Timing, geometric_mean};
 use liquidgemm::gpu::{DeviceExperts, DeviceRowIndex, DeviceSpan, Gpu, GroupedOperands};
@@ -53,7 +55,7 @@ pub struct Page {
 }
 
 /// The recorded times of one layer and number of tokens.
-#[derive(Clone, Debug, Deserialize, Serialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 pub struct PagePoint {
     /// The model and the layer.
     pub layer: String,
@@ -114,8 +116,20 @@ impl PagePoint {
     }
 }
 
+/// A run over layers and numbers of tokens.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Mixtures {
+    /// GPU, driver, date and command.
+    #[serde(flatten)]
+    pub circumstances: Circumstances,
+    /// False while points are still missing.
+    pub complete: bool,
+    /// The results, in the order of measurement.
+    pub points: Vec<Point>,
+}
+
 /// The result of one point.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Point {
     /// The layer, the tokens, and the recorded times.
     pub page: PagePoint,
@@ -162,7 +176,9 @@ impl Plans {
     }
 }
 
-/// Measures points of the page, each with the given plans. `measured` receives the new results of each point.
+/// Measures points of the page, each with the given plans.
+///
+/// After each point `measured` receives the run and the number of new results, which are the run's last ones.
 ///
 /// # Errors
 /// If the GPU or our kernel fails, or `measured` returns an error.
@@ -172,13 +188,13 @@ pub fn run(
     group: Group,
     pace: Pace,
     plans: Plans,
-    mut measured: impl FnMut(&[Point]) -> anyhow::Result<()>,
-) -> anyhow::Result<Vec<Point>> {
+    mut measured: impl FnMut(&Mixtures, usize) -> anyhow::Result<()>,
+) -> anyhow::Result<Mixtures> {
     gpu.make_current()?;
     gpu.prepare_grouped()?;
     let pool = Pool::new(Baseline::Int8);
     let layers: BTreeSet<&str> = points.iter().map(|point| point.layer.as_str()).collect();
-    let mut results = Vec::new();
+    let mut run = Mixtures { circumstances: Circumstances::of(gpu), ..Mixtures::default() };
     for layer in layers {
         let of_layer: Vec<&PagePoint> = points.iter().copied().filter(|point| point.layer == layer).collect();
         let Some(first) = of_layer.first() else { continue };
@@ -187,11 +203,13 @@ pub fn run(
         for point in of_layer {
             let of_point = measure(gpu, &experts, &weights, point, (pace, plans), &pool)
                 .with_context(|| format!("measuring {layer} with {} tokens", point.tokens))?;
-            measured(&of_point)?;
-            results.extend(of_point);
+            let new = of_point.len();
+            run.points.extend(of_point);
+            measured(&run, new)?;
         }
     }
-    Ok(results)
+    run.complete = true;
+    Ok(run)
 }
 
 fn measure(
@@ -310,7 +328,7 @@ pub fn row(point: &Point) -> String {
         point.ours.us,
         100.0 * point.ours.spread(),
         point.ideal_us,
-        point.ideal_us / point.ours.us
+        point.score()
     );
     for us in &point.page.us {
         write!(text, " {:>17.3}", us / point.ours.us).expect("a String takes all");
@@ -338,7 +356,7 @@ pub fn summary(results: &[Point]) -> String {
         }
     }
     let scored = points.iter().filter(|point| point.page.rows >= SCORED_ROWS);
-    let score = geometric_mean(scored.map(|point| point.ideal_us / point.ours.us));
+    let score = geometric_mean(scored.map(|point| point.score()));
     let mut text = format!(
         "geometric means: ideal floor / time {} (points with {SCORED_ROWS} rows or more)",
         score.map_or("-".into(), |score| format!("{score:.3}"))
@@ -358,17 +376,95 @@ pub fn summary(results: &[Point]) -> String {
     text
 }
 
-/// Writes the results to a JSON file.
+impl Point {
+    /// Returns the ideal floor divided by our time.
+    fn score(&self) -> f64 {
+        self.ideal_us / self.ours.us
+    }
+}
+
+impl Mixtures {
+    /// Writes the run to `path` and replaces the file in one step.
+    ///
+    /// # Errors
+    /// If the file can't be written.
+    pub fn save(&self, path: &Path) -> anyhow::Result<()> {
+        write_json(path, self)
+    }
+
+    /// Reads a run from a file.
+    ///
+    /// # Errors
+    /// If the file can't be read or is not such a run, or if a time is impossible.
+    pub fn load(path: &Path) -> anyhow::Result<Self> {
+        let run: Self = read_json(path, "run of mixtures of experts")?;
+        let columns = page().columns.len();
+        let plausible = run
+            .points
+            .iter()
+            .all(|point| point.ours.is_plausible() && point.ideal_us > 0.0 && point.page.us.len() == columns);
+        ensure!(plausible, "{} has an impossible time", path.display());
+        Ok(run)
+    }
+
+    /// Returns the number of wrong results.
+    pub fn mismatches(&self) -> usize {
+        self.points.iter().filter(|point| point.mismatch.is_some()).count()
+    }
+}
+
+/// Writes several runs as one Markdown page.
 ///
 /// # Errors
-/// If the file cannot be written.
-pub fn save(points: &[Point], path: &Path) -> anyhow::Result<()> {
-    write_json(path, &points)
+/// If the file can't be written.
+pub fn write_page(runs: &[Mixtures], path: &Path) -> anyhow::Result<()> {
+    write_atomically(path, markdown(runs).context("a String takes all")?.as_bytes())
+}
+
+/// The explanation of the page.
+const METHOD: &str = "
+One launch multiplies the rows of all experts, which are sorted by expert; offsets are in device memory. Each point rotates through several random
+routings, so that few experts do not stay in the L2 cache. The ideal floor is the larger of two times: the bytes of the active experts, the activations
+and the output at 3.10 TB/s, and the operations at 1979 TOPS, which power does not allow for long. The score is the floor divided by our time.
+× is another kernel's recorded time divided by ours. Those times are of another run, on the same kind of GPU:
+";
+
+fn markdown(runs: &[Mixtures]) -> Result<String, std::fmt::Error> {
+    let mut text = String::new();
+    let device = runs.first().map_or("no GPU", |run| run.circumstances.device_name());
+    writeln!(text, "# Mixtures of experts, on {device}\n")?;
+    writeln!(text, "Written by `liquidgemm bench --moe`; don't edit.")?;
+    writeln!(text, "{METHOD}\n> {}", page().provenance)?;
+    for run in runs {
+        let groups: BTreeSet<&str> = run.points.iter().map(|point| point.group.as_str()).collect();
+        let groups = groups.into_iter().collect::<Vec<_>>().join(", ");
+        writeln!(text, "\n## Weights with group {groups}\n")?;
+        let exact = match run.mismatches() {
+            0 => format!("rows of all {} results equal the CPU backend's bits", run.points.len()),
+            wrong => format!("**{wrong} of {} results are wrong**", run.points.len()),
+        };
+        facts(&run.circumstances, &[("checked", &exact)], run.complete, &mut text)?;
+        writeln!(text, "\n{}", summary(&run.points))?;
+        text.push_str("| layer | tokens | rows | active | µs | ideal µs | score |");
+        page().columns.iter().try_for_each(|column| write!(text, " × {column} |"))?;
+        text.push_str("\n|---|---|---|---|---|---|---|");
+        text.push_str(&"---|".repeat(page().columns.len()));
+        text.push('\n');
+        for point in &run.points {
+            let PagePoint { layer, tokens, rows, active, us, .. } = &point.page;
+            let (ours, ideal, score) = (point.ours.us, point.ideal_us, point.score());
+            write!(text, "| {layer} | {tokens} | {rows} | {active} | {ours:.2} | {ideal:.2} | {score:.2} |")?;
+            us.iter().try_for_each(|us| write!(text, " {:.2} |", us / ours))?;
+            text.push('\n');
+        }
+    }
+    Ok(text)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::markdown::tests::assert_tables_are_whole;
 
     #[test]
     fn the_page_has_every_layer_at_every_number_of_tokens() {
@@ -395,6 +491,32 @@ mod tests {
                 assert!(most as usize <= point.tokens, "a token goes to an expert once");
             }
         }
+    }
+
+    #[test]
+    fn a_saved_run_is_loaded_unchanged_and_its_page_has_whole_tables() {
+        let timing = Timing::new(vec![9.9, 10.0, 10.1], 20).unwrap();
+        let point = Point {
+            page: points(Some(&[1]))[0].clone(),
+            group: "64".into(),
+            plan: "tiles".into(),
+            ours: timing,
+            ideal_us: 5.0,
+            mismatch: None,
+        };
+        let mut run = Mixtures { points: vec![point], complete: true, ..Mixtures::default() };
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("run.json");
+        run.save(&path).unwrap();
+        assert_eq!(Mixtures::load(&path).unwrap(), run);
+        let text = markdown(&[run.clone(), run.clone()]).unwrap();
+        assert!(text.contains("| 10.00 | 5.00 | 0.50 |"), "{text}");
+        assert_tables_are_whole(&text);
+        run.points[0].mismatch = Some("row 3".into());
+        assert!(markdown(&[run.clone()]).unwrap().contains("**1 of 1 results are wrong**"));
+        run.points[0].ours.us = 0.0;
+        run.save(&path).unwrap();
+        assert!(Mixtures::load(&path).unwrap_err().to_string().contains("an impossible time"));
     }
 
     #[test]

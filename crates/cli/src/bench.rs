@@ -12,6 +12,7 @@ use liquidgemm::{Error, Group};
 use liquidgemm_bench::ablation::Ablation;
 use liquidgemm_bench::activations::{Activations, Measured};
 use liquidgemm_bench::circumstances::Circumstances;
+use liquidgemm_bench::moe::Mixtures;
 use liquidgemm_bench::plots::Pictures;
 use liquidgemm_bench::record::{Baseline, Run};
 use liquidgemm_bench::replay::Pace;
@@ -102,7 +103,7 @@ pub(super) struct Arguments {
     activations: bool,
     /// Measure the grouped GEMM instead, on the layers of three mixtures of experts with random routing,
     /// beside recorded times of torch and Humming; --m takes some of its numbers of tokens
-    #[arg(long, conflicts_with_all = ["tile", "sweep", "ablation", "quick", "peers", "between", "shards", "curve", "monotone", "shapes", "algorithms", "baselines", "no_probes", "from", "plots", "markdown"])]
+    #[arg(long, conflicts_with_all = ["tile", "sweep", "ablation", "quick", "peers", "between", "shards", "curve", "monotone", "shapes", "algorithms", "baselines", "no_probes", "plots"])]
     moe: bool,
     /// With --moe, measure every tile in clusters of one and of two thread blocks instead of the library's choice
     #[arg(long, requires = "moe")]
@@ -355,22 +356,45 @@ fn ablation(arguments: &Arguments) -> anyhow::Result<Report> {
 }
 
 fn mixtures(arguments: &Arguments) -> anyhow::Result<Report> {
+    let runs = match arguments.from.as_slice() {
+        [] => vec![measure_mixtures(arguments)?],
+        paths => paths.iter().map(|path| Mixtures::load(path)).collect::<Result<Vec<_>, _>>()?,
+    };
+    let mut text = String::new();
+    for run in &runs {
+        if !arguments.from.is_empty() {
+            text += &format!("{}\n{}\n", run.circumstances.device, moe::heading());
+            run.points.iter().for_each(|point| text += &format!("{}\n", moe::row(point)));
+        }
+        text += &format!("\n{}", moe::summary(&run.points));
+    }
+    if let Some(path) = &arguments.markdown {
+        moe::write_page(&runs, path)?;
+    }
+    let wrong: usize = runs.iter().map(Mixtures::mismatches).sum();
+    if wrong > 0 {
+        text += &format!("\n{wrong} results differ from the CPU backend's\n");
+    }
+    Ok(Report { text, success: wrong == 0 })
+}
+
+fn measure_mixtures(arguments: &Arguments) -> anyhow::Result<Mixtures> {
     let gpu = arguments.gpu()?;
     let points = moe::points(arguments.m.as_ref().map(|Tokens(tokens)| tokens.as_slice()));
     let bar = progress(points.len());
     print(&bar, &format!("{}\n{}\n{}", gpu.description(), moe::page().provenance, moe::heading()));
     let plans = if arguments.every_plan { moe::Plans::Every } else { moe::Plans::Chosen };
-    let results = moe::run(&gpu, &points, arguments.group, arguments.options().pace, plans, |of_point| {
-        of_point.iter().for_each(|point| print(&bar, &moe::row(point)));
+    let save = |run: &Mixtures| arguments.json.as_deref().map_or(Ok(()), |path| run.save(path));
+    let pace = arguments.options().pace;
+    let run = moe::run(&gpu, &points, arguments.group, pace, plans, |run, new| {
+        run.points[run.points.len() - new..].iter().for_each(|point| print(&bar, &moe::row(point)));
         bar.inc(1);
-        Ok(())
+        save(run)
     })?;
+    // The run is marked as complete only now.
+    save(&run)?;
     bar.finish_and_clear();
-    if let Some(path) = &arguments.json {
-        moe::save(&results, path)?;
-    }
-    let success = results.iter().all(|point| point.mismatch.is_none());
-    Ok(Report { text: format!("\n{}", moe::summary(&results)), success })
+    Ok(run)
 }
 
 fn measure_ablation(arguments: &Arguments) -> anyhow::Result<Ablation> {

@@ -277,7 +277,7 @@ fn random_problems_with_the_library_s_plan_equal_the_cpu(gpu: &'static Gpu) -> R
     for round in 0..40 {
         let experts = *[1, 2, 8, 16, 128].choose(&mut rng).unwrap_or(&8);
         let pick = |rng: &mut StdRng, of: &[usize]| *of.choose(rng).unwrap_or(&64);
-        let mean = pick(&mut rng, &[1, 3, 16, 40, 70, 130, 256]);
+        let mean = pick(&mut rng, &[1, 3, 16, 40, 70, 130, 200, 256]);
         let (n, k) = (pick(&mut rng, &[1, 64, 200, 256, 1024]), pick(&mut rng, &[1, 65, 128, 512, 1000]));
         if experts * mean * n * k > 2_000_000_000 {
             continue;

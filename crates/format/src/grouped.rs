@@ -6,10 +6,8 @@
 //! `host/src/plan/grouped.rs` chooses the shape and the clusters.
 //!
 //! An expert's rows are cut into token tiles, and its channels into channel tiles.
-//! The last token tile of an expert has only the rows that are left, so no tile has rows of two experts.
-//! Whole tiles are numbered expert by expert, and so are the last ones of the experts, which have fewer rows.
-//! Persistent clusters take tiles of either kind in waves, one tile each, so that all get equally many of both.
-//! Each cluster computes its tiles in the order of their experts.
+//! An expert's token tiles have about equally many rows, and no tile has rows of two experts.
+//! The tiles are numbered expert by expert. Persistent clusters take them in waves, one tile each.
 
 use crate::schedule::TilePosition;
 use crate::tile::{K_TILE, MAX_SHARED_BYTES, TileShape};
@@ -21,9 +19,13 @@ pub const CHUNK_EXPERTS: u32 = 32;
 /// The most chunks of experts.
 pub const MAX_CHUNKS: u32 = MAX_EXPERTS / CHUNK_EXPERTS;
 /// The most rows of an activation box, and so of one TMA load.
-pub const MAX_BOX_ROWS: u32 = 128;
+pub const MAX_BOX_ROWS: u32 = 160;
 /// Rows that the 128-byte swizzle permutes together. Boxes have multiples of it.
 pub const BOX_ROW_STEP: u32 = 8;
+/// The rows of an expert are divided among its token tiles in units of this many rows.
+///
+/// It is the epilogue's round, so that only an expert's last round has rows behind it that belong to others.
+pub const ROW_UNIT: u32 = 32;
 /// Threads of a thread block of the combine kernel.
 pub const COMBINE_THREADS: u32 = 128;
 /// Channels that a thread of the combine kernel computes.
@@ -162,27 +164,16 @@ impl GroupedSchedule {
         }
     }
 
-    /// Returns the turns of `cluster`, from tile `first` on.
+    /// Returns the turns of `cluster`.
     ///
     /// They have no end: the caller stops at the number of tiles that there are.
-    /// The partial tiles of all experts are numbered behind the whole ones.
-    /// Clusters that have one whole tile fewer then begin with a partial tile.
     #[inline(always)]
     #[must_use]
-    pub const fn turns_from(&self, cluster: u32, first: u32) -> Turns {
-        let waves = quotient(first, self.clusters);
-        let moved = cluster.wrapping_add(waves.wrapping_mul(self.rotation));
-        let place = moved.wrapping_sub(quotient(moved, self.clusters).wrapping_mul(self.clusters));
-        let wave = waves.wrapping_mul(self.clusters);
-        let mut turns = Turns { wave, place, clusters: self.clusters, rotation: self.rotation };
-        if wave.wrapping_add(place) < first {
-            turns.next();
-        }
-        turns
+    pub const fn turns(&self, cluster: u32) -> Turns {
+        Turns { wave: 0, place: cluster, clusters: self.clusters, rotation: self.rotation }
     }
 
-    /// Returns the position of a whole tile among the whole tiles of its expert,
-    /// which has `token_tiles` whole token tiles.
+    /// Returns the position of a tile among the tiles of its expert, which has `token_tiles` token tiles.
     ///
     /// Within a group of channels, the tiles of one token tile follow one another.
     #[inline(always)]
@@ -212,37 +203,32 @@ const fn quotient(dividend: u32, divisor: u32) -> u32 {
     }
 }
 
-/// Bits of a [`TokenTiles`] that count experts with a partial tile: enough for all experts.
-const PARTIAL_BITS: u32 = 10;
-const _: () = assert!(MAX_EXPERTS < 1 << PARTIAL_BITS);
-/// The most whole token tiles of all experts together.
-pub const MAX_WHOLE_TOKEN_TILES: u32 = (1 << (u32::BITS - PARTIAL_BITS)) - 1;
+/// Returns the token tiles of an expert with `rows` rows, in tiles of up to `tokens` tokens.
+#[inline(always)]
+#[must_use]
+pub const fn token_tiles(rows: u32, tokens: u32) -> u32 {
+    quotient(rows.wrapping_add(tokens.wrapping_sub(1)), tokens)
+}
 
-/// Numbers of token tiles of one or several experts: of whole ones, and of partial ones.
+/// Returns the first row of a token tile, and one past its last row, counted from the expert's first row.
 ///
-/// They are packed into one word, so that the sum of words has the sums of both.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct TokenTiles(
-    /// The packed word.
-    pub u32,
-);
-
-impl TokenTiles {
-    /// Returns those of an expert with `rows` rows, in tiles of `tokens` tokens.
-    #[inline(always)]
-    #[must_use]
-    pub const fn of_rows(rows: u32, tokens: u32) -> Self {
-        let whole = quotient(rows, tokens);
-        let has_partial = whole.wrapping_mul(tokens) != rows;
-        Self(whole << PARTIAL_BITS | has_partial as u32)
+/// The expert has `rows` rows in `token_tiles` tiles, as many as [`token_tiles`] returns
+/// for tokens that are a multiple of [`ROW_UNIT`].
+/// Each tile has as many units of rows as any other, or one more. The last unit may have fewer rows.
+/// So a small remainder does not need a tile of its own next to full ones, which would cost far more than its rows.
+#[inline(always)]
+#[must_use]
+pub const fn tile_rows(rows: u32, token_tiles: u32, token_tile: u32) -> (u32, u32) {
+    if token_tiles == 1 {
+        return (0, rows);
     }
-
-    /// Returns the number of token tiles that have all of their rows, or if `partial` of those that have fewer.
-    #[inline(always)]
-    #[must_use]
-    pub const fn count(self, partial: bool) -> u32 {
-        if partial { self.0 & ((1 << PARTIAL_BITS) - 1) } else { self.0 >> PARTIAL_BITS }
-    }
+    let units = quotient(rows.wrapping_add(ROW_UNIT - 1), ROW_UNIT);
+    let least = quotient(units, token_tiles);
+    let longer = units.wrapping_sub(least.wrapping_mul(token_tiles));
+    let before = if token_tile < longer { token_tile } else { longer };
+    let first = least.wrapping_mul(token_tile).wrapping_add(before);
+    let end = first.wrapping_add(least).wrapping_add((token_tile < longer) as u32).wrapping_mul(ROW_UNIT);
+    (first.wrapping_mul(ROW_UNIT), if end < rows { end } else { rows })
 }
 
 /// Returns the places by which the clusters move on from wave to wave.
@@ -321,8 +307,9 @@ macro_rules! grouped_shapes {
             grouped_64x32: 1, 32, 2, 320, 4;
             grouped_128x64: 2, 64, 1, 320, 8;
             grouped_128x96: 2, 96, 1, 320, 12;
-            grouped_128x160: 2, 160, 1, 384, 16;
-            grouped_128x256: 2, 256, 1, 384, 16;
+            grouped_128x160: 2, 160, 1, 384, 20;
+            grouped_128x256: 2, 256, 1, 384, 20;
+            grouped_128x320: 2, 320, 1, 384, 20;
         }
     };
 }
@@ -360,7 +347,7 @@ pub const fn find_shape(strips: u32, tokens: u32) -> Option<TileShape> {
 }
 
 /// Bytes of the table of experts in shared memory:
-/// for each expert the [`TokenTiles`] up to its last one, then those of each chunk of experts.
+/// for each expert the number of token tiles up to its last one, then those of each chunk of experts.
 pub const TABLE_BYTES: u32 = (MAX_EXPERTS + MAX_CHUNKS) * 4;
 
 /// Returns the offset of the table of experts in shared memory.
@@ -405,67 +392,53 @@ mod tests {
         experts: &[ExpertRows],
         all_rows: usize,
     ) -> Result<Vec<u32>, TestCaseError> {
-        let mut ends: Vec<TokenTiles> = Vec::new();
+        let mut ends: Vec<u32> = Vec::new();
         for rows in experts {
-            let before = ends.last().map_or(0, |end| end.0);
-            ends.push(TokenTiles(before + TokenTiles::of_rows(rows.end - rows.begin, tokens).0));
+            let before = ends.last().map_or(0, |&end| end);
+            ends.push(before + token_tiles(rows.end - rows.begin, tokens));
         }
-        let totals = [false, true]
-            .map(|partial| ends.last().map_or(0, |end| end.count(partial)) * schedule.channel_tiles);
+        let total = ends.last().map_or(0, |end| end * schedule.channel_tiles);
         let mut done = vec![0u32; all_rows * schedule.channel_tiles as usize];
-        let mut of_cluster = vec![[0u32; 2]; schedule.clusters as usize];
+        let mut of_cluster = vec![0u32; schedule.clusters as usize];
         for cluster in 0..schedule.clusters {
-            for partial in [false, true] {
-                let first = if partial { totals[0] } else { 0 };
-                let mut turns = schedule.turns_from(cluster, first);
-                let mut last = None;
-                loop {
-                    let turn = turns.next();
-                    prop_assert!(turn >= first && last.is_none_or(|last| last < turn), "turns ascend");
-                    last = Some(turn);
-                    let tile = turn - first;
-                    if tile >= totals[partial as usize] {
-                        break;
-                    }
-                    let end = |expert: usize| ends[expert].count(partial) * schedule.channel_tiles;
-                    let expert = (0..experts.len()).position(|expert| tile < end(expert)).unwrap();
-                    let tile = tile - if expert == 0 { 0 } else { end(expert - 1) };
-                    let rows = experts[expert];
-                    let whole = TokenTiles::of_rows(rows.end - rows.begin, tokens).count(false);
-                    let position = if partial {
-                        TilePosition { channel_tile: tile, token_tile: whole }
-                    } else {
-                        schedule.position(tile, whole)
-                    };
-                    prop_assert!(position.channel_tile < schedule.channel_tiles);
-                    let begin = rows.begin + position.token_tile * tokens;
-                    prop_assert!(begin < rows.end, "every tile has a row");
-                    prop_assert!(partial || begin + tokens <= rows.end, "whole tiles have all rows");
-                    for row in begin..rows.end.min(begin + tokens) {
-                        done[(row * schedule.channel_tiles + position.channel_tile) as usize] += 1;
-                    }
-                    of_cluster[cluster as usize][partial as usize] += 1;
+            let mut turns = schedule.turns(cluster);
+            let mut last = None;
+            loop {
+                let tile = turns.next();
+                prop_assert!(last.is_none_or(|last| last < tile), "turns ascend");
+                last = Some(tile);
+                if tile >= total {
+                    break;
                 }
+                let end = |expert: usize| ends[expert] * schedule.channel_tiles;
+                let expert = (0..experts.len()).position(|expert| tile < end(expert)).unwrap();
+                let tile = tile - if expert == 0 { 0 } else { end(expert - 1) };
+                let rows = experts[expert];
+                let count = rows.end - rows.begin;
+                let tiles = token_tiles(count, tokens);
+                let position = schedule.position(tile, tiles);
+                prop_assert!(position.channel_tile < schedule.channel_tiles);
+                let (first, end) = tile_rows(count, tiles, position.token_tile);
+                prop_assert!(first < end && end <= count && end - first <= tokens);
+                for row in rows.begin + first..rows.begin + end {
+                    done[(row * schedule.channel_tiles + position.channel_tile) as usize] += 1;
+                }
+                of_cluster[cluster as usize] += 1;
             }
         }
-        // All clusters have equally many whole tiles, and equally many tiles, up to one.
-        type Count = fn(&[u32; 2]) -> u32;
-        let counts: [Count; 2] = [|kinds| kinds[0], |kinds| kinds[0] + kinds[1]];
-        for count in counts {
-            let counts: Vec<u32> = of_cluster.iter().map(count).collect();
-            prop_assert!(counts.iter().max().unwrap() - counts.iter().min().unwrap() <= 1);
-        }
+        let (most, least) = (of_cluster.iter().max().unwrap(), of_cluster.iter().min().unwrap());
+        prop_assert!(most - least <= 1, "all clusters have equally many tiles, up to one");
         Ok(done)
     }
 
     fn counts() -> impl Strategy<Value = Vec<u32>> {
-        let count = prop_oneof![3 => Just(0u32), 3 => 1..4u32, 2 => 1..300u32, 1 => Just(128u32)];
+        let count = prop_oneof![3 => Just(0u32), 3 => 1..4u32, 2 => 1..700u32, 1 => Just(128u32)];
         proptest::collection::vec(count, 1..70)
     }
 
     /// Channel tiles, clusters, channel group and tokens.
     fn divisions() -> impl Strategy<Value = (u32, u32, u32, u32)> {
-        (1..20u32, 1..150u32, 1..12u32, proptest::sample::select(vec![32u32, 64, 128, 192, 256]))
+        (1..20u32, 1..150u32, 1..12u32, proptest::sample::select(vec![32u32, 64, 160, 256, 320]))
     }
 
     proptest! {
@@ -504,6 +477,23 @@ mod tests {
         }
 
         #[test]
+        fn an_expert_s_tiles_follow_one_another_and_differ_by_one_unit(
+            rows in 1..2_000_000u32,
+            tokens in (1..11u32).prop_map(|units| units * ROW_UNIT),
+        ) {
+            let tiles = token_tiles(rows, tokens);
+            let mut expected = 0;
+            for tile in 0..tiles {
+                let (first, end) = tile_rows(rows, tiles, tile);
+                prop_assert!(first == expected && first < end && end - first <= tokens);
+                let (units, mean) = ((end - first).div_ceil(ROW_UNIT), rows.div_ceil(ROW_UNIT) / tiles);
+                prop_assert!(units == mean || units == mean + 1);
+                expected = end;
+            }
+            prop_assert_eq!(expected, rows);
+        }
+
+        #[test]
         fn no_index_reaches_rows_outside(index in proptest::collection::vec(any::<i32>(), 2..40), rows_or_capacity in 0..1000u32) {
             let experts = index.len() as u32 - 1;
             for layout in [
@@ -531,7 +521,7 @@ mod tests {
             let waves = kinds * 16;
             for kind in 0..kinds {
                 let of_kind = |cluster| {
-                    let mut turns = schedule.turns_from(cluster, 0);
+                    let mut turns = schedule.turns(cluster);
                     (0..waves).filter(|_| turns.next() % kinds == kind).count()
                 };
                 let counts: Vec<usize> = (0..clusters).map(of_kind).collect();
@@ -565,7 +555,7 @@ mod tests {
 
     #[test]
     fn the_parts_of_a_cluster_cover_the_rows_in_whole_swizzle_atoms() {
-        for rows in 1..=256u32 {
+        for rows in 1..=320u32 {
             let whole = rows.next_multiple_of(8);
             assert_eq!(loaded_part(rows, 1, 0), (0, whole));
             let ((first, a), (second, b)) = (loaded_part(rows, 2, 0), loaded_part(rows, 2, 1));
@@ -579,10 +569,12 @@ mod tests {
         for shape in GROUPED_SHAPES {
             assert!(shared_bytes(shape) <= MAX_SHARED_BYTES, "{shape:?}");
             assert!(shared_bytes(shape) + shape.stage_bytes() > MAX_SHARED_BYTES, "{shape:?}");
-            assert!(shape.stages * shape.k_tiles() >= 5, "{shape:?}");
+            assert!(shape.stages * shape.k_tiles() >= 4, "{shape:?}");
+            assert_eq!(shape.tokens % ROW_UNIT, 0);
             assert_eq!(table_offset(shape) % 4, 0);
             assert!(shape.tokens <= 2 * MAX_BOX_ROWS, "a tile is two boxes at the most");
             assert!(shape.has_producers());
+            assert!(!shape.moves_registers() || shape.warpgroup_split == 1, "large tiles exchange no sums");
         }
     }
 

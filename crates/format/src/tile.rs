@@ -46,6 +46,8 @@ pub const MAX_SPLIT_ROUNDS: u32 = 2;
 /// One barrier per round signals that the sums of that round have arrived here.
 /// One more signals that the other thread blocks have taken the sums sent from here.
 pub const SPLIT_BARRIERS_BYTES: u32 = (MAX_SPLIT_ROUNDS + 1) * 8;
+/// The most tokens of one wgmma instruction. Larger tiles multiply by two instructions.
+pub const MAX_WGMMA_TOKENS: u32 = 256;
 /// The most tokens that a consumer transposes at a time.
 pub const MAX_EPILOGUE_TOKENS: u32 = 32;
 /// The most bytes through which the two consumers of a strip exchange sums at a time.
@@ -56,7 +58,7 @@ const MAX_EXCHANGE_BYTES: u32 = 32_768;
 pub struct TileShape {
     /// 64-channel strips.
     pub strips: u32,
-    /// Tokens, which are the n of the wgmma instruction.
+    /// Tokens, which are the n of the wgmma instruction, or of two instructions together.
     pub tokens: u32,
     /// Consumers that share a strip's K (warpgroup split-K): 1 or 2.
     pub warpgroup_split: u32,
@@ -236,13 +238,17 @@ impl TileShape {
     /// Returns the registers that each producer thread keeps if the producer gives registers away.
     #[must_use]
     pub const fn producer_registers(self) -> u32 {
-        if self.consumers() > 2 { 24 } else { 40 }
+        if self.consumers() > 2 || self.tokens > MAX_WGMMA_TOKENS { 24 } else { 40 }
     }
 
     /// Returns the registers that each consumer thread has if the producer gives registers away.
     #[must_use]
     pub const fn consumer_registers(self) -> u32 {
-        if self.consumers() > 2 { 160 } else { 232 }
+        match self.consumers() {
+            3.. => 160,
+            _ if self.tokens > MAX_WGMMA_TOKENS => 240,
+            _ => 232,
+        }
     }
 
     /// Returns whether TMA stores 16-bit results if the output's rows start at multiples of 16 bytes.

@@ -6,9 +6,7 @@
 use std::fmt;
 
 use liquidgemm_format::brick;
-use liquidgemm_format::grouped::{
-    GROUPED_SHAPES, GroupedSchedule, MAX_EXPERTS, MAX_WHOLE_TOKEN_TILES, RowLayout,
-};
+use liquidgemm_format::grouped::{GROUPED_SHAPES, GroupedSchedule, MAX_EXPERTS, RowLayout, token_tiles};
 use liquidgemm_format::tile::{MAX_CLUSTER, TileShape};
 
 use crate::check::{check_dimension, check_k};
@@ -20,6 +18,18 @@ const GROUP_CHANNELS: u32 = 2048;
 
 /// The least K for tiles of 64 channels.
 const LEAST_K_OF_64_CHANNELS: usize = 2048;
+
+/// The mean rows of an expert from which on clusters have two thread blocks, if its channel tiles are even.
+///
+/// `None` is never. `liquidgemm bench --moe --every-plan` measures clusters of both sizes.
+const LEAST_ROWS_OF_PAIRS: Option<f64> = None;
+
+/// What a tile costs besides its products, in rows: loads, dequantization of the first K-tile, the epilogue.
+const ROWS_PER_TILE: f64 = 35.0;
+/// The least that a tile costs, in rows: dequantization takes as long for few rows as for many.
+const LEAST_ROWS_PER_TILE: f64 = 78.0;
+/// The rows that the wgmma instructions of large tiles go up by.
+const WGMMA_ROW_STEP: u32 = 16;
 
 /// The dimensions of a grouped GEMM, and the layout of its rows.
 ///
@@ -89,7 +99,7 @@ impl GroupedPlan {
     ///
     /// The tile has room for the rows of most experts if the `expected_rows` rows go to the experts at random.
     /// For contiguous rows these are usually all rows.
-    /// Clusters have one thread block, as in most plans of one matrix, which are fitted to measurements.
+    /// If no tile has, it is the tile that costs the least for experts of random sizes.
     ///
     /// # Errors
     /// - [`Error::EmptyDimension`] if `experts`, `n` or `k` is 0, [`Error::KTooLarge`] if `k` exceeds 131,072.
@@ -101,7 +111,8 @@ impl GroupedPlan {
         figures: &DeviceFigures,
     ) -> Result<Self, Error> {
         let shape = fitting_shape(problem, expected_rows);
-        Self::with_config(problem, shape, 1, figures.resident_clusters(1))
+        let cluster_size = fitting_cluster(problem, shape, expected_rows);
+        Self::with_config(problem, shape, cluster_size, figures.resident_clusters(cluster_size))
     }
 
     /// Makes the plan with a shape of [`GROUPED_SHAPES`], clusters of 1 or 2 thread blocks, and that many clusters.
@@ -125,16 +136,13 @@ impl GroupedPlan {
         let channel_tiles = (problem.n as u32).div_ceil(channels);
         let k_iterations = (brick::k_blocks(problem.k) as u32).div_ceil(shape.stage_bricks());
         // The kernels add up the tiles of all experts in 32 bits, whatever the counts are.
-        let token_tiles =
-            problem.experts as u64 * (problem.most_rows() as u64).div_ceil(u64::from(shape.tokens));
-        for (what, value, limit) in [
-            ("the number of token tiles", token_tiles, u64::from(MAX_WHOLE_TOKEN_TILES)),
-            ("the number of tiles", token_tiles * u64::from(channel_tiles), i32::MAX as u64),
-        ] {
-            if value > limit {
-                let value = usize::try_from(value).unwrap_or(usize::MAX);
-                return Err(PlanError::OutOfRange { what, value, limit: limit as usize }.into());
-            }
+        let all_token_tiles =
+            problem.experts as u64 * u64::from(token_tiles(problem.most_rows() as u32, shape.tokens));
+        let tiles = all_token_tiles * u64::from(channel_tiles);
+        if tiles > i32::MAX as u64 {
+            let value = usize::try_from(tiles).unwrap_or(usize::MAX);
+            let (what, limit) = ("the number of tiles", i32::MAX as usize);
+            return Err(PlanError::OutOfRange { what, value, limit }.into());
         }
         let schedule = GroupedSchedule::new(
             problem.layout(),
@@ -151,7 +159,7 @@ impl GroupedPlan {
         self.problem
     }
 
-    /// Returns the tile's shape. An expert's last tile has only the rows that are left.
+    /// Returns the tile's shape. An expert's rows are divided evenly among as few such tiles as have room for them.
     #[must_use]
     pub fn shape(&self) -> TileShape {
         self.shape
@@ -204,13 +212,21 @@ fn check_problem(problem: GroupedProblem) -> Result<(), Error> {
     Ok(())
 }
 
-/// Returns the smallest shape with room for the rows of most experts, or else the largest shape.
+/// Returns the mean rows of an expert, and their likely deviation.
 ///
-/// With random routing, the rows of an expert have a standard deviation of about the root of their mean,
-/// and of 100 experts about one has 2.5 deviations more than the mean.
-fn fitting_shape(problem: GroupedProblem, expected_rows: usize) -> TileShape {
+/// With random routing, the standard deviation is about the root of the mean.
+fn mean_and_deviation(problem: GroupedProblem, expected_rows: usize) -> (f64, f64) {
     let mean = expected_rows as f64 / problem.experts.max(1) as f64;
-    let likely = if problem.experts > 1 { mean + 2.5 * mean.sqrt() } else { mean };
+    (mean, if problem.experts > 1 { mean.sqrt() } else { 0.0 })
+}
+
+/// Returns the smallest shape with room for the rows of most experts.
+/// If there is none, returns the shape that computes experts of random sizes in the least time.
+///
+/// Of 100 experts about one has 2.5 deviations more rows than the mean.
+fn fitting_shape(problem: GroupedProblem, expected_rows: usize) -> TileShape {
+    let (mean, deviation) = mean_and_deviation(problem, expected_rows);
+    let likely = mean + 2.5 * deviation;
     let fits = |shape: &&TileShape| {
         if shape.strips > 1 {
             return likely <= f64::from(shape.tokens);
@@ -219,7 +235,34 @@ fn fitting_shape(problem: GroupedProblem, expected_rows: usize) -> TileShape {
         // With a short K, each tile costs more than the bytes that it waits for, so there should be few.
         likely <= f64::from(shape.tokens / 2 + 1) && problem.k >= LEAST_K_OF_64_CHANNELS
     };
-    *GROUPED_SHAPES.iter().find(fits).unwrap_or(&GROUPED_SHAPES[GROUPED_SHAPES.len() - 1])
+    let largest = GROUPED_SHAPES[GROUPED_SHAPES.len() - 1];
+    let fitting = *GROUPED_SHAPES.iter().find(fits).unwrap_or(&largest);
+    if fitting != largest {
+        return fitting;
+    }
+    let cost = |shape: &TileShape| {
+        // Eight sizes that are equally likely.
+        let deviations = [-1.53, -0.89, -0.49, -0.16, 0.16, 0.49, 0.89, 1.53];
+        let costs = deviations.map(|by: f64| cost_of_rows(by.mul_add(deviation, mean), shape.tokens));
+        costs.iter().sum::<f64>()
+    };
+    let large = GROUPED_SHAPES.iter().filter(|shape| shape.moves_registers());
+    large.copied().min_by(|a, b| cost(a).total_cmp(&cost(b))).unwrap_or(largest)
+}
+
+/// Returns what an expert of `rows` rows costs in tiles of up to `tokens` tokens, in rows.
+fn cost_of_rows(rows: f64, tokens: u32) -> f64 {
+    let rows = rows.clamp(1.0, f64::from(i32::MAX)) as u32;
+    let tiles = f64::from(token_tiles(rows, tokens));
+    let products = f64::from(rows.next_multiple_of(WGMMA_ROW_STEP));
+    (tiles * ROWS_PER_TILE + products).max(tiles * LEAST_ROWS_PER_TILE)
+}
+
+/// Returns the thread blocks of a cluster, for tiles of this shape.
+fn fitting_cluster(problem: GroupedProblem, shape: TileShape, expected_rows: usize) -> u32 {
+    let (mean, _) = mean_and_deviation(problem, expected_rows);
+    let has_pairs = problem.n.div_ceil(shape.channels() as usize).is_multiple_of(2);
+    if has_pairs && LEAST_ROWS_OF_PAIRS.is_some_and(|least| mean >= least) { 2 } else { 1 }
 }
 
 #[cfg(test)]
@@ -236,7 +279,7 @@ mod tests {
         let tokens = |experts, rows| plan(experts, [rows, 4096, 7168]).shape().tokens;
         assert_eq!([1, 64, 1024, 2048].map(|rows| tokens(256, rows)), [32, 32, 32, 32]);
         assert_eq!([4096, 8192, 16_384, 32_768].map(|rows| tokens(256, rows)), [64, 64, 96, 160]);
-        assert_eq!([65_536, 1 << 20].map(|rows| tokens(256, rows)), [256, 256]);
+        assert_eq!([49_152, 65_536, 1 << 20].map(|rows| tokens(256, rows)), [256, 320, 320]);
         assert_eq!([16, 64, 100, 160, 1000].map(|rows| tokens(1, rows)), [32, 64, 160, 160, 256]);
         assert_eq!(plan(128, [8, 2048, 768]).shape().tokens, 64, "with a short K, fewer tiles");
     }

@@ -158,14 +158,16 @@ impl<'a, S: Shape> Epilogue<'a, S> {
         let thread = self.consumer.thread;
         // SAFETY: the arrays have n, n and m elements, and shared memory has room for each token and channel.
         unsafe {
-            seq_macro::seq!(HALF in 0..2 {
-                let token = thread + HALF * WARPGROUP;
-                let global = self.first_token + token;
-                copy_4_if(
-                    arguments.token_scales != 0 && token < S::SHAPE.tokens && global < arguments.m,
-                    self.token_scales + token * 4,
-                    arguments.token_scales + global as u64 * 4,
-                );
+            seq_macro::seq!(PART in 0..3 {
+                if const { PART < 2 || PART * WARPGROUP < S::SHAPE.tokens } {
+                    let token = thread + PART * WARPGROUP;
+                    let global = self.first_token + token;
+                    copy_4_if(
+                        arguments.token_scales != 0 && token < S::SHAPE.tokens && global < arguments.m,
+                        self.token_scales + token * 4,
+                        arguments.token_scales + global as u64 * 4,
+                    );
+                }
             });
             let channel = self.first_channel + thread;
             let valid = thread < BRICK_CHANNELS as u32 && channel < arguments.n;

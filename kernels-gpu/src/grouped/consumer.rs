@@ -1,26 +1,28 @@
 //! A consumer warpgroup of the grouped GEMM: multiplies its cluster's tiles and stores their results.
 //!
 //! Main loop, reduction and epilogue are those of the tiled GEMM.
-//! For the epilogue, an expert's tile is a tile of a GEMM that ends with the expert's last row.
+//! For the epilogue, a tile is the last one of a GEMM that ends with the tile's last row.
 
-use cuda_std::TensorMap;
+use cuda_std::{TensorMap, warp};
 use liquidgemm_format::arguments::{GemmArguments, GroupedArguments, WeightsArguments};
 use liquidgemm_format::ring::RingCursor;
 use liquidgemm_format::schedule::{Schedule, Segment};
+use liquidgemm_format::tile::{MAX_WGMMA_TOKENS, WARPGROUP};
 
 use super::first_strip;
-use super::table::{Tile, Tiles};
+use super::table::{FoundTile, Tile, Tiles};
 use crate::block::{Block, Consumer};
 use crate::dequant::LiquidQuant;
 use crate::epilogue::Epilogue;
 use crate::gemm::main_loop::{MainLoop, StageWalk};
-use crate::ptx::tma;
 use crate::ptx::wgmma::{Accumulator, Fitting, FragmentVisitor};
+use crate::ptx::{copy, hint, tma};
 use crate::reduce::warpgroup;
 use crate::shape::Shape;
 
 /// Runs a consumer, which computes a strip of 64 channels of every tile.
 /// With warpgroup split-K it computes half of the strip's K.
+/// It is for small tiles, which store their scales before the main loop, as in the tiled GEMM.
 ///
 /// # Safety
 /// The whole warpgroup calls it; the ring's barriers are initialized.
@@ -33,10 +35,7 @@ pub(super) unsafe fn consume<A: Fitting, S: Shape, const STAGES: u32>(
     consumer: Consumer,
     mut tiles: Tiles<'_>,
 ) {
-    let shape = S::SHAPE;
     let mut position = RingCursor::<STAGES>::start();
-    // As in the tiled GEMM, small tiles store their scales before the main loop.
-    let stores_scales_early = !shape.moves_registers();
     // SAFETY: the caller guarantees the arguments and the warpgroup.
     // All threads of the warpgroup take the same branches, because conditions depend on the tile alone.
     unsafe {
@@ -46,10 +45,8 @@ pub(super) unsafe fn consume<A: Fitting, S: Shape, const STAGES: u32>(
         while let Some(current) = tile {
             let gemm = gemm_of(arguments, current);
             let epilogue = epilogue_of(&gemm, output, block, current, consumer);
-            let mut accumulator = Fitted::<A>::for_rows(current.rows::<S>());
-            if stores_scales_early {
-                epilogue.store_scales(scales);
-            }
+            let mut accumulator = Fitted::<A>::for_rows(current.rows());
+            epilogue.store_scales(scales);
             // The rows of the next tile's expert arrive during the main loop.
             let found = tiles.find();
             let segment = Segment { tile: 0, k_begin: 0, k_end: arguments.schedule.k_iterations };
@@ -60,9 +57,6 @@ pub(super) unsafe fn consume<A: Fitting, S: Shape, const STAGES: u32>(
                 block,
                 consumer,
             );
-            if !stores_scales_early {
-                epilogue.store_scales(scales);
-            }
             tile = match found {
                 Some(found) => Some(found.tile::<S>(arguments)),
                 None => None,
@@ -73,6 +67,67 @@ pub(super) unsafe fn consume<A: Fitting, S: Shape, const STAGES: u32>(
             position = walk.leave();
             warpgroup::exchange(&mut accumulator, block, consumer);
             epilogue.store(&mut accumulator, None);
+        }
+    }
+    // The thread block's shared memory must last until the TMA stores have read it.
+    tma::await_stores::<0>();
+}
+
+/// As [`consume`], for large tiles, whose producer gives registers to the consumers.
+///
+/// Their accumulators leave few registers. So the next tile is found while the last MMAs run,
+/// scales are copied to shared memory without passing through registers,
+/// and what the epilogue derives from the thread's index is derived anew.
+///
+/// # Safety
+/// As for [`consume`].
+#[inline(always)]
+pub(super) unsafe fn consume_large<A: Fitting, S: Shape, const STAGES: u32>(
+    arguments: &GroupedArguments,
+    output: *const TensorMap,
+    block: Block<S>,
+    consumer: Consumer,
+    mut tiles: Tiles<'_>,
+) {
+    let mut position = RingCursor::<STAGES>::start();
+    let locates_early = S::SHAPE.tokens <= MAX_WGMMA_TOKENS;
+    let locate = |found: Option<FoundTile>| match found {
+        Some(found) => Some(found.tile::<S>(arguments)),
+        None => None,
+    };
+    // SAFETY: the caller guarantees the arguments and the warpgroup.
+    // All threads of the warpgroup take the same branches, because conditions depend on the tile alone.
+    unsafe {
+        let mut tile = tiles.next::<S>();
+        while let Some(current) = tile {
+            let gemm = gemm_of(arguments, current);
+            let epilogue = |thread: u32| {
+                let consumer = Consumer { thread: thread % WARPGROUP, ..consumer };
+                epilogue_of(&gemm, output, block, current, consumer)
+            };
+            epilogue(hint::thread_idx_anew()).copy_scales();
+            let mut accumulator = Fitted::<A>::for_rows(current.rows());
+            // The broadcast keeps the assembler from keeping values that derive from it for all tiles.
+            let k_iterations = warp::broadcast(arguments.schedule.k_iterations);
+            let walk = StageWalk::<LiquidQuant, S, STAGES>::accumulate(
+                &mut accumulator,
+                position,
+                Segment { tile: 0, k_begin: 0, k_end: k_iterations },
+                block,
+                consumer,
+            );
+            // The last MMAs run for longer than this takes.
+            // The very largest tiles have no registers yet for the divisions that locate the tile.
+            let found = tiles.find();
+            if locates_early {
+                tile = locate(found);
+            }
+            position = walk.leave();
+            copy::await_groups::<0>();
+            epilogue(hint::thread_idx_anew()).store(&mut accumulator, None);
+            if !locates_early {
+                tile = locate(found);
+            }
         }
     }
     // The thread block's shared memory must last until the TMA stores have read it.
@@ -139,7 +194,7 @@ impl<A: Fitting> Accumulator for Fitted<A> {
 
 /// Returns the GEMM that a tile belongs to, as far as the epilogue needs it.
 ///
-/// Its tokens are all rows up to the expert's last one, and its channels are the expert's.
+/// Its tokens are all rows up to the tile's last one, and its channels are the expert's.
 #[inline(always)]
 fn gemm_of(arguments: &GroupedArguments, tile: Tile) -> GemmArguments {
     let first_f32 = (tile.expert as u64 * arguments.n as u64) * 4;

@@ -22,7 +22,7 @@ use crate::block::{Block, Consumer};
 use crate::ptx::wgmma::Fitting;
 use crate::ptx::{grid, registers, tma};
 use crate::shape::Shape;
-use consumer::consume;
+use consumer::{consume, consume_large};
 use producer::{BoxMaps, produce_activations, produce_bricks};
 use table::{ExpertTable, Tiles};
 
@@ -95,7 +95,13 @@ pub unsafe fn grouped<A: Fitting, S: Shape, const STAGES: u32>(
         }
         let consumer = Consumer::of_warpgroup(warpgroup, thread, shape);
         // SAFETY: the whole warpgroup executes this; the caller guarantees the arguments.
-        unsafe { consume::<A, S, STAGES>(arguments, output, block, consumer, tiles) };
+        unsafe {
+            if shape.moves_registers() {
+                consume_large::<A, S, STAGES>(arguments, output, block, consumer, tiles);
+            } else {
+                consume::<A, S, STAGES>(arguments, output, block, consumer, tiles);
+            }
+        }
     }
     if cluster.blocks > 1 {
         // The cluster's other thread block may still send activations to this one, or arrive on its barriers.

@@ -115,7 +115,7 @@ pub(super) unsafe fn produce_activations<S: Shape, const STAGES: u32>(
     let mut ring = RingCursor::<STAGES>::start();
     // SAFETY: the caller guarantees the arguments and the warp.
     while let Some(tile) = unsafe { tiles.next::<S>() } {
-        let rows = tile.rows::<S>();
+        let rows = tile.rows();
         let bytes = rows.next_multiple_of(BOX_ROW_STEP) * K_TILE;
         let (first, part) = loaded_part(rows, cluster.blocks, cluster.rank);
         let first_box = part.min(MAX_BOX_ROWS);

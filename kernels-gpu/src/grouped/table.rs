@@ -1,13 +1,12 @@
 //! The table of experts in shared memory, and the search for a cluster's tiles in it.
 //!
-//! For each expert the table has the numbers of whole and of partial token tiles up to its last one.
+//! For each expert the table has the number of token tiles up to its last one.
 //! Each warp adds up those of 32 experts at a time;
 //! with more than 32 experts, a second pass adds those of the experts before.
 
 use cuda_std::{cluster, thread, warp};
 use liquidgemm_format::arguments::GroupedArguments;
-use liquidgemm_format::grouped::{CHUNK_EXPERTS, MAX_EXPERTS, TokenTiles, Turns, status};
-use liquidgemm_format::schedule::TilePosition;
+use liquidgemm_format::grouped::{CHUNK_EXPERTS, MAX_EXPERTS, Turns, status, tile_rows, token_tiles};
 
 use crate::ptx::memory::{load_global_if, load_shared, store_global, store_shared};
 use crate::shape::Shape;
@@ -17,10 +16,10 @@ const _: () = assert!(CHUNK_EXPERTS == warp::WARP_SIZE, "one expert for each lan
 /// A filled table of experts.
 #[derive(Clone, Copy)]
 pub(super) struct ExpertTable {
-    /// Its address in shared memory: [`TokenTiles`] for each expert, then for each chunk of experts.
+    /// Its address in shared memory: token tiles up to each expert's last one, then those of each chunk of experts.
     address: u32,
     /// The token tiles of all experts.
-    totals: TokenTiles,
+    total: u32,
 }
 
 /// Loads the entries of `expert` in the index: its own and, if the rows are contiguous, the next.
@@ -62,8 +61,7 @@ impl ExpertTable {
                 let [first, second] = load_index(arguments, expert);
                 let rows = schedule.layout.rows_of(expert, first.cast_signed(), second.cast_signed());
                 is_limited |= !rows.is_valid;
-                let tiles = TokenTiles::of_rows(rows.end - rows.begin, S::SHAPE.tokens);
-                let end = warp::inclusive_sum(tiles.0);
+                let end = warp::inclusive_sum(token_tiles(rows.end - rows.begin, S::SHAPE.tokens));
                 store_shared(place(chunk), end);
                 // All lanes store the same number.
                 store_shared(totals + chunk * 4, warp::broadcast_from(end, warp::WARP_SIZE - 1));
@@ -92,8 +90,8 @@ impl ExpertTable {
             thread::sync_threads();
         }
         // SAFETY: there is at least one expert, and its entry was stored before the barrier.
-        let totals = unsafe { load_shared(address + (experts - 1) * 4) };
-        Self { address, totals: TokenTiles(warp::broadcast(totals)) }
+        let total = unsafe { load_shared(address + (experts - 1) * 4) };
+        Self { address, total: warp::broadcast(total) }
     }
 }
 
@@ -105,15 +103,15 @@ pub(super) struct Tile {
     pub(super) channel_tile: u32,
     /// The tile's first row.
     pub(super) first_row: u32,
-    /// One past the expert's last row, which is behind `first_row`.
+    /// One past the tile's last row, which is behind `first_row`.
     pub(super) end_row: u32,
 }
 
 impl Tile {
-    /// Returns the number of the tile's rows, from 1 to the tokens of `S`.
+    /// Returns the number of the tile's rows, from 1 to the tokens of its shape.
     #[inline(always)]
-    pub(super) fn rows<S: Shape>(self) -> u32 {
-        (self.end_row - self.first_row).min(S::SHAPE.tokens)
+    pub(super) fn rows(self) -> u32 {
+        self.end_row - self.first_row
     }
 }
 
@@ -123,10 +121,8 @@ impl Tile {
 #[derive(Clone, Copy)]
 pub(super) struct FoundTile {
     expert: u32,
-    /// The tile's number among the tiles of its kind of the expert.
+    /// The tile's number among the tiles of the expert.
     tile: u32,
-    /// Whether it has fewer rows than a whole tile.
-    is_partial: bool,
     index: [u32; 2],
 }
 
@@ -137,101 +133,28 @@ impl FoundTile {
         let schedule = &arguments.schedule;
         let [first, second] = self.index;
         let rows = schedule.layout.rows_of(self.expert, first.cast_signed(), second.cast_signed());
-        let whole = TokenTiles::of_rows(rows.end - rows.begin, S::SHAPE.tokens).count(false);
-        let position = if self.is_partial {
-            TilePosition { channel_tile: self.tile, token_tile: whole }
-        } else {
-            schedule.position(self.tile, whole)
-        };
+        let count = rows.end - rows.begin;
+        let tiles = token_tiles(count, S::SHAPE.tokens);
+        let position = schedule.position(self.tile, tiles);
+        let (first, end) = tile_rows(count, tiles, position.token_tile);
         Tile {
             expert: self.expert,
             channel_tile: warp::broadcast(position.channel_tile),
-            first_row: warp::broadcast(rows.begin + position.token_tile * S::SHAPE.tokens),
-            end_row: warp::broadcast(rows.end),
-        }
-    }
-}
-
-/// A way through the tiles of one kind, whole or partial, of a cluster.
-#[derive(Clone, Copy)]
-struct Cursor<const PARTIAL: bool> {
-    turns: Turns,
-    /// The first expert of the chunk in which the search for the next tile begins.
-    chunk: u32,
-    /// The expert of the next tile, or `u32::MAX` if there is none.
-    expert: u32,
-    /// The number of the next tile among the tiles of its kind of all experts.
-    tile: u32,
-}
-
-impl<const PARTIAL: bool> Cursor<PARTIAL> {
-    /// Returns the way of cluster `cluster`, at its first tile.
-    #[inline(always)]
-    fn new(arguments: &GroupedArguments, table: ExpertTable, cluster: u32) -> Self {
-        let turns = arguments.schedule.turns_from(cluster, Self::first(arguments, table));
-        let mut cursor = Self { turns, chunk: 0, expert: 0, tile: 0 };
-        cursor.advance(arguments, table);
-        cursor
-    }
-
-    /// Returns the first turn of the kind. The turns of partial tiles follow those of whole ones.
-    #[inline(always)]
-    fn first(arguments: &GroupedArguments, table: ExpertTable) -> u32 {
-        if PARTIAL { table.totals.count(false) * arguments.schedule.channel_tiles } else { 0 }
-    }
-
-    /// Goes on to the cluster's next tile.
-    ///
-    /// The tiles ascend, so the search for the expert goes on where the last one ended.
-    #[inline(always)]
-    fn advance(&mut self, arguments: &GroupedArguments, table: ExpertTable) {
-        let schedule = &arguments.schedule;
-        self.tile = warp::broadcast(self.turns.next() - Self::first(arguments, table));
-        if self.tile >= table.totals.count(PARTIAL) * schedule.channel_tiles {
-            self.expert = u32::MAX;
-            return;
-        }
-        let mut passed = self.passed(arguments, table);
-        while passed == CHUNK_EXPERTS && self.chunk + CHUNK_EXPERTS < schedule.layout.experts {
-            self.chunk += CHUNK_EXPERTS;
-            passed = self.passed(arguments, table);
-        }
-        self.expert = warp::broadcast(self.chunk + passed);
-    }
-
-    /// Returns how many experts of the chunk end at or before the tile.
-    #[inline(always)]
-    fn passed(&self, arguments: &GroupedArguments, table: ExpertTable) -> u32 {
-        let end = table.end::<PARTIAL>(arguments, self.chunk + warp::lane_id());
-        warp::ballot(end <= self.tile).count_ones()
-    }
-
-    /// Returns the next tile, and begins to load its expert's rows.
-    ///
-    /// # Safety
-    /// There is a next tile; the arguments' index is valid.
-    #[inline(always)]
-    unsafe fn found(&self, arguments: &GroupedArguments, table: ExpertTable) -> FoundTile {
-        let begin = if self.expert == 0 { 0 } else { table.end::<PARTIAL>(arguments, self.expert - 1) };
-        FoundTile {
-            expert: self.expert,
-            tile: self.tile - begin,
-            is_partial: PARTIAL,
-            // SAFETY: the caller guarantees the index.
-            index: unsafe { load_index(arguments, self.expert) },
+            first_row: warp::broadcast(rows.begin + first),
+            end_row: warp::broadcast(rows.begin + end),
         }
     }
 }
 
 impl ExpertTable {
-    /// Returns the number of tiles of a kind up to the last one of `expert`.
+    /// Returns the number of tiles up to the last one of `expert`.
     ///
     /// The table has whole chunks of experts.
     #[inline(always)]
-    fn end<const PARTIAL: bool>(self, arguments: &GroupedArguments, expert: u32) -> u32 {
+    fn end(self, arguments: &GroupedArguments, expert: u32) -> u32 {
         // SAFETY: the expert's chunk was stored before the last barrier.
-        let tiles = TokenTiles(unsafe { load_shared(self.address + expert * 4) });
-        tiles.count(PARTIAL) * arguments.schedule.channel_tiles
+        let token_tiles = unsafe { load_shared(self.address + expert * 4) };
+        token_tiles * arguments.schedule.channel_tiles
     }
 }
 
@@ -240,46 +163,48 @@ impl ExpertTable {
 pub(super) struct Tiles<'a> {
     arguments: &'a GroupedArguments,
     table: ExpertTable,
-    whole: Cursor<false>,
-    partial: Cursor<true>,
+    turns: Turns,
+    /// The first expert of the chunk in which the search for the next tile begins.
+    chunk: u32,
 }
 
 impl<'a> Tiles<'a> {
-    /// Returns the tiles of cluster `cluster`. A whole warp calls it, converged.
+    /// Returns the tiles of cluster `cluster`.
     #[inline(always)]
     pub(super) fn new(arguments: &'a GroupedArguments, table: ExpertTable, cluster: u32) -> Self {
-        Self {
-            arguments,
-            table,
-            whole: Cursor::new(arguments, table, cluster),
-            partial: Cursor::new(arguments, table, cluster),
-        }
+        Self { arguments, table, turns: arguments.schedule.turns(cluster), chunk: 0 }
     }
 
     /// Finds the cluster's next tile, and begins to load its expert's rows.
     ///
-    /// The tiles come in the order of their experts, and the whole ones of an expert before its partial ones.
+    /// The tiles ascend, so the search for the expert goes on where the last one ended.
     ///
     /// # Safety
     /// A whole warp calls it, converged; the arguments' index is valid.
     #[inline(always)]
     pub(super) unsafe fn find(&mut self) -> Option<FoundTile> {
         let (arguments, table) = (self.arguments, self.table);
-        if self.whole.expert.min(self.partial.expert) == u32::MAX {
+        let tile = warp::broadcast(self.turns.next());
+        if tile >= table.total * arguments.schedule.channel_tiles {
             return None;
         }
-        // SAFETY: there is a next tile; the caller guarantees the index.
-        unsafe {
-            if self.whole.expert <= self.partial.expert {
-                let found = self.whole.found(arguments, table);
-                self.whole.advance(arguments, table);
-                Some(found)
-            } else {
-                let found = self.partial.found(arguments, table);
-                self.partial.advance(arguments, table);
-                Some(found)
-            }
+        let mut passed = self.passed(tile);
+        while passed == CHUNK_EXPERTS && self.chunk + CHUNK_EXPERTS < arguments.schedule.layout.experts {
+            self.chunk += CHUNK_EXPERTS;
+            passed = self.passed(tile);
         }
+        let expert = warp::broadcast(self.chunk + passed);
+        let begin = if expert == 0 { 0 } else { table.end(arguments, expert - 1) };
+        // SAFETY: the caller guarantees the index.
+        let index = unsafe { load_index(arguments, expert) };
+        Some(FoundTile { expert, tile: tile - begin, index })
+    }
+
+    /// Returns how many experts of the chunk end at or before `tile`.
+    #[inline(always)]
+    fn passed(&self, tile: u32) -> u32 {
+        let end = self.table.end(self.arguments, self.chunk + warp::lane_id());
+        warp::ballot(end <= tile).count_ones()
     }
 
     /// Returns the cluster's next tile.

@@ -312,6 +312,74 @@ accumulator!(Accumulator224, 224, 28);
 accumulator!(Accumulator240, 240, 30);
 accumulator!(Accumulator256, 256, 32);
 
+/// Two accumulators, the second one of the tokens behind those of the first.
+///
+/// It is for tiles with more tokens than the largest n of an instruction.
+pub struct Pair<A, B>(A, B);
+
+impl<A: Accumulator, B: Accumulator> Pair<A, B> {
+    /// The difference between the descriptors of the second accumulator's tokens and of the first one's.
+    const STEP: u32 = descriptor_step(A::TOKENS * ROW_BYTES);
+}
+
+/// Bytes of a token in a tile with 128-byte swizzle.
+const ROW_BYTES: u32 = 128;
+
+impl HasAccumulator for Tokens<320> {
+    type Accumulator = Pair<Accumulator160, Accumulator160>;
+}
+
+impl<A: Accumulator, B: Accumulator> Accumulator for Pair<A, B> {
+    const TOKENS: u32 = A::TOKENS + B::TOKENS;
+
+    #[inline(always)]
+    fn zero() -> Self {
+        Self(A::zero(), B::zero())
+    }
+
+    #[inline(always)]
+    fn arbitrary() -> Self {
+        Self(A::arbitrary(), B::arbitrary())
+    }
+
+    #[inline(always)]
+    unsafe fn multiply_accumulate(&mut self, a: [u32; 4], descriptor: u32, accumulate: bool) {
+        // SAFETY: the caller guarantees the same.
+        unsafe {
+            self.0.multiply_accumulate(a, descriptor, accumulate);
+            self.1.multiply_accumulate(a, descriptor + Self::STEP, accumulate);
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn multiply_accumulate_shared(&mut self, a: u32, descriptor: u32, accumulate: bool) {
+        // SAFETY: the caller guarantees the same.
+        unsafe {
+            self.0.multiply_accumulate_shared(a, descriptor, accumulate);
+            self.1.multiply_accumulate_shared(a, descriptor + Self::STEP, accumulate);
+        }
+    }
+
+    #[inline(always)]
+    fn visit(&mut self, visitor: &mut impl FragmentVisitor) {
+        self.0.visit(visitor);
+        self.1.visit(&mut Behind { visitor, fragments: A::TOKENS / 8 });
+    }
+}
+
+/// A visitor of fragments that lie behind `fragments` others.
+struct Behind<'a, V> {
+    visitor: &'a mut V,
+    fragments: u32,
+}
+
+impl<V: FragmentVisitor> FragmentVisitor for Behind<'_, V> {
+    #[inline(always)]
+    fn fragment(&mut self, j: u32, sums: &mut [i32; 4]) {
+        self.visitor.fragment(self.fragments + j, sums);
+    }
+}
+
 /// An accumulator that can be multiplied for its first tokens only.
 pub trait Fitting: Accumulator {
     /// As [`multiply_accumulate_along`](Accumulator::multiply_accumulate_along) and [`commit`],
@@ -334,7 +402,17 @@ pub trait Fitting: Accumulator {
 /// The text of one wgmma with n = `$n` on the first `$blocks` fragments of the accumulator.
 ///
 /// Its A operand is the registers named `$a` with a digit.
+/// With `second` it is on the fragments of a pair's second accumulator.
 macro_rules! fitting_instruction {
+    (second $n:tt, $blocks:tt, $a:literal, $tile:literal, $accumulate:literal) => {
+        seq!(J in 1..$blocks {
+            concat!(
+                "wgmma.mma_async.sync.aligned.m64n", $n, "k32.s32.s8.s8 {{{e0}, {f0}, {g0}, {h0}",
+                #( ", {e", J, "}, {f", J, "}, {g", J, "}, {h", J, "}", )*
+                "}}, {{{", $a, "0}, {", $a, "1}, {", $a, "2}, {", $a, "3}}}, ", $tile, ", ", $accumulate, ";"
+            )
+        })
+    };
     ($n:tt, $blocks:tt, $a:literal, $tile:literal, $accumulate:literal) => {
         seq!(J in 1..$blocks {
             concat!(
@@ -496,4 +574,118 @@ fitting!(Accumulator32, 4, 2: (32, 4, 16), (16, 2, 0));
 fitting!(Accumulator64, 8, 4: (64, 8, 32), (32, 4, 0));
 fitting!(Accumulator96, 12, 4: (96, 12, 32), (32, 4, 0));
 fitting!(Accumulator160, 20, 4: (160, 20, 128), (128, 16, 96), (96, 12, 32), (32, 4, 0));
-fitting!(Accumulator256, 32, 4: (256, 32, 224), (224, 28, 192), (192, 24, 160), (160, 20, 128), (128, 16, 96), (96, 12, 64), (64, 8, 32), (32, 4, 0));
+fitting!(Accumulator256, 32, 4: (256, 32, 240), (240, 30, 224), (224, 28, 208), (208, 26, 192), (192, 24, 176), (176, 22, 160), (160, 20, 144), (144, 18, 128), (128, 16, 96), (96, 12, 64), (64, 8, 32), (32, 4, 0));
+
+/// Implements [`Fitting`] for the pair of two accumulators of 160 tokens, with four A operands.
+///
+/// In parentheses are the tokens that a branch has room for, the n of the instructions on the second accumulator,
+/// its fragments, and the next fewer tokens. Behind the semicolon are the branches
+/// for the first accumulator alone, as in `fitting!`.
+macro_rules! fitting_pair {
+    ($(($tokens:tt, $n:tt, $blocks_behind:tt, $smaller:tt)),*; $(($alone:tt, $blocks:tt, $smaller_alone:tt)),*) => {
+        const _: () = assert!(descends(160, &[$(($alone, $blocks, $smaller_alone)),*]));
+        $(const _: () = assert!($tokens == 160 + $n && $blocks_behind * 8 == $n && $smaller < $tokens && $smaller >= 160);)*
+
+        impl Fitting for Pair<Accumulator160, Accumulator160> {
+            #[allow(named_asm_labels)]
+            #[inline(always)]
+            unsafe fn multiply_accumulate_fitting<const COUNT: usize>(
+                &mut self,
+                rows: u32,
+                a: [[u32; 4]; COUNT],
+                descriptor: u32,
+                accumulate: bool,
+            ) {
+                let a = |index: usize| if index < COUNT { a[index] } else { a[0] };
+                let a = [a(0), a(1), a(2), a(3)];
+                let tile = |index: u32| descriptor + index * DESCRIPTOR_K32;
+                let Self(first, second) = self;
+                seq!(J in 1..20 {
+                    // SAFETY: the caller guarantees the warpgroup and the descriptor.
+                    unsafe {
+                        asm!(
+                            "{{",
+                            ".reg .pred accumulate, always, fits;",
+                            ".reg .b64 tile0, tile1, tile2, tile3, behind0, behind1, behind2, behind3;",
+                            "setp.ne.b32 accumulate, {accumulate}, 0;",
+                            "setp.eq.b32 always, 0, 0;",
+                            "mov.b64 tile0, {{{lower0}, {upper}}};",
+                            "mov.b64 tile1, {{{lower1}, {upper}}};",
+                            "mov.b64 tile2, {{{lower2}, {upper}}};",
+                            "mov.b64 tile3, {{{lower3}, {upper}}};",
+                            "add.s64 behind0, tile0, {step};",
+                            "add.s64 behind1, tile1, {step};",
+                            "add.s64 behind2, tile2, {step};",
+                            "add.s64 behind3, tile3, {step};",
+                            $(
+                                concat!("setp.le.u32 fits, {rows}, ", $smaller, ";"),
+                                concat!("@fits bra.uni below_", $tokens, ";"),
+                                fitting_instruction!(160, 20, "w", "tile0", "accumulate"),
+                                fitting_instruction!(second $n, $blocks_behind, "w", "behind0", "accumulate"),
+                                fitting_instruction!(160, 20, "x", "tile1", "always"),
+                                fitting_instruction!(second $n, $blocks_behind, "x", "behind1", "always"),
+                                fitting_instruction!(160, 20, "y", "tile2", "always"),
+                                fitting_instruction!(second $n, $blocks_behind, "y", "behind2", "always"),
+                                fitting_instruction!(160, 20, "z", "tile3", "always"),
+                                fitting_instruction!(second $n, $blocks_behind, "z", "behind3", "always"),
+                                "wgmma.commit_group.sync.aligned;",
+                                "bra.uni done;",
+                                concat!("below_", $tokens, ":"),
+                            )*
+                            $(
+                                concat!("setp.le.u32 fits, {rows}, ", $smaller_alone, ";"),
+                                concat!("@fits bra.uni below_", $alone, ";"),
+                                fitting_instruction!($alone, $blocks, "w", "tile0", "accumulate"),
+                                fitting_instruction!($alone, $blocks, "x", "tile1", "always"),
+                                fitting_instruction!($alone, $blocks, "y", "tile2", "always"),
+                                fitting_instruction!($alone, $blocks, "z", "tile3", "always"),
+                                "wgmma.commit_group.sync.aligned;",
+                                "bra.uni done;",
+                                concat!("below_", $alone, ":"),
+                            )*
+                            "done:",
+                            "}}",
+                            a0 = inout(reg32) first.0[0][0],
+                            b0 = inout(reg32) first.0[0][1],
+                            c0 = inout(reg32) first.0[0][2],
+                            d0 = inout(reg32) first.0[0][3],
+                            e0 = inout(reg32) second.0[0][0],
+                            f0 = inout(reg32) second.0[0][1],
+                            g0 = inout(reg32) second.0[0][2],
+                            h0 = inout(reg32) second.0[0][3],
+                            #(
+                                a~J = inout(reg32) first.0[J][0],
+                                b~J = inout(reg32) first.0[J][1],
+                                c~J = inout(reg32) first.0[J][2],
+                                d~J = inout(reg32) first.0[J][3],
+                                e~J = inout(reg32) second.0[J][0],
+                                f~J = inout(reg32) second.0[J][1],
+                                g~J = inout(reg32) second.0[J][2],
+                                h~J = inout(reg32) second.0[J][3],
+                            )*
+                            w0 = in(reg32) a[0][0], w1 = in(reg32) a[0][1], w2 = in(reg32) a[0][2], w3 = in(reg32) a[0][3],
+                            x0 = in(reg32) a[1][0], x1 = in(reg32) a[1][1], x2 = in(reg32) a[1][2], x3 = in(reg32) a[1][3],
+                            y0 = in(reg32) a[2][0], y1 = in(reg32) a[2][1], y2 = in(reg32) a[2][2], y3 = in(reg32) a[2][3],
+                            z0 = in(reg32) a[3][0], z1 = in(reg32) a[3][1], z2 = in(reg32) a[3][2], z3 = in(reg32) a[3][3],
+                            accumulate = in(reg32) u32::from(accumulate),
+                            rows = in(reg32) rows,
+                            lower0 = in(reg32) tile(0),
+                            lower1 = in(reg32) tile(1),
+                            lower2 = in(reg32) tile(2),
+                            lower3 = in(reg32) tile(3),
+                            upper = const DESCRIPTOR_UPPER,
+                            step = const Self::STEP,
+                            options(nostack)
+                        );
+                    }
+                });
+            }
+        }
+    };
+}
+
+fitting_pair!(
+    (320, 160, 20, 304), (304, 144, 18, 288), (288, 128, 16, 272), (272, 112, 14, 256),
+    (256, 96, 12, 240), (240, 80, 10, 224), (224, 64, 8, 192), (192, 32, 4, 160);
+    (160, 20, 128), (128, 16, 96), (96, 12, 64), (64, 8, 32), (32, 4, 0)
+);

@@ -7,11 +7,11 @@
 use std::fmt;
 use std::ops::Range;
 
-use liquidgemm_format::activations::{CODE_ALIGNMENT, CODE_LIMIT};
-use liquidgemm_format::rounding::{round_clamped, scale_of};
+use liquidgemm_format::activations::{CODE_ALIGNMENT, RowScale};
 use rayon::prelude::*;
 
 use crate::check::{check_finite, check_k, check_length, checked_elements};
+use crate::cpu::arithmetic::{Host, max_magnitude, with_fma, write_codes};
 use crate::packed::PackedSizes;
 use crate::{Error, Float, Group};
 
@@ -34,7 +34,7 @@ impl QuantizedActivations {
     /// - `scale = max|x| / 127` in f32.
     ///   A subnormal quotient may be rounded down so far that the largest value would be clipped;
     ///   the scale is then the next larger f32.
-    /// - `code = clamp(rne(x / scale), −127, 127)`, where `rne` rounds to nearest, ties to even.
+    /// - `code = clamp(rne(x · rn(1 / scale)), −127, 127)`, where `rne` rounds the exact product to nearest, ties to even.
     /// - A token of zeros has scale 0 and codes 0.
     ///
     /// `m` may be 0.
@@ -324,13 +324,9 @@ fn quantize_rows<T: Float>(
 
 /// Quantizes one token and returns its scale.
 fn quantize_row(values: &[f32], codes: &mut [i8]) -> f32 {
-    let scale = scale_of(values.iter().fold(0.0f32, |max, x| max.max(x.abs())), CODE_LIMIT);
-    if scale == 0.0 {
-        codes.fill(0);
-        return 0.0;
-    }
-    for (code, x) in codes.iter_mut().zip(values) {
-        *code = round_clamped(x / scale, CODE_LIMIT) as i8;
-    }
-    scale
+    with_fma(|| {
+        let scale = RowScale::new::<Host>(max_magnitude(values), None, None);
+        write_codes(scale, values, codes);
+        scale.get()
+    })
 }

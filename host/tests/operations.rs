@@ -19,7 +19,9 @@ fn by_definition(rows: &[Vec<f32>]) -> (Vec<i8>, Vec<f32>) {
     let mut scales = Vec::new();
     for row in rows {
         let scale = row.iter().fold(0.0f32, |max, x| max.max(x.abs())) / 127.0;
-        codes.extend(row.iter().map(|x| (x / scale).round_ties_even().clamp(-127.0, 127.0) as i8));
+        // The product is exact in f64, and rounded once.
+        let product = |x: f32| f64::from(x) * f64::from(1.0 / scale);
+        codes.extend(row.iter().map(|&x| product(x).round_ties_even().clamp(-127.0, 127.0) as i8));
         scales.push(scale);
     }
     (codes, scales)
@@ -37,12 +39,22 @@ fn expect(activations: &QuantizedActivations, rows: &[Vec<f32>]) {
 
 /// The sum in the documented order, written as a recursion.
 fn sum(values: &[f32]) -> f32 {
+    sum_of(values, |[a, b, c, d, e, f, g, h]| ((a + b) + (c + d)) + ((e + f) + (g + h)))
+}
+
+/// The sum of squares in the documented order.
+fn sum_of_squares(values: &[f32]) -> f32 {
+    sum_of(values, |[a, b, c, d, e, f, g, h]| {
+        let chain = |[a, b, c, d]: [f32; 4]| d.mul_add(d, c.mul_add(c, b.mul_add(b, a * a)));
+        chain([a, c, e, g]) + chain([b, d, f, h])
+    })
+}
+
+/// The sum of all vectors' sums in the documented order.
+fn sum_of(values: &[f32], of_vector: fn([f32; 8]) -> f32) -> f32 {
     let mut vectors: Vec<f32> = values
         .chunks(8)
-        .map(|vector| {
-            let at = |i: usize| vector.get(i).copied().unwrap_or(0.0);
-            ((at(0) + at(1)) + (at(2) + at(3))) + ((at(4) + at(5)) + (at(6) + at(7)))
-        })
+        .map(|vector| of_vector(std::array::from_fn(|i| vector.get(i).copied().unwrap_or(0.0))))
         .collect();
     // Vectors of the same lane follow one another at a distance of 4,096.
     let rest = vectors.split_off(vectors.len().min(4096));
@@ -94,23 +106,21 @@ fn norms_follow_their_formulas_operation_by_operation() {
             cpu::quantize(&QuantizeInput { operation, ..QuantizeInput::new(&input, m, k) }, None).unwrap()
         };
 
-        let squares = |row: &[f32]| sum(&row.iter().map(|x| x * x).collect::<Vec<_>>());
-        let inverse = |sum: f32| 1.0 / (sum / k as f32 + epsilon).sqrt();
-        let expected: Vec<Vec<f32>> = rows
-            .iter()
-            .map(|row| {
-                let inverse = inverse(squares(row));
-                row.iter().zip(&weight).map(|(x, w)| x * inverse * w.to_f32()).collect()
-            })
-            .collect();
-        expect(&with(Operation::RmsNorm { weight: &weight, epsilon }), &expected);
+        let deviation = |row: &[f32]| (sum_of_squares(row) * (1.0 / k as f32) + epsilon).sqrt();
+        let weighted: Vec<Vec<f32>> =
+            rows.iter().map(|row| row.iter().zip(&weight).map(|(x, w)| x * w.to_f32()).collect()).collect();
+        let (expected, scales) = by_definition(&weighted);
+        let scales: Vec<f32> = scales.iter().zip(&rows).map(|(scale, row)| scale / deviation(row)).collect();
+        let actual = with(Operation::RmsNorm { weight: &weight, epsilon });
+        assert_eq!(actual.scales(), scales);
+        assert_eq!(codes(&actual), expected);
 
         let expected: Vec<Vec<f32>> = rows
             .iter()
             .map(|row| {
-                let mean = sum(row) / k as f32;
+                let mean = sum(row) * (1.0 / k as f32);
                 let centred: Vec<f32> = row.iter().map(|x| x - mean).collect();
-                let inverse = inverse(squares(&centred));
+                let inverse = 1.0 / deviation(&centred);
                 let scaled = centred.iter().zip(&weight).map(|(x, w)| x * inverse * w.to_f32());
                 scaled.zip(&bias).map(|(x, b)| x + b.to_f32()).collect()
             })

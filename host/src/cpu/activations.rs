@@ -3,11 +3,11 @@
 //! `liquidgemm_format::activations` defines the arithmetic; the kernels are in `kernels-gpu/src/activations`.
 
 use liquidgemm_format::activations::{
-    Arithmetic, CODE_LIMIT, LANES, VECTOR, activate, inverse_deviation, sum_of_vector,
+    LANES, RowScale, VECTOR, activate, inverse_deviation, sum_of_squares, sum_of_vector, variance,
 };
-use liquidgemm_format::rounding::{round_clamped, scale_of};
 use rayon::prelude::*;
 
+use super::arithmetic::{Host, max_magnitude, with_fma, write_codes};
 use crate::check::{check_k, check_length, check_rows};
 use crate::operation::{GateOrder, Gather, Half, Operation, Scaling};
 use crate::{Error, QuantizedActivations};
@@ -60,8 +60,9 @@ pub struct Residual<'a, T> {
 
 /// Quantizes rows of activations to int8, after an operation.
 ///
-/// A value y of a row gets the code `clamp(rne(y / scale), −127, 127)`.
-/// A row's own scale is that of [`QuantizedActivations::quantize`].
+/// A row's own scale and the codes of its values are those of [`QuantizedActivations::quantize`].
+/// After RMSNorm, `(x · weight) / √(mean(x²) + epsilon)`, the codes are those of the dividends `x · weight`,
+/// and the scale is theirs, divided by the divisor, which the row's values have in common.
 ///
 /// A row with a NaN or infinite value, before or after the operation, gets the scale NaN and codes 0,
 /// so that its products are NaN and those of other rows are not affected.
@@ -84,15 +85,22 @@ pub fn quantize<T: Half>(
     let (mut data, stride) = QuantizedActivations::padded(m, k)?;
     let mut scales = vec![0.0; m];
     let rows = data.par_chunks_exact_mut(stride).zip(scales.par_iter_mut()).enumerate();
+    let quantize_row = |values: &mut Vec<f32>, row, residual: Option<&mut [T]>, codes: &mut [i8]| {
+        with_fma(|| {
+            let scale = operate(input, row, residual, values);
+            write_codes(scale, values, &mut codes[..k]);
+            scale.get()
+        })
+    };
     match residual {
         None => rows.for_each_init(Vec::new, |values, (row, (codes, scale))| {
-            quantize_row(input, row, None, values, &mut codes[..k], scale);
+            *scale = quantize_row(values, row, None, codes);
         }),
         Some(residual) => {
             rows.zip(residual.data.par_chunks_mut(residual.stride)).for_each_init(
                 Vec::new,
                 |values, ((row, (codes, scale)), residual)| {
-                    quantize_row(input, row, Some(&mut residual[..k]), values, &mut codes[..k], scale);
+                    *scale = quantize_row(values, row, Some(&mut residual[..k]), codes);
                 },
             );
         }
@@ -134,148 +142,107 @@ fn check<T: Half>(input: &QuantizeInput<'_, T>, residual: Option<&Residual<'_, T
     Ok(())
 }
 
-/// Quantizes row `row`, with the CPU's fused multiply-add if it has one.
-fn quantize_row<T: Half>(
-    input: &QuantizeInput<'_, T>,
-    row: usize,
-    residual: Option<&mut [T]>,
-    values: &mut Vec<f32>,
-    codes: &mut [i8],
-    scale: &mut f32,
-) {
-    #[cfg(target_arch = "x86_64")]
-    {
-        /// [`quantize_row_in`], compiled for AVX2 and FMA.
-        #[target_feature(enable = "avx2,fma")]
-        fn with_fma<T: Half>(
-            input: &QuantizeInput<'_, T>,
-            row: usize,
-            residual: Option<&mut [T]>,
-            values: &mut Vec<f32>,
-            codes: &mut [i8],
-            scale: &mut f32,
-        ) {
-            quantize_row_in(input, row, residual, values, codes, scale);
-        }
-        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-            // SAFETY: the CPU has both features.
-            return unsafe { with_fma(input, row, residual, values, codes, scale) };
-        }
-    }
-    quantize_row_in(input, row, residual, values, codes, scale);
-}
-
-/// Quantizes row `row`. `values` is scratch memory.
-#[inline(always)]
-fn quantize_row_in<T: Half>(
-    input: &QuantizeInput<'_, T>,
-    row: usize,
-    residual: Option<&mut [T]>,
-    values: &mut Vec<f32>,
-    codes: &mut [i8],
-    scale: &mut f32,
-) {
-    let k = input.k;
-    let source = input.gather.map_or(row, |gather| gather.rows[row] as usize);
-    let input_rows = input.gather.map_or(input.m, |gather| gather.input_rows);
-    let mut is_finite = source < input_rows;
-    if is_finite {
-        let elements = &input.input[source * input.input_stride..][..input.operation.input_elements(k)];
-        operate(&input.operation, elements, residual, values);
-        if let Some(smoothing) = input.smoothing {
-            values.iter_mut().zip(smoothing).for_each(|(value, factor)| *value /= factor);
-        }
-        // The order of magnitudes is that of their bits, in which NaN comes last.
-        let max = values.iter().fold(0, |max: u32, value| max.max(value.abs().to_bits()));
-        is_finite = max < f32::INFINITY.to_bits();
-        *scale = match input.scaling {
-            Scaling::PerToken => scale_of(f32::from_bits(max), CODE_LIMIT),
-            Scaling::Static(scale) => scale,
-            Scaling::Given(scales) => scales[row],
-        };
-        is_finite &= scale.is_finite();
-    }
-    if !is_finite {
-        *scale = f32::NAN;
-    }
-    if !is_finite || *scale == 0.0 {
-        codes.fill(0);
-        return;
-    }
-    let scale = *scale;
-    codes
-        .iter_mut()
-        .zip(&*values)
-        .for_each(|(code, value)| *code = round_clamped(value / scale, CODE_LIMIT) as i8);
-}
-
-/// Writes the values of a row after the operation to `values`.
+/// Writes the values of row `row` before rounding to `values`, and returns how they become codes.
 #[inline(always)]
 fn operate<T: Half>(
-    operation: &Operation<&[T]>,
-    elements: &[T],
+    input: &QuantizeInput<'_, T>,
+    row: usize,
     residual: Option<&mut [T]>,
     values: &mut Vec<f32>,
-) {
+) -> RowScale {
+    let k = input.k;
     values.clear();
-    if let Operation::Gated { gate, order } = *operation {
-        let activated = |gate_element: T, up: T| activate::<Host>(gate, gate_element.to_f32()) * up.to_f32();
-        match order {
-            GateOrder::Halves => {
-                let (gates, ups) = elements.split_at(elements.len() / 2);
-                values.extend(gates.iter().zip(ups).map(|(&gate, &up)| activated(gate, up)));
-            }
-            GateOrder::Interleaved => {
-                values.extend(elements.chunks_exact(2).map(|pair| activated(pair[0], pair[1])));
-            }
+    let source = input.gather.map_or(row, |gather| gather.rows[row] as usize);
+    if source >= input.gather.map_or(input.m, |gather| gather.input_rows) {
+        // A row that does not exist.
+        values.resize(k, 0.0);
+        return RowScale::new::<Host>(f32::NAN.to_bits(), None, None);
+    }
+    let elements = &input.input[source * input.input_stride..][..input.operation.input_elements(k)];
+    let variance = match input.operation {
+        Operation::Gated { .. } => {
+            activate_row(&input.operation, elements, values);
+            None
         }
-        return;
+        _ => {
+            match residual {
+                None => values.extend(elements.iter().map(|element| element.to_f32())),
+                Some(residual) => values.extend(elements.iter().zip(residual).map(|(element, residual)| {
+                    *residual = T::round(element.to_f32() + residual.to_f32());
+                    residual.to_f32()
+                })),
+            }
+            normalize(&input.operation, values)
+        }
+    };
+    if let Some(smoothing) = input.smoothing {
+        values.iter_mut().zip(smoothing).for_each(|(value, factor)| *value /= factor);
     }
-    match residual {
-        None => values.extend(elements.iter().map(|element| element.to_f32())),
-        Some(residual) => values.extend(elements.iter().zip(residual).map(|(element, residual)| {
-            *residual = T::round(element.to_f32() + residual.to_f32());
-            residual.to_f32()
-        })),
+    let given = match input.scaling {
+        Scaling::PerToken => None,
+        Scaling::Static(scale) => Some(scale),
+        Scaling::Given(scales) => Some(scales[row]),
+    };
+    RowScale::new::<Host>(max_magnitude(values), variance, given)
+}
+
+/// Writes a row's activated gates times its ups to `values`.
+#[inline(always)]
+fn activate_row<T: Half>(operation: &Operation<&[T]>, elements: &[T], values: &mut Vec<f32>) {
+    let Operation::Gated { gate, order } = *operation else { return };
+    let activated = |gate_element: T, up: T| activate::<Host>(gate, gate_element.to_f32()) * up.to_f32();
+    match order {
+        GateOrder::Halves => {
+            let (gates, ups) = elements.split_at(elements.len() / 2);
+            values.extend(gates.iter().zip(ups).map(|(&gate, &up)| activated(gate, up)));
+        }
+        GateOrder::Interleaved => {
+            values.extend(elements.chunks_exact(2).map(|pair| activated(pair[0], pair[1])));
+        }
     }
-    let k = values.len() as u32;
+}
+
+/// Applies a norm to a row. For RMSNorm, returns the variance whose root the values are still to be divided by.
+#[inline(always)]
+fn normalize<T: Half>(operation: &Operation<&[T]>, values: &mut [f32]) -> Option<f32> {
+    let inverse_k = 1.0 / values.len() as f32;
     match *operation {
-        Operation::Plain | Operation::Gated { .. } => {}
+        Operation::Plain | Operation::Gated { .. } => None,
         Operation::RmsNorm { weight, epsilon } => {
-            let inverse = inverse_deviation::<Host>(sum_of_row(values, |x| x * x), k, epsilon);
-            values.iter_mut().zip(weight).for_each(|(x, weight)| *x = *x * inverse * weight.to_f32());
+            let squares = sum_of_row(values, sum_of_squares::<Host>);
+            values.iter_mut().zip(weight).for_each(|(x, weight)| *x *= weight.to_f32());
+            Some(variance(squares, inverse_k, epsilon))
         }
         Operation::LayerNorm { weight, bias, epsilon } => {
-            let mean = sum_of_row(values, |x| x) / k as f32;
-            let squares = sum_of_row(values, |x| (x - mean) * (x - mean));
-            let inverse = inverse_deviation::<Host>(squares, k, epsilon);
-            values
-                .iter_mut()
-                .zip(weight)
-                .for_each(|(x, weight)| *x = (*x - mean) * inverse * weight.to_f32());
+            let mean = sum_of_row(values, sum_of_vector) * inverse_k;
+            values.iter_mut().for_each(|x| *x -= mean);
+            let squares = sum_of_row(values, sum_of_squares::<Host>);
+            let inverse = inverse_deviation::<Host>(variance(squares, inverse_k, epsilon));
+            values.iter_mut().zip(weight).for_each(|(x, weight)| *x = *x * inverse * weight.to_f32());
             if let Some(bias) = bias {
                 values.iter_mut().zip(bias).for_each(|(x, bias)| *x += bias.to_f32());
             }
+            None
         }
     }
 }
 
-/// Returns the sum of `of` all values, in the order that `liquidgemm_format::activations` fixes.
+/// Returns the sum of `of` all vectors, in the order that `liquidgemm_format::activations` fixes.
 #[inline(always)]
-fn sum_of_row(values: &[f32], of: impl Fn(f32) -> f32) -> f32 {
+fn sum_of_row(values: &[f32], of: impl Fn([f32; VECTOR]) -> f32) -> f32 {
     let mut lanes = [0.0; LANES];
     let mut vectors = values.chunks_exact(VECTOR);
     let mut lane = 0;
     let mut add = |vector: [f32; VECTOR]| {
-        lanes[lane] += sum_of_vector(vector);
+        lanes[lane] += of(vector);
         lane = (lane + 1) % LANES;
     };
     for vector in &mut vectors {
-        add(std::array::from_fn(|i| of(vector[i])));
+        add(std::array::from_fn(|i| vector[i]));
     }
     let rest = vectors.remainder();
     if !rest.is_empty() {
-        add(std::array::from_fn(|i| rest.get(i).map_or(0.0, |&value| of(value))));
+        add(std::array::from_fn(|i| rest.get(i).copied().unwrap_or(0.0)));
     }
     let mut width = LANES;
     while width > 1 {
@@ -285,24 +252,4 @@ fn sum_of_row(values: &[f32], of: impl Fn(f32) -> f32) -> f32 {
         }
     }
     lanes[0]
-}
-
-/// The CPU's [`Arithmetic`]. All operations of Rust's f32 are correctly rounded.
-struct Host;
-
-impl Arithmetic for Host {
-    #[inline(always)]
-    fn multiply_add(a: f32, b: f32, c: f32) -> f32 {
-        a.mul_add(b, c)
-    }
-
-    #[inline(always)]
-    fn square_root(x: f32) -> f32 {
-        x.sqrt()
-    }
-
-    #[inline(always)]
-    fn reciprocal(x: f32) -> f32 {
-        1.0 / x
-    }
 }

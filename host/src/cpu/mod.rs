@@ -7,6 +7,7 @@
 //! A [`Kernel`] is the inner loop for one instruction set. All kernels give the same bits.
 
 mod activations;
+pub(crate) mod arithmetic;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 mod combine;

@@ -164,6 +164,7 @@ impl QuantizeOperands {
             input_rows: self.gather.map_or(0, |gather| gather.input_rows as u32),
             interleaved: interleaved.into(),
             aligned: self.is_aligned().into(),
+            inverse_k: 1.0 / self.k as f32,
             epsilon: match self.operation {
                 Operation::RmsNorm { epsilon, .. } | Operation::LayerNorm { epsilon, .. } => epsilon,
                 _ => 0.0,

@@ -7,7 +7,7 @@ use std::fmt;
 
 use liquidgemm_format::brick;
 use liquidgemm_format::grouped::{GROUPED_SHAPES, GroupedSchedule, MAX_EXPERTS, RowLayout, token_tiles};
-use liquidgemm_format::tile::{MAX_CLUSTER, TileShape};
+use liquidgemm_format::tile::{MAX_CLUSTER, MAX_WGMMA_TOKENS, TileShape};
 
 use crate::check::{check_dimension, check_k};
 use crate::error::PlanError;
@@ -19,15 +19,17 @@ const GROUP_CHANNELS: u32 = 2048;
 /// The least K for tiles of 64 channels.
 const LEAST_K_OF_64_CHANNELS: usize = 2048;
 
-/// The mean rows of an expert from which on clusters have two thread blocks, if its channel tiles are even.
+/// The tokens of a tile from which on clusters have two thread blocks, if an expert's channel tiles are even.
 ///
-/// `None` is never. `liquidgemm bench --moe --every-plan` measures clusters of both sizes.
-const LEAST_ROWS_OF_PAIRS: Option<f64> = None;
+/// `liquidgemm bench --moe --every-plan` measures clusters of both sizes.
+const LEAST_TOKENS_OF_PAIRS: u32 = 256;
 
 /// What a tile costs besides its products, in rows: loads, dequantization of the first K-tile, the epilogue.
-const ROWS_PER_TILE: f64 = 35.0;
+const ROWS_PER_TILE: f64 = 70.0;
 /// The least that a tile costs, in rows: dequantization takes as long for few rows as for many.
-const LEAST_ROWS_PER_TILE: f64 = 78.0;
+const LEAST_ROWS_PER_TILE: f64 = 110.0;
+/// The least that a tile of two wgmma instructions costs, in rows.
+const LEAST_ROWS_PER_DOUBLE_TILE: f64 = 355.0;
 /// The rows that the wgmma instructions of large tiles go up by.
 const WGMMA_ROW_STEP: u32 = 16;
 
@@ -111,7 +113,7 @@ impl GroupedPlan {
         figures: &DeviceFigures,
     ) -> Result<Self, Error> {
         let shape = fitting_shape(problem, expected_rows);
-        let cluster_size = fitting_cluster(problem, shape, expected_rows);
+        let cluster_size = fitting_cluster(problem, shape);
         Self::with_config(problem, shape, cluster_size, figures.resident_clusters(cluster_size))
     }
 
@@ -255,14 +257,14 @@ fn cost_of_rows(rows: f64, tokens: u32) -> f64 {
     let rows = rows.clamp(1.0, f64::from(i32::MAX)) as u32;
     let tiles = f64::from(token_tiles(rows, tokens));
     let products = f64::from(rows.next_multiple_of(WGMMA_ROW_STEP));
-    (tiles * ROWS_PER_TILE + products).max(tiles * LEAST_ROWS_PER_TILE)
+    let least = if tokens > MAX_WGMMA_TOKENS { LEAST_ROWS_PER_DOUBLE_TILE } else { LEAST_ROWS_PER_TILE };
+    (tiles * ROWS_PER_TILE + products).max(tiles * least)
 }
 
 /// Returns the thread blocks of a cluster, for tiles of this shape.
-fn fitting_cluster(problem: GroupedProblem, shape: TileShape, expected_rows: usize) -> u32 {
-    let (mean, _) = mean_and_deviation(problem, expected_rows);
+fn fitting_cluster(problem: GroupedProblem, shape: TileShape) -> u32 {
     let has_pairs = problem.n.div_ceil(shape.channels() as usize).is_multiple_of(2);
-    if has_pairs && LEAST_ROWS_OF_PAIRS.is_some_and(|least| mean >= least) { 2 } else { 1 }
+    if has_pairs && shape.tokens >= LEAST_TOKENS_OF_PAIRS { 2 } else { 1 }
 }
 
 #[cfg(test)]

@@ -16,12 +16,12 @@ mod reduce;
 pub mod ring;
 pub mod row;
 
-use liquidgemm_format::activations::{QuantizeArguments, VECTOR};
+use liquidgemm_format::activations::{QuantizeArguments, RowScale, VECTOR};
 
 use crate::ptx::float::max_magnitude;
 use crate::ptx::memory::{load_constant_x4_if, load_global, load_global_f32_if};
-use codes::RowScale;
 use element::{Vector, each};
+use operation::Device;
 
 /// Returns the row of the input from which row `index` of the output is made, or `None` if it does not exist.
 ///
@@ -37,19 +37,26 @@ unsafe fn source_of_row(arguments: &QuantizeArguments, index: u32) -> Option<u32
     (source < arguments.input_rows).then_some(source)
 }
 
-/// Returns the scale of row `index`, whose largest magnitude has the bits `max`.
+/// Returns how the values of row `index` become codes.
+///
+/// Their largest magnitude has the bits `max`, and the variance is that of [`RowScale::new`].
 ///
 /// # Safety
 /// The arguments are valid.
 #[inline(always)]
-unsafe fn scale_of_row(arguments: &QuantizeArguments, index: u32, max: u32) -> RowScale {
+unsafe fn scale_of_row(
+    arguments: &QuantizeArguments,
+    index: u32,
+    max: u32,
+    variance: Option<f32>,
+) -> RowScale {
     let given = match arguments.given_scales {
         0 if arguments.static_scale < 0.0 => None,
         0 => Some(arguments.static_scale),
         // SAFETY: the caller guarantees the arguments.
         scales => Some(f32::from_bits(unsafe { load_global(scales + index as u64 * 4) })),
     };
-    RowScale::new(max, given)
+    RowScale::new::<Device>(max, variance, given)
 }
 
 /// Returns the largest of `max` and the magnitudes of a vector's values, NaN if one is NaN.

@@ -1,6 +1,6 @@
 //! What happens to a row before it is quantized: nothing, a norm, or a gated activation function.
 
-use liquidgemm_format::activations::{Arithmetic, Gate, QuantizeArguments, VECTOR, activate, sum_of_vector};
+use liquidgemm_format::activations::{Arithmetic, Gate, QuantizeArguments, VECTOR, activate};
 
 use super::element::{Element, each, unpack};
 use crate::ptx::float::{approximate_reciprocal, multiply_add, square_root};
@@ -50,18 +50,12 @@ pub trait Operation {
         unpack::<T>(words)
     }
 
-    /// Multiplies a vector's values by `inverse` and by the words of its weights,
-    /// and adds the words of its biases if `biased`.
+    /// Multiplies a vector's values by the words of its weights. If the norm is centered, multiplies them by `inverse`
+    /// before, and adds the words of its biases after if `biased`.
     #[inline(always)]
     fn finish<T: Element>(values: [f32; VECTOR], _: Words, _biased: bool, _inverse: f32) -> [f32; VECTOR] {
         values
     }
-}
-
-/// Returns the sum of a vector's squares.
-#[inline(always)]
-pub fn sum_of_squares(values: [f32; VECTOR]) -> f32 {
-    sum_of_vector(each(|i| values[i] * values[i]))
 }
 
 /// Subtracts the mean from the first `length` elements of a vector.
@@ -116,10 +110,10 @@ fn highs(first: u32, second: u32) -> u32 {
     merge_bytes::<0x7632>(first, second)
 }
 
-/// RMSNorm: `(x / √(mean(x²) + epsilon)) · weight`.
+/// RMSNorm: `x · weight`. What this is divided by goes into the scale.
 pub type RmsNorm = Norm<false>;
 
-/// LayerNorm: RMSNorm of x minus its mean, plus a bias.
+/// LayerNorm: `(x − mean) / √(variance + epsilon) · weight`, plus a bias.
 pub type LayerNorm = Norm<true>;
 
 /// RMSNorm, or LayerNorm if `CENTERED`.
@@ -137,8 +131,11 @@ impl<const CENTERED: bool> Operation for Norm<CENTERED> {
         inverse: f32,
     ) -> [f32; VECTOR] {
         let weights = unpack::<T>(weights);
+        if !CENTERED {
+            return each(|i| values[i] * weights[i]);
+        }
         let scaled = each(|i| values[i] * inverse * weights[i]);
-        if !CENTERED || !biased {
+        if !biased {
             return scaled;
         }
         let biases = unpack::<T>(biases);

@@ -8,14 +8,14 @@ use liquidgemm_format::activations::{
     CLUSTER, EXCHANGE_BYTES, GROUP_SUMS_BYTES, LANES, MAX_GROUPS, PIECE, WARP_MAXIMA_BYTES,
 };
 
-use crate::ptx::memory::{load_shared, load_shared_f32x2, load_shared_x4, store_remote, store_shared};
+use crate::ptx::memory::{load_shared, load_shared_f32x2, store_remote, store_shared};
 
 /// Warps of a piece.
 const PIECE_WARPS: u32 = PIECE / warp::WARP_SIZE;
 /// Pieces of the longest row whose threads hold a vector each.
 const PIECES: u32 = LANES as u32 / PIECE;
 
-const _: () = assert!(PIECE_WARPS == 8 && PIECES == 16 && CLUSTER == 4 && MAX_GROUPS == 64);
+const _: () = assert!(PIECE_WARPS == 8 && PIECES == 16 && CLUSTER == 8 && MAX_GROUPS == 64);
 
 /// A thread's place among those that reduce rows.
 #[derive(Clone, Copy)]
@@ -52,6 +52,12 @@ impl<const BLOCKS: u32> Reduction<BLOCKS> {
         self.parity ^= 1;
     }
 
+    /// Returns the number of the sum for rows that have only one: 0 and 1 in turn.
+    #[inline(always)]
+    pub fn only_sum(self) -> u32 {
+        self.parity
+    }
+
     /// Returns the address of the groups' sums, for the row's sum `number`.
     #[inline(always)]
     fn group_sums(self, number: u32) -> u32 {
@@ -78,11 +84,42 @@ impl<const BLOCKS: u32> Reduction<BLOCKS> {
     /// # Safety
     /// The whole warp calls it. `number` is 0 or 1.
     #[inline(always)]
-    pub unsafe fn give_sum(self, number: u32, group: u32, sum: f32) {
-        let sum = tree::<16>(tree::<8>(tree::<4>(tree::<2>(tree::<1>(sum)))));
+    pub unsafe fn give_sum(self, number: u32, group: u32, part: f32) {
+        let sum = tree::<16>(tree::<8>(tree::<4>(tree::<2>(tree::<1>(part)))));
         if self.lane == 0 {
             // SAFETY: the word lies in the thread block's shared memory.
             unsafe { store_shared(self.group_sums(number) + group * 4, sum.to_bits()) }
+        }
+    }
+
+    /// Takes each lane's parts of the sums of two groups, of which the second may not exist.
+    ///
+    /// # Safety
+    /// As for [`give_sum`](Self::give_sum).
+    #[inline(always)]
+    pub unsafe fn give_sums(self, number: u32, groups: [u32; 2], second_exists: bool, parts: [f32; 2]) {
+        // Even lanes go on with the first sum, odd ones with the second.
+        let is_odd = self.lane % 2 == 1;
+        let (own, other) = if is_odd { (parts[1], parts[0]) } else { (parts[0], parts[1]) };
+        let sum = own + warp::shuffle_xor::<1>(other);
+        let sum = tree::<16>(tree::<8>(tree::<4>(tree::<2>(sum))));
+        let group = if is_odd { groups[1] } else { groups[0] };
+        if self.lane < 2 && (second_exists || !is_odd) {
+            // SAFETY: the word lies in the thread block's shared memory.
+            unsafe { store_shared(self.group_sums(number) + group * 4, sum.to_bits()) }
+        }
+    }
+
+    /// Takes each thread's `value` for the largest one.
+    ///
+    /// # Safety
+    /// The whole warp calls it.
+    #[inline(always)]
+    unsafe fn give_max(self, value: u32) {
+        let of_warp = warp::reduce_max(value);
+        if self.lane == 0 {
+            // SAFETY: the word lies in the thread block's shared memory.
+            unsafe { store_shared(self.warp_maxima() + self.warp * 4, of_warp) }
         }
     }
 
@@ -93,9 +130,65 @@ impl<const BLOCKS: u32> Reduction<BLOCKS> {
     #[inline(always)]
     pub unsafe fn sum(self, number: u32, groups: u32) -> f32 {
         thread::sync_threads();
+        // SAFETY: the caller guarantees the threads.
+        unsafe {
+            let sum = self.sum_of_block(number, groups);
+            if const { BLOCKS == 1 } {
+                return sum;
+            }
+            cluster::sync_cluster();
+            self.sum_of_cluster(number)
+        }
+    }
+
+    /// Returns the largest `value` of all threads that have the row.
+    ///
+    /// # Safety
+    /// All threads of the cluster call it, once for each row.
+    #[inline(always)]
+    pub unsafe fn max(self, value: u32) -> u32 {
+        // SAFETY: the caller guarantees the threads.
+        unsafe {
+            self.give_max(value);
+            thread::sync_threads();
+            let max = self.max_of_block();
+            if const { BLOCKS == 1 } {
+                return max;
+            }
+            cluster::sync_cluster();
+            self.max_of_cluster()
+        }
+    }
+
+    /// Returns the row's [sum](Self::sum) and its [largest value](Self::max).
+    ///
+    /// # Safety
+    /// All threads of the cluster call it, once for each row, instead of both.
+    #[inline(always)]
+    pub unsafe fn sum_and_max(self, number: u32, groups: u32, value: u32) -> (f32, u32) {
+        // SAFETY: the caller guarantees the threads.
+        unsafe {
+            self.give_max(value);
+            thread::sync_threads();
+            let sum = self.sum_of_block(number, groups);
+            let max = self.max_of_block();
+            if const { BLOCKS == 1 } {
+                return (sum, max);
+            }
+            cluster::sync_cluster();
+            (self.sum_of_cluster(number), self.max_of_cluster())
+        }
+    }
+
+    /// Returns the thread block's sum, or tells the cluster's thread blocks the sums of its pieces.
+    ///
+    /// # Safety
+    /// All threads of the thread block call it after the barrier that follows their parts.
+    /// The thread blocks of the cluster run until all of them have come past the cluster's next barrier.
+    #[inline(always)]
+    unsafe fn sum_of_block(self, number: u32, groups: u32) -> f32 {
         let (lane, sums) = (self.lane, self.group_sums(number));
-        // SAFETY: the words lie in the thread block's shared memory.
-        // The thread blocks of the cluster run until all of them have come past the barrier.
+        // SAFETY: the words lie in the shared memory of the cluster's thread blocks.
         unsafe {
             if const { BLOCKS == 1 } {
                 let [first, second] = load_shared_f32x2(sums + lane * 8);
@@ -106,44 +199,53 @@ impl<const BLOCKS: u32> Reduction<BLOCKS> {
             }
             let of_group = if lane < groups { f32::from_bits(load_shared(sums + lane * 4)) } else { 0.0 };
             let of_piece = tree::<4>(tree::<2>(tree::<1>(of_group)));
-            // Lane l has the sum of the thread block's piece l / 8. Warps 0 to 3 tell one thread block each.
-            if self.warp < BLOCKS && lane.is_multiple_of(PIECE_WARPS) {
+            // Lane l has the sum of the thread block's piece l / 8. Warps 0 to 7 tell one thread block each.
+            if self.warp < BLOCKS && lane < groups && lane.is_multiple_of(PIECE_WARPS) {
                 let piece = lane / PIECE_WARPS * BLOCKS + cluster::block_rank();
                 store_remote(self.exchange(number) + piece * 4, of_piece.to_bits(), self.warp);
             }
-            cluster::sync_cluster();
-            let of_piece = f32::from_bits(load_shared(self.exchange(number) + lane % PIECES * 4));
-            tree::<8>(tree::<4>(tree::<2>(tree::<1>(of_piece))))
+            of_piece
         }
     }
 
-    /// Returns the largest `value` of all threads that have the row.
+    /// Returns the cluster's sum.
     ///
     /// # Safety
-    /// All threads of the cluster call it, once for each row.
+    /// A whole warp calls it after the barrier that follows [`sum_of_block`](Self::sum_of_block).
     #[inline(always)]
-    pub unsafe fn max(self, value: u32) -> u32 {
-        // SAFETY: the words lie in the thread block's shared memory.
-        // The thread blocks of the cluster run until all of them have come past the barrier.
+    unsafe fn sum_of_cluster(self, number: u32) -> f32 {
+        // SAFETY: the word lies in the thread block's shared memory.
+        let of_piece = unsafe { load_shared(self.exchange(number) + self.lane % PIECES * 4) };
+        tree::<8>(tree::<4>(tree::<2>(tree::<1>(f32::from_bits(of_piece)))))
+    }
+
+    /// Returns the thread block's largest value, and tells it the cluster's thread blocks.
+    ///
+    /// # Safety
+    /// As for [`sum_of_block`](Self::sum_of_block).
+    #[inline(always)]
+    unsafe fn max_of_block(self) -> u32 {
+        // SAFETY: the words lie in the shared memory of the cluster's thread blocks.
         unsafe {
-            let of_warp = warp::reduce_max(value);
-            if self.lane == 0 {
-                store_shared(self.warp_maxima() + self.warp * 4, of_warp);
-            }
-            thread::sync_threads();
             let of_warp =
                 if self.lane < self.warps { load_shared(self.warp_maxima() + self.lane * 4) } else { 0 };
             let of_block = warp::reduce_max(of_warp);
-            if const { BLOCKS == 1 } {
-                return of_block;
-            }
-            if self.warp == 0 && self.lane < BLOCKS {
+            if BLOCKS > 1 && self.warp == 0 && self.lane < BLOCKS {
                 store_remote(self.exchange(2) + cluster::block_rank() * 4, of_block, self.lane);
             }
-            cluster::sync_cluster();
-            let [a, b, c, d] = load_shared_x4(self.exchange(2));
-            a.max(b).max(c.max(d))
+            of_block
         }
+    }
+
+    /// Returns the cluster's largest value.
+    ///
+    /// # Safety
+    /// A whole warp calls it after the barrier that follows [`max_of_block`](Self::max_of_block).
+    #[inline(always)]
+    unsafe fn max_of_cluster(self) -> u32 {
+        // SAFETY: the words lie in the thread block's shared memory.
+        let of_block = unsafe { load_shared(self.exchange(2) + self.lane % CLUSTER * 4) };
+        warp::reduce_max(of_block)
     }
 }
 

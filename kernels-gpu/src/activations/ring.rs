@@ -9,12 +9,13 @@
 
 use cuda_std::{thread, warp};
 use liquidgemm_format::activations::{
-    HELD_PAIRS, MAX_STAGES, QuantizeArguments, REDUCTION_BYTES, RowRing, VECTOR, inverse_deviation,
-    sum_of_vector,
+    BLOCK_REDUCTION_BYTES, HELD_PAIRS, MAX_STAGES, QuantizeArguments, RowRing, VECTOR, inverse_deviation,
+    sum_of_squares, sum_of_vector, variance,
 };
 
+use super::codes::{adjust, codes};
 use super::element::{Element, Vector};
-use super::operation::{Device, Operation, Words, center, sum_of_squares};
+use super::operation::{Device, Operation, Words, center};
 use super::reduce::Reduction;
 use super::row::{add, load_parameters};
 use super::{largest, scale_of_row, source_of_row};
@@ -108,7 +109,7 @@ struct Rows<'a> {
 impl Rows<'_> {
     #[inline(always)]
     fn barrier(self, stage: u32) -> u32 {
-        self.shared + REDUCTION_BYTES + stage * 8
+        self.shared + BLOCK_REDUCTION_BYTES + stage * 8
     }
 
     #[inline(always)]
@@ -321,38 +322,44 @@ impl Rows<'_> {
             if O::NORM && arguments.residual != 0 {
                 self.store_residual::<O>(index, place.stage, reduction);
             }
+            let rounds = [reduction.warp < groups, reduction.warp + reduction.warps < groups];
+            let of_rounds = [reduction.warp, reduction.warp + reduction.warps];
+            let mut inverse = 0.0;
             if const { O::CENTERED } {
-                seq_macro::seq!(ROUND in 0..2 {
-                    let group = reduction.warp + ROUND * reduction.warps;
-                    if group < groups {
-                        let pair = sum_of_vector(values[2 * ROUND]) + sum_of_vector(values[2 * ROUND + 1]);
-                        reduction.give_sum(0, group, pair);
-                    }
-                });
-                let mean = reduction.sum(0, groups) / arguments.k as f32;
+                let sums = [
+                    sum_of_vector(values[0]) + sum_of_vector(values[1]),
+                    sum_of_vector(values[2]) + sum_of_vector(values[3]),
+                ];
+                if rounds[0] {
+                    reduction.give_sums(0, of_rounds, rounds[1], sums);
+                }
+                let mean = reduction.sum(0, groups) * arguments.inverse_k;
+                // Every thread has come past a barrier since it took its vectors.
+                self.load_if::<O>(is_loader, next, place.stage);
                 seq_macro::seq!(SLOT in 0..4 {
                     let vector = 2 * (thread + SLOT / 2 * threads) + SLOT % 2;
                     values[SLOT] = center(values[SLOT], if vector < vectors { WHOLE } else { 0 }, mean);
                 });
             }
-            let mut inverse = 0.0;
+            let number = if const { O::CENTERED } { 1 } else { reduction.only_sum() };
             if const { O::NORM } {
-                seq_macro::seq!(ROUND in 0..2 {
-                    let group = reduction.warp + ROUND * reduction.warps;
-                    if group < groups {
-                        let pair = sum_of_squares(values[2 * ROUND]) + sum_of_squares(values[2 * ROUND + 1]);
-                        reduction.give_sum(1, group, pair);
-                    }
-                });
-                let squares = reduction.sum(1, groups);
-                // Every thread has come past a barrier since it took its vectors.
-                self.load_if::<O>(is_loader, next, place.stage);
-                inverse = inverse_deviation::<Device>(squares, arguments.k, arguments.epsilon);
+                let sums = [
+                    sum_of_squares::<Device>(values[0]) + sum_of_squares::<Device>(values[1]),
+                    sum_of_squares::<Device>(values[2]) + sum_of_squares::<Device>(values[3]),
+                ];
+                if rounds[0] {
+                    reduction.give_sums(number, of_rounds, rounds[1], sums);
+                }
+            }
+            if const { O::CENTERED } {
+                let squares = reduction.sum(number, groups);
+                inverse =
+                    inverse_deviation::<Device>(variance(squares, arguments.inverse_k, arguments.epsilon));
             }
             let biased = O::CENTERED && arguments.bias != 0;
             let mut max = 0.0;
             seq_macro::seq!(ROUND in 0..2 {
-                if reduction.warp + ROUND * reduction.warps < groups {
+                if rounds[ROUND] {
                     if const { O::NORM } {
                         let vector = 2 * (thread + ROUND * threads);
                         seq_macro::seq!(SIDE in 0..2 {
@@ -364,27 +371,33 @@ impl Rows<'_> {
                     max = largest(largest(max, values[2 * ROUND]), values[2 * ROUND + 1]);
                 }
             });
-            let max = reduction.max(if exists { max.to_bits() } else { f32::NAN.to_bits() });
-            if const { !O::NORM } {
+            let max = if exists { max.to_bits() } else { f32::NAN.to_bits() };
+            let (max, variance) = if O::NORM && !O::CENTERED {
+                let (squares, max) = reduction.sum_and_max(number, groups, max);
+                (max, Some(variance(squares, arguments.inverse_k, arguments.epsilon)))
+            } else {
+                (reduction.max(max), None)
+            };
+            if const { !O::CENTERED } {
                 self.load_if::<O>(is_loader, next, place.stage);
             }
-            let scale = scale_of_row(arguments, index, max);
+            let scale = scale_of_row(arguments, index, max, variance);
             if thread == 0 {
                 store_global(arguments.scales + index as u64 * 4, scale.get().to_bits());
             }
             if scale.adjusts() {
                 seq_macro::seq!(SLOT in 0..4 {
-                    values[SLOT] = scale.adjust(values[SLOT]);
+                    values[SLOT] = adjust(scale, values[SLOT]);
                 });
             }
-            let codes = arguments.codes + index as u64 * arguments.code_stride;
+            let row = arguments.codes + index as u64 * arguments.code_stride;
             seq_macro::seq!(ROUND in 0..2 {
                 let vector = 2 * (thread + ROUND * threads);
                 if vector < self.vectors {
                     // The second vector of the last pair may be the codes' padding, which is zeros.
-                    let [a, b] = scale.codes(values[2 * ROUND]);
-                    let [c, d] = scale.codes(values[2 * ROUND + 1]);
-                    store_global_x4(codes + (vector * WHOLE) as u64, [a, b, c, d]);
+                    let [a, b] = codes(scale, values[2 * ROUND]);
+                    let [c, d] = codes(scale, values[2 * ROUND + 1]);
+                    store_global_x4(row + (vector * WHOLE) as u64, [a, b, c, d]);
                 }
             });
         }

@@ -1,16 +1,17 @@
-//! The row kernels: each row has a thread block, or a cluster of four, and each thread a vector.
+//! The row kernels: each row has a thread block, or a cluster of eight, and each thread a vector.
 //!
 //! The code is short, and each thread runs it once, so that few rows are done soon after the launch.
 //! Rows of more than 32,768 elements have several vectors for each thread, and are read again for each pass.
 
 use cuda_std::{cluster, thread};
 use liquidgemm_format::activations::{
-    CLUSTER, CODE_ALIGNMENT, LANES, PIECE, QuantizeArguments, VECTOR, inverse_deviation, sum_of_vector,
+    CLUSTER, CODE_ALIGNMENT, LANES, PIECE, QuantizeArguments, RowScale, VECTOR, inverse_deviation,
+    sum_of_squares, sum_of_vector, variance,
 };
 
-use super::codes::RowScale;
+use super::codes::{adjust, codes};
 use super::element::{Element, Vector, each, pack, unpack};
-use super::operation::{Device, Operation, Words, center, sum_of_squares};
+use super::operation::{Device, Operation, Words, center};
 use super::reduce::Reduction;
 use super::{largest, scale_of_row, smooth, source_of_row};
 use crate::ptx::grid;
@@ -21,7 +22,7 @@ use crate::ptx::memory::{store_global, store_global_x2};
 /// # Safety
 /// The arguments describe memory as their documentation says.
 /// The launch has `BLOCKS` thread blocks for each row.
-/// They have a thread for each vector of the row, or `BLOCKS` is 4 and they have 1,024 threads each.
+/// They have a thread for each vector of the row, or `BLOCKS` is 8 and they have 512 threads each.
 #[inline(always)]
 pub unsafe fn quantize<O: Operation, T: Element, const BLOCKS: u32>(arguments: &QuantizeArguments) {
     grid::launch_dependents();
@@ -75,10 +76,9 @@ pub(super) unsafe fn load_parameters<O: Operation>(arguments: &QuantizeArguments
     parameters
 }
 
-/// The two numbers by which a norm changes a row.
+/// The two numbers by which LayerNorm changes a row.
 #[derive(Clone, Copy)]
 struct Statistics {
-    /// The mean, which LayerNorm subtracts; otherwise 0.
     mean: f32,
     /// 1 / √(variance + epsilon).
     inverse: f32,
@@ -180,7 +180,7 @@ impl<const BLOCKS: u32> Row<'_, BLOCKS> {
     fn part_of_sum(self, values: [f32; VECTOR], vector: Vector, squares_of: Option<f32>) -> f32 {
         match squares_of {
             None => sum_of_vector(values),
-            Some(mean) => sum_of_squares(center(values, vector.length, mean)),
+            Some(mean) => sum_of_squares::<Device>(center(values, vector.length, mean)),
         }
     }
 
@@ -214,12 +214,12 @@ impl<const BLOCKS: u32> Row<'_, BLOCKS> {
 
     /// Stores a vector's codes, unless it lies behind the row's end.
     #[inline(always)]
-    unsafe fn store(self, codes: u64, round: u32, scale: RowScale, values: [f32; VECTOR]) {
+    unsafe fn store(self, row: u64, round: u32, scale: RowScale, values: [f32; VECTOR]) {
         let vector = self.vector(round);
         if vector.length > 0 {
-            let values = if scale.adjusts() { scale.adjust(values) } else { values };
+            let values = if scale.adjusts() { adjust(scale, values) } else { values };
             // SAFETY: the caller guarantees the row, which is 16-byte aligned.
-            unsafe { store_global_x2(codes + vector.first as u64, scale.codes(values)) };
+            unsafe { store_global_x2(row + vector.first as u64, codes(scale, values)) };
         }
     }
 
@@ -242,26 +242,41 @@ impl<const BLOCKS: u32> Row<'_, BLOCKS> {
             }
             let mut statistics = Statistics { mean: 0.0, inverse: 0.0 };
             if const { O::CENTERED } {
-                statistics.mean = self.sum::<O, T>(reduction, values, None, false) / arguments.k as f32;
+                statistics.mean =
+                    self.sum::<O, T>(reduction, values, None, false) * arguments.inverse_k;
+                let squares = self.sum::<O, T>(reduction, values, Some(statistics.mean), true);
+                statistics.inverse =
+                    inverse_deviation::<Device>(variance(squares, arguments.inverse_k, arguments.epsilon));
             }
-            if const { O::NORM } {
-                let mean = Some(statistics.mean);
-                let squares = self.sum::<O, T>(reduction, values, mean, O::CENTERED);
-                statistics.inverse = inverse_deviation::<Device>(squares, arguments.k, arguments.epsilon);
-            }
-            let mut max = 0.0;
+            let (mut max, mut squares) = (0.0, 0.0);
             if rounds == 1 {
+                if const { O::NORM } {
+                    squares += sum_of_squares::<Device>(values);
+                }
                 values = self.finish::<O, T>(self.vector(0), values, parameters, statistics);
                 max = largest(max, values);
             } else {
                 let mut round = 0;
                 while round < rounds {
-                    max = largest(max, self.reload::<O, T>(round, statistics));
+                    let vector = self.vector(round);
+                    let values = self.load::<O, T>(vector, O::CENTERED);
+                    if const { O::NORM } {
+                        squares += sum_of_squares::<Device>(values);
+                    }
+                    let parameters = load_parameters::<O>(arguments, vector);
+                    max = largest(max, self.finish::<O, T>(vector, values, parameters, statistics));
                     round += 1;
                 }
             }
-            let max = reduction.max(max.to_bits());
-            let scale = scale_of_row(arguments, index, if exists { max } else { f32::NAN.to_bits() });
+            let (max, variance) = if O::NORM && !O::CENTERED {
+                reduction.give_sum(0, reduction.warp, squares);
+                let (squares, max) = reduction.sum_and_max(0, reduction.warps, max.to_bits());
+                (max, Some(variance(squares, arguments.inverse_k, arguments.epsilon)))
+            } else {
+                (reduction.max(max.to_bits()), None)
+            };
+            let max = if exists { max } else { f32::NAN.to_bits() };
+            let scale = scale_of_row(arguments, index, max, variance);
             if self.first == 0 {
                 store_global(arguments.scales + index as u64 * 4, scale.get().to_bits());
             }

@@ -25,12 +25,12 @@ pub fn square_root(x: f32) -> f32 {
     result
 }
 
-/// Returns `1 / x` with an error of at most 1 ulp.
+/// Returns `1 / x` with an error of at most 1 ulp. Neither x nor the result is subnormal.
 #[inline(always)]
 pub fn approximate_reciprocal(x: f32) -> f32 {
     let result;
     // SAFETY: register arithmetic.
-    unsafe { asm!("rcp.approx.f32 {}, {};", out(reg32) result, in(reg32) x, options(pure, nomem, nostack)) }
+    unsafe { asm!("rcp.approx.ftz.f32 {}, {};", out(reg32) result, in(reg32) x, options(pure, nomem, nostack)) }
     result
 }
 

@@ -99,7 +99,7 @@ fn limits(run: &Activations, text: &mut String) -> std::fmt::Result {
             let low: Vec<f64> =
                 points.iter().map(|point| point.score()).filter(|&score| score < GOOD_SCORE).collect();
             let least = low.iter().copied().reduce(f64::min);
-            let least = least.map_or(String::new(), |least| format!(", the least {least:.2}"));
+            let least = least.map_or(String::new(), |least| format!(", the least {least:.3}"));
             write!(text, " {} of {}{least} |", low.len(), points.len())?;
         }
         text.push('\n');
@@ -132,7 +132,7 @@ mod tests {
         for part in [
             "![A](a.svg)",
             "| 2048 | 4096 | 10.00 | 2517 | 5.00 | 0.50 |\n",
-            "| quantize | 1 of 1, the least 0.50 | 1 of 1, the least 0.50 |\n",
+            "| quantize | 1 of 1, the least 0.500 | 1 of 1, the least 0.500 |\n",
             "| SiLU · mul | 0 of 0 | 0 of 1 |\n",
             "(../performance-log.md#quantization-of-activations)",
         ] {

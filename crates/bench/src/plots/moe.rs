@@ -17,7 +17,7 @@ const TOP: i32 = 92;
 /// The other kernels, by their names on the recorded page.
 const OTHERS: [(&str, RGBColor); 3] =
     [("torch fp8", style::FP8), ("Humming channel", style::INT8), ("Humming g128", style::BF16)];
-const OURS: Entry<'static> = Entry { name: "LiquidGEMM", colour: style::OURS, width: 4, dashed: false };
+const OURS: Entry<'static> = Entry { name: "LiquidGEMM", colour: style::OURS, width: 3, dashed: false };
 const FLOOR: Entry<'static> = Entry { name: "ideal floor", colour: style::LIMIT, width: 1, dashed: true };
 
 /// A line, with points in tokens and microseconds.

@@ -7,16 +7,17 @@
 //!
 //! The script gets a request as a JSON file and answers with JSON lines on stdout; its stderr is progress.
 //! A measurement that fails is recorded with the reason, and the others are not affected.
+//! So is one that comes too late: a script stops measuring after a fixed time, because compilations take most of it.
 
 use std::collections::VecDeque;
 use std::ffi::OsStr;
 use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::sync::mpsc;
-use std::time::Duration;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, ensure};
 use cust::sys;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -28,6 +29,8 @@ use liquidgemm::gpu::Gpu;
 
 /// Lines of the script's stderr that an error quotes.
 const QUOTED_LINES: usize = 12;
+/// How long a script may take longer than it should, before it is ended.
+const GRACE: Duration = Duration::from_secs(60);
 /// How long to wait for another line of stderr after the script has ended.
 const LAST_WORDS: Duration = Duration::from_millis(300);
 
@@ -116,8 +119,8 @@ enum Line {
 /// Has a script measure jobs on the GPU that `gpu` is.
 ///
 /// # Errors
-/// If Python can't be run, the script fails as a whole, or torch has another GPU.
-/// The failure of one measurement is its outcome.
+/// If Python can't be run, the script fails before it has measured anything, or torch has another GPU.
+/// The failure of one measurement is its outcome; so is a later failure of the script, for what it has not measured.
 pub(super) fn measure(
     gpu: &Gpu,
     python: &Path,
@@ -180,26 +183,37 @@ fn run(
             last.pop_front();
         }
     };
-    while let Ok(line) = lines.recv() {
-        match line {
-            Line::Out(Some(text)) => answers.add(&text, watch)?,
-            Line::Out(None) => break,
-            Line::Err(text) => {
+    let end = Instant::now() + Duration::from_secs(script.budget_s.into()) + GRACE;
+    let in_time = loop {
+        match lines.recv_timeout(end.saturating_duration_since(Instant::now())) {
+            Ok(Line::Out(Some(text))) => answers.add(&text, watch)?,
+            Ok(Line::Err(text)) => {
                 watch(Progress::Line(&text));
                 keep(text);
             }
+            Ok(Line::Out(None)) | Err(RecvTimeoutError::Disconnected) => break true,
+            Err(RecvTimeoutError::Timeout) => break false,
         }
+    };
+    if !in_time {
+        // It fails only if the script has just ended.
+        let _ = child.0.kill();
     }
     let status = child.0.wait().context("waiting for the script")?;
     // Processes that the script has left behind may keep its stderr open, so don't wait for the end.
     while let Ok(Line::Err(text)) = lines.recv_timeout(LAST_WORDS) {
         keep(text);
     }
-    if !status.success() {
-        let last = last.into_iter().collect::<Vec<_>>().join("\n  ");
-        bail!("{} failed ({status}); its last lines are:\n  {last}", script.name);
+    if status.success() {
+        return answers.complete().with_context(|| format!("{} ended early", script.name));
     }
-    answers.complete().with_context(|| format!("{} ended early", script.name))
+    let how = if in_time { status.to_string() } else { "it took too long and was ended".into() };
+    let reason = format!("{} failed ({how})", script.name);
+    // What was measured until then is still worth having.
+    answers.with_failures(&reason).with_context(|| {
+        let last = last.into_iter().collect::<Vec<_>>().join("\n  ");
+        format!("{reason}; its last lines are:\n  {last}")
+    })
 }
 
 /// Sends every line of a pipe, and then `end`, from a thread that ends when the pipe is closed.
@@ -256,6 +270,16 @@ impl Answers {
             Some(outcome);
         watch(Progress::Measured);
         Ok(())
+    }
+
+    /// Returns the results of a script that has failed, with `reason` in the place of those that are missing.
+    /// `None` if nothing was measured.
+    fn with_failures(self, reason: &str) -> Option<Results> {
+        let torch = self.torch?;
+        let missing = Outcome { timing: None, error: Some(reason.to_owned()) };
+        let measured = self.outcomes.iter().flatten().any(|outcome| outcome.timing.is_some());
+        let fill = |outcome: Option<Outcome>| outcome.unwrap_or_else(|| missing.clone());
+        measured.then(|| Results { torch, outcomes: self.outcomes.into_iter().map(fill).collect() })
     }
 
     fn complete(self) -> anyhow::Result<Results> {
@@ -346,6 +370,21 @@ pub(super) mod tests {
         let nothing = run(OsStr::new("/no/such/python"), MOE, &json!({}), 0, &mut |_| {});
         let error = format!("{:#}", nothing.unwrap_err());
         assert!(error.contains("cannot run /no/such/python"), "{error}");
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn what_was_measured_before_a_failure_is_kept() {
+        let shell = format!(
+            r#"{TORCH} echo '{{"kind": "result", "job": 1, "launches": 1, "replays": [2.0]}}'; exit 134"#
+        );
+        let found = answer(&shell, 3).0.unwrap();
+        let failed = Err("script.sh failed (exit status: 134)");
+        let expected = results(&[failed, Ok(2.0), failed]);
+        assert_eq!((&found.outcomes[0], &found.outcomes[2]), (&expected.outcomes[0], &expected.outcomes[2]));
+        assert_eq!(found.outcomes[1].timing.unwrap().us, 2.0);
+        // Nothing was measured.
+        assert!(answer(&format!("{TORCH} exit 134"), 3).0.is_err());
     }
 
     #[cfg(unix)]

@@ -32,7 +32,7 @@ const QUOTED_LINES: usize = 12;
 /// How long a script may take longer than it should, before it is ended.
 const GRACE: Duration = Duration::from_secs(60);
 /// How long to wait for another line of stderr after the script has ended.
-const LAST_WORDS: Duration = Duration::from_millis(300);
+const LAST_WORDS: Duration = Duration::from_secs(2);
 
 /// A script with the file name that Python knows it by.
 #[derive(Clone, Copy, Debug)]
@@ -202,6 +202,7 @@ fn run(
     let status = child.0.wait().context("waiting for the script")?;
     // Processes that the script has left behind may keep its stderr open, so don't wait for the end.
     while let Ok(Line::Err(text)) = lines.recv_timeout(LAST_WORDS) {
+        watch(Progress::Line(&text));
         keep(text);
     }
     if status.success() {

@@ -10,7 +10,9 @@
 //! | [`probes`] | kernels that only read memory, or only multiply |
 //! | [`run`], `check` | one run over all problems; comparison of its results with a reference |
 //! | [`monotone`] | search for batch sizes that take longer than a larger one |
-//! | [`moe`] | the grouped GEMM on mixtures of experts, beside recorded times of other projects |
+//! | [`moe`] | the grouped GEMM on mixtures of experts, beside other projects' |
+//! | [`activations`] | the quantization of activations |
+//! | [`torch`] | torch's kernels in the same run, where torch is installed |
 //! | [`sweep`] | the time of every plan of a problem, to judge the planner |
 //! | [`ablation`] | the kernel without one of its ideas at a time: figure 13 of the paper |
 //! | [`record`], [`circumstances`] | the results, and the GPU, driver and date that belong to them |
@@ -46,3 +48,4 @@ pub mod statistics;
 pub mod sweep;
 pub mod table;
 pub mod targets;
+pub mod torch;

@@ -40,12 +40,12 @@ impl FromStr for Matrix {
 }
 
 /// The distinct matrices, in the order of their first occurrence.
-pub(super) fn distinct(all: impl Iterator<Item = Matrix>) -> Vec<Matrix> {
-    let mut matrices = Vec::new();
-    for matrix in all {
-        if !matrices.contains(&matrix) {
-            matrices.push(matrix);
+pub(super) fn distinct<T: PartialEq>(all: impl Iterator<Item = T>) -> Vec<T> {
+    let mut found = Vec::new();
+    for one in all {
+        if !found.contains(&one) {
+            found.push(one);
         }
     }
-    matrices
+    found
 }

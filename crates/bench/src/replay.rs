@@ -62,6 +62,16 @@ const LONG_REPLAY_US: f64 = 15_000.0;
 /// Launches in one graph, within the limits on the length of a replay.
 const LAUNCHES: std::ops::RangeInclusive<usize> = 20..=100;
 
+/// The rules of timing, for scripts that time other kernels in the same way.
+pub(super) fn rules(pace: Pace) -> serde_json::Value {
+    serde_json::json!({
+        "pace": pace,
+        "short_replay_us": SHORT_REPLAY_US,
+        "long_replay_us": LONG_REPLAY_US,
+        "launches": [LAUNCHES.start(), LAUNCHES.end()],
+    })
+}
+
 /// A kernel to be timed.
 pub(super) struct Contender<'a> {
     /// Copies of the weights; launch `i` uses copy `i % copies`.

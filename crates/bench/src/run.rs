@@ -54,7 +54,10 @@ pub trait Observer {
     ///
     /// # Errors
     /// An error ends the run.
-    fn measured(&mut self, run: &Run) -> anyhow::Result<()>;
+    fn measured(&mut self, run: &Run) -> anyhow::Result<()> {
+        let _ = run;
+        Ok(())
+    }
 
     /// Receives a remark of one line.
     fn note(&mut self, text: &str);

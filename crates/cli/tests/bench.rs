@@ -103,6 +103,32 @@ fn recorded_run_of_the_repository_can_still_be_read() {
 }
 
 #[test]
+fn recorded_runs_of_activations_and_mixtures_become_their_pages_and_plots() {
+    let recorded = |name| format!("{}/../../docs/benchmarks/{name}", env!("CARGO_MANIFEST_DIR"));
+    let directory = tempfile::tempdir().unwrap();
+    let path = |name: &str| directory.path().join(name).to_str().unwrap().to_owned();
+    for (kind, from, plots) in [
+        ("--activations", vec!["activations.json"], vec!["activations.svg"]),
+        (
+            "--moe",
+            vec!["moe.json", "moe-128.json", "moe-channel.json"],
+            vec!["moe-64.svg", "moe-128.svg", "moe-channel.svg"],
+        ),
+    ] {
+        let from = from.into_iter().map(recorded).collect::<Vec<_>>().join(",");
+        let page = path("plots/page.md");
+        let (code, out, errors) =
+            bench(&[kind, "--from", &from, "--plots", &path("plots"), "--markdown", &page]);
+        assert_eq!((code, errors.as_str()), (0, ""), "{out}");
+        let page = std::fs::read_to_string(page).unwrap();
+        for plot in plots {
+            assert!(page.contains(&format!("]({plot})")), "{plot} is missing in\n{page}");
+            assert!(std::fs::read_to_string(path(&format!("plots/{plot}"))).unwrap().starts_with("<svg"));
+        }
+    }
+}
+
+#[test]
 fn files_that_cannot_be_read_are_refused_with_the_reason() {
     let (code, _, errors) = bench(&["--from", "/no/such/file"]);
     assert_eq!(code, 1);
@@ -123,6 +149,8 @@ fn invalid_arguments_are_refused_in_one_line_or_with_the_usage() {
     for (arguments, expected) in [
         (&["--from", "/no/such/file"] as &[&str], 1),
         (&["--ablation", "--from", "a,b"], 1),
+        (&["--activations", "--from", "a,b"], 1),
+        (&["--torch", "python3"], 2),
         (&["--shapes", "4096"], 2),
         (&["--quick", "--peers"], 2),
         (&["--tile", "3"], 2),

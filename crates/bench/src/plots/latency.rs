@@ -4,8 +4,8 @@
 use anyhow::anyhow;
 use plotters::prelude::*;
 
-use super::style::{self, Anchor, Entry, legend, microseconds, text};
-use super::{line_across, title};
+use super::style::{self, Anchor, Entry, legend, text};
+use super::{line_across, log_axes, title};
 use crate::record::{Baseline, Point, Run};
 use crate::shapes::Matrix;
 
@@ -20,13 +20,6 @@ struct Line {
     colour: RGBColor,
     width: u32,
     points: Vec<(f64, f64)>,
-}
-
-/// The numbers 1, 2 and 5 times a power of ten within a range.
-fn ticks(range: &std::ops::Range<f64>) -> Vec<f64> {
-    let decades = range.start.log10().floor() as i32..=range.end.log10().ceil() as i32;
-    let all = decades.flat_map(|decade| [1.0, 2.0, 5.0].map(|step| step * 10f64.powi(decade)));
-    all.filter(|tick| range.contains(tick)).collect()
 }
 
 /// Returns the picture as SVG. `None` if there is no line to draw.
@@ -94,7 +87,7 @@ fn render(
         .axis_style(style::GRID)
         .x_desc("M (tokens)")
         .x_labels(16)
-        // plotters labels only powers of ten on a logarithmic axis; our labels are drawn below.
+        // Ours are drawn below.
         .disable_y_mesh()
         .y_label_formatter(&|_| String::new())
         .x_label_formatter(&|m| format!("{m}"))
@@ -102,12 +95,7 @@ fn render(
         .axis_desc_style(text(14, false, style::TEXT, Anchor::Middle))
         .draw()?;
 
-    for us in ticks(&up) {
-        let [left, right] = [first, last].map(|m| chart.plotting_area().map_coordinate(&(m, us)));
-        area.draw(&PathElement::new([left, right], style::GRID.stroke_width(1)))?;
-        let lettering = text(13, false, style::FAINT_TEXT, Anchor::Right);
-        area.draw(&Text::new(microseconds(us), (left.0 - 8, left.1), lettering))?;
-    }
+    log_axes::label_microseconds(&area, &chart, first..last, &up)?;
     chart.draw_series(DashedLineSeries::new(
         floor.points.iter().copied(),
         5,
@@ -134,18 +122,4 @@ fn render(
     legend(&area, style::LEGEND_Y, entries)?;
     area.present()?;
     Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn ticks_are_round_numbers_inside_the_range() {
-        assert_eq!(ticks(&(1.5..60.0)), [2.0, 5.0, 10.0, 20.0, 50.0]);
-        assert_eq!(
-            ticks(&(900.0..2100.0)).iter().map(|us| microseconds(*us)).collect::<Vec<_>>(),
-            ["1 ms", "2 ms"]
-        );
-    }
 }

@@ -3,15 +3,20 @@
 //! Each submodule draws one kind of picture; `style` holds colours and text styles.
 
 mod ablation;
+mod activations;
 mod curve;
 mod latency;
+mod log_axes;
+mod moe;
 mod peers;
 mod style;
 
 use std::path::{Path, PathBuf};
 
 use super::ablation::Ablation;
+use super::activations::Activations;
 use super::matrix::{Matrix, distinct};
+use super::moe::Mixtures;
 use super::record::{Run, write_atomically};
 use super::shapes::{is_shard, origin};
 
@@ -73,6 +78,35 @@ pub fn write_ablation(run: &Ablation, directory: &Path) -> anyhow::Result<Vec<Pi
         }
     }
     Ok(pictures)
+}
+
+/// Writes the picture of a run over the quantization of activations into a directory: scores by numbers of rows.
+/// There is none if the run has less than two numbers of rows.
+pub fn write_activations(run: &Activations, directory: &Path) -> anyhow::Result<Vec<Picture>> {
+    let title = "Score against the number of rows, for each operation and length of a row";
+    let svg = activations::draw(run, title)?;
+    svg.map(|svg| save(directory, "activations.svg".into(), title.into(), &svg)).into_iter().collect()
+}
+
+/// Writes the pictures of runs over mixtures of experts into a directory, and returns those of each run:
+/// time against tokens for every layer, in one picture.
+/// There is none for a run with less than two numbers of tokens of every layer.
+pub fn write_mixtures(runs: &[Mixtures], directory: &Path) -> anyhow::Result<Vec<Vec<Picture>>> {
+    let mut names: Vec<String> = Vec::new();
+    let mut all = Vec::new();
+    for run in runs {
+        let groups = run.groups();
+        let title = format!("Mixtures of experts, weights with group {groups}: time against tokens");
+        let name = format!("moe-{}", groups.replace(", ", "-"));
+        let same = names.iter().filter(|other| **other == name).count();
+        let file = if same == 0 { format!("{name}.svg") } else { format!("{name}-{}.svg", same + 1) };
+        names.push(name);
+        let svg = moe::draw(run, &title)?;
+        all.push(
+            svg.map(|svg| save(directory, file, title, &svg)).into_iter().collect::<anyhow::Result<_>>()?,
+        );
+    }
+    Ok(all)
 }
 
 fn save(directory: &Path, name: String, title: String, svg: &str) -> anyhow::Result<Picture> {
@@ -211,6 +245,53 @@ mod tests {
         if let Some(keep) = std::env::var_os("LIQUIDGEMM_KEEP_PLOTS") {
             write_ablation(&run, Path::new(&keep)).unwrap();
         }
+    }
+
+    fn assert_is_picture(picture: &Picture, parts: &[&str]) {
+        let svg = std::fs::read_to_string(&picture.path).unwrap();
+        assert!(svg.starts_with("<svg") && !svg.contains("NaN") && !svg.contains("inf"));
+        for part in parts {
+            assert!(svg.contains(part), "{part:?} is missing in {}", picture.path.display());
+        }
+    }
+
+    #[test]
+    fn activations_get_a_picture_with_a_panel_for_each_operation() {
+        use crate::activations::Measured;
+        use crate::activations::tests::point;
+        use crate::torch::tests::results;
+        let mut run = Activations::default();
+        for measured in Measured::ALL {
+            run.points.extend([1, 16, 2048].map(|m| point(measured, m, 6.0 + m as f64 / 300.0)));
+        }
+        let directory = tempfile::tempdir().unwrap();
+        let pictures = write_activations(&run, directory.path()).unwrap();
+        let titles = Measured::ALL.map(|measured| measured.to_string());
+        let parts: Vec<&str> = titles.iter().map(String::as_str).chain(["k = 4096", "2048"]).collect();
+        assert_is_picture(&pictures[0], &parts);
+        assert!(!std::fs::read_to_string(&pictures[0].path).unwrap().contains("torch"));
+        let torch = results(&[Ok(30.0), Err("failed"), Ok(40.0)]);
+        run.points.iter_mut().zip(torch.outcomes).for_each(|(point, torch)| point.torch = Some(torch));
+        assert_is_picture(&write_activations(&run, directory.path()).unwrap()[0], &["torch.compile"]);
+        run.points.retain(|point| point.m == 1);
+        assert_eq!(write_activations(&run, directory.path()).unwrap(), []);
+    }
+
+    #[test]
+    fn each_run_over_mixtures_gets_a_picture_with_a_panel_for_each_layer() {
+        use crate::moe::tests::point;
+        let run = Mixtures {
+            points: crate::moe::page().points.iter().map(|page| point(page, page.us[2] * 0.9)).collect(),
+            ..Mixtures::default()
+        };
+        let short = Mixtures { points: run.points[..1].to_vec(), ..Mixtures::default() };
+        let directory = tempfile::tempdir().unwrap();
+        let pictures = write_mixtures(&[run.clone(), short, run], directory.path()).unwrap();
+        assert_eq!([pictures[0].len(), pictures[1].len(), pictures[2].len()], [1, 0, 1]);
+        assert_ne!(pictures[0][0].path, pictures[2][0].path);
+        let parts =
+            ["LiquidGEMM", "ideal floor", "torch fp8", "Humming g128", "dsv3 down", "mixtral gate-up"];
+        assert_is_picture(&pictures[0][0], &parts);
     }
 
     #[test]

@@ -69,6 +69,23 @@ pub(super) fn begin<'a, B: DrawingBackend>(
     Ok(chart)
 }
 
+/// Begins a panel, one of several charts of a picture: a title, and room for the axis labels.
+pub(super) fn panel<'a, B: DrawingBackend>(
+    area: &'a DrawingArea<B, Shift>,
+    title: String,
+) -> Result<ChartBuilder<'a, 'a, B>, DrawingAreaErrorKind<B::ErrorType>> {
+    area.draw(&Text::new(title, (72, 14), text(15, true, TEXT, Anchor::Left)))?;
+    let mut chart = ChartBuilder::on(area);
+    chart
+        .margin_top(30)
+        .margin_right(20)
+        .margin_bottom(12)
+        .margin_left(6)
+        .x_label_area_size(40)
+        .y_label_area_size(62);
+    Ok(chart)
+}
+
 /// An entry of a [`legend`].
 #[derive(Clone, Copy)]
 pub(super) struct Entry<'a> {

@@ -1,28 +1,39 @@
 //! `liquidgemm bench`: measures the GPU backend and records the results.
-//! The measurements are in `liquidgemm-bench`; this file has the arguments, the progress and the files.
+//! The measurements are in `liquidgemm-bench`; this folder has the arguments, the progress and the files.
+//!
+//! | file | purpose |
+//! |---|---|
+//! | `mod` | the arguments |
+//! | `kind` | what all kinds of runs have in common: measured or read, shown, written |
+//! | `dense`, `sweep`, `ablation`, `activations`, `moe` | the kinds |
+//! | `screen` | rows on stdout, progress on stderr |
 
-use std::io::Write;
-use std::path::PathBuf;
+mod ablation;
+mod activations;
+mod dense;
+mod kind;
+mod moe;
+mod screen;
+mod sweep;
+
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 use clap::ValueEnum;
-use indicatif::{ProgressBar, ProgressStyle};
 use liquidgemm::gpu::Gpu;
 use liquidgemm::{Error, Group};
 use liquidgemm_bench::ablation::Ablation;
-use liquidgemm_bench::activations::{Activations, Measured};
-use liquidgemm_bench::circumstances::Circumstances;
+use liquidgemm_bench::activations::Activations;
 use liquidgemm_bench::moe::Mixtures;
-use liquidgemm_bench::plots::Pictures;
 use liquidgemm_bench::record::{Baseline, Run};
 use liquidgemm_bench::replay::Pace;
-use liquidgemm_bench::run::{Observer, Options};
+use liquidgemm_bench::run::Options;
 use liquidgemm_bench::shapes::{self, Case, Matrix};
-use liquidgemm_bench::sweep::Sweep;
-use liquidgemm_bench::{markdown, moe, monotone, plots, table, targets};
 use liquidgemm_format::tile::{TILE_SHAPES, TileShape};
 
 use super::Report;
+use kind::report;
+use sweep::Sweeps;
 
 /// Measure the GPU backend against the hardware's limits and cuBLASLt
 ///
@@ -99,15 +110,19 @@ pub(super) struct Arguments {
     ablation: bool,
     /// Measure the quantization of activations instead: alone, after RMSNorm, and after SiLU · mul,
     /// for rows of 4096, 8192 and 28672 elements and 1 to 8192 rows
-    #[arg(long, conflicts_with_all = ["ablation", "tile", "group", "sweep", "problems", "plots", "algorithms", "baselines", "no_probes"])]
+    #[arg(long, group = "operations", conflicts_with_all = ["ablation", "tile", "group", "sweep", "problems", "algorithms", "baselines", "no_probes"])]
     activations: bool,
     /// Measure the grouped GEMM instead, on the layers of three mixtures of experts with random routing,
     /// beside recorded times of torch and Humming; --m takes some of its numbers of tokens
-    #[arg(long, conflicts_with_all = ["tile", "sweep", "ablation", "quick", "peers", "between", "shards", "curve", "monotone", "shapes", "algorithms", "baselines", "no_probes", "plots"])]
+    #[arg(long, group = "operations", conflicts_with_all = ["tile", "sweep", "ablation", "quick", "peers", "between", "shards", "curve", "monotone", "shapes", "algorithms", "baselines", "no_probes"])]
     moe: bool,
     /// With --moe, measure every tile in clusters of one and of two thread blocks instead of the library's choice
     #[arg(long, requires = "moe")]
     every_plan: bool,
+    /// With --moe or --activations, measure torch's kernels too, with this Python, which must have torch;
+    /// it does so before our kernels, in a process of its own
+    #[arg(long, value_name = "PYTHON", requires = "operations", conflicts_with = "from")]
+    torch: Option<PathBuf>,
     /// Measure nothing; read the results of earlier runs from these files;
     /// separate several by commas or repeat the option
     #[arg(long, value_name = "JSON", value_delimiter = ',', conflicts_with_all = ["problems", "m", "tile", "json", "baselines", "no_probes", "pace"])]
@@ -200,6 +215,11 @@ impl Arguments {
         self.device.map_or_else(Gpu::new, Gpu::with_device)
     }
 
+    /// Calls `save` with the path of the JSON file, if there is to be one.
+    fn keep(&self, save: impl FnOnce(&Path) -> anyhow::Result<()>) -> anyhow::Result<()> {
+        self.json.as_deref().map_or(Ok(()), save)
+    }
+
     /// The options of a run, with the defaults of the lists that were chosen.
     fn options(&self) -> Options {
         Options {
@@ -227,297 +247,12 @@ impl Arguments {
 }
 
 pub(super) fn run(arguments: &Arguments) -> anyhow::Result<Report> {
-    if arguments.sweep {
-        return sweep(arguments);
-    }
-    if arguments.ablation {
-        return ablation(arguments);
-    }
-    if arguments.activations {
-        return activations(arguments);
-    }
-    if arguments.moe {
-        return mixtures(arguments);
-    }
-    let runs = match arguments.from.as_slice() {
-        [] => vec![measure(arguments)?],
-        paths => paths.iter().map(|path| Run::load(path)).collect::<Result<Vec<_>, _>>()?,
-    };
-    let mut text = String::new();
-    if !arguments.from.is_empty() {
-        for run in &runs {
-            let Circumstances { device, date, kernels, .. } = &run.circumstances;
-            text += &format!("{device}, {date}, kernels {kernels}\n{}\n", table::heading());
-            run.points.iter().for_each(|point| text += &format!("{}\n", table::row(point)));
-        }
-    }
-    let merged = Run::merged(&runs);
-    text += &format!("\n{}\n{}", table::LEGEND, table::bands(&merged));
-    let verdicts = targets::report(&targets::judge(&merged));
-    if !verdicts.is_empty() {
-        text += &format!("\n{verdicts}");
-    }
-    for run in &runs {
-        if let Some(breaks) = &run.breaks {
-            text += &format!("\n{}", monotone::report(breaks, &run.points));
-        }
-    }
-    let pictures = match &arguments.plots {
-        Some(directory) => plots::write(&runs, directory)?,
-        None => Pictures::default(),
-    };
-    if let Some(path) = &arguments.markdown {
-        markdown::write(&runs, &pictures, path)?;
-    }
-    let wrong = runs.iter().flat_map(Run::mismatches).count();
-    if wrong > 0 {
-        let all: usize = runs.iter().map(|run| run.points.len()).sum();
-        text += &format!("\n{wrong} of {all} results differ from the CPU backend's\n");
-    }
-    Ok(Report { text, success: wrong == 0 })
-}
-
-fn measure(arguments: &Arguments) -> anyhow::Result<Run> {
-    let gpu = arguments.gpu()?;
-    let options = arguments.options();
-    let mut screen = Screen::new(&options.cases, arguments.json.clone());
-    screen.print(&format!("{}\n{}", gpu.description(), table::heading()));
-    let run = liquidgemm_bench::run::run(&gpu, &options, &mut screen)?;
-    // The run is marked as complete only now.
-    screen.save(&run)?;
-    screen.bar.finish_and_clear();
-    Ok(run)
-}
-
-fn sweep(arguments: &Arguments) -> anyhow::Result<Report> {
-    let (sweeps, mut text) = match arguments.from.as_slice() {
-        [] => (measure_sweep(arguments)?, String::new()),
-        paths => {
-            let loaded = paths.iter().map(|path| Sweep::load(path)).collect::<Result<Vec<_>, _>>()?;
-            let sweeps = loaded.concat();
-            let text = sweeps.iter().map(Sweep::report).collect();
-            (sweeps, text)
-        }
-    };
-    if sweeps.iter().flat_map(|sweep| &sweep.plans).any(|plan| plan.mismatch.is_some()) {
-        bail!("results differ from the CPU backend's");
-    }
-    text += &liquidgemm_bench::sweep::verdict(&sweeps);
-    text.push('\n');
-    Ok(Report { text, success: true })
-}
-
-fn measure_sweep(arguments: &Arguments) -> anyhow::Result<Vec<Sweep>> {
-    let gpu = arguments.gpu()?;
-    let cases = arguments.cases();
-    let mut screen = Screen::new(&cases, None);
-    let bar = screen.bar.clone();
-    screen.print(&format!(
-        "{}\n*: the planner's choice; ~: estimated only, far slower than the fastest",
-        gpu.description()
-    ));
-    let mut sweeps = Vec::new();
-    liquidgemm_bench::sweep::sweep(&gpu, &cases, &mut screen, |sweep| {
-        print(&bar, sweep.report().trim_end());
-        bar.inc(1);
-        sweeps.push(sweep);
-        if let Some(path) = &arguments.json {
-            liquidgemm_bench::record::write_json(path, &sweeps)?;
-        }
-        Ok(())
-    })?;
-    bar.finish_and_clear();
-    Ok(sweeps)
-}
-
-fn ablation(arguments: &Arguments) -> anyhow::Result<Report> {
-    let run = match arguments.from.as_slice() {
-        [] => measure_ablation(arguments)?,
-        [path] => Ablation::load(path)?,
-        _ => bail!("--ablation reads one run; give --from once"),
-    };
-    let mut text = String::new();
-    if !arguments.from.is_empty() {
-        text += &format!("{}\n{}\n", run.circumstances.device, liquidgemm_bench::ablation::heading());
-        run.points.iter().for_each(|point| text += &format!("{}\n", point.row()));
-    }
-    let pictures = match &arguments.plots {
-        Some(directory) => plots::write_ablation(&run, directory)?,
-        None => Vec::new(),
-    };
-    if let Some(path) = &arguments.markdown {
-        liquidgemm_bench::ablation::write_page(&run, &pictures, path)?;
-    }
-    let wrong = run.mismatches();
-    if wrong > 0 {
-        text += &format!("\n{wrong} results differ from the CPU backend's\n");
-    }
-    Ok(Report { text, success: wrong == 0 })
-}
-
-fn mixtures(arguments: &Arguments) -> anyhow::Result<Report> {
-    let runs = match arguments.from.as_slice() {
-        [] => vec![measure_mixtures(arguments)?],
-        paths => paths.iter().map(|path| Mixtures::load(path)).collect::<Result<Vec<_>, _>>()?,
-    };
-    let mut text = String::new();
-    for run in &runs {
-        if !arguments.from.is_empty() {
-            text += &format!("{}\n{}\n", run.circumstances.device, moe::heading());
-            run.points.iter().for_each(|point| text += &format!("{}\n", moe::row(point)));
-        }
-        text += &format!("\n{}", moe::summary(&run.points));
-    }
-    if let Some(path) = &arguments.markdown {
-        moe::write_page(&runs, path)?;
-    }
-    let wrong: usize = runs.iter().map(Mixtures::mismatches).sum();
-    if wrong > 0 {
-        text += &format!("\n{wrong} results differ from the CPU backend's\n");
-    }
-    Ok(Report { text, success: wrong == 0 })
-}
-
-fn measure_mixtures(arguments: &Arguments) -> anyhow::Result<Mixtures> {
-    let gpu = arguments.gpu()?;
-    let points = moe::points(arguments.m.as_ref().map(|Tokens(tokens)| tokens.as_slice()));
-    let bar = progress(points.len());
-    print(&bar, &format!("{}\n{}\n{}", gpu.description(), moe::page().provenance, moe::heading()));
-    let plans = if arguments.every_plan { moe::Plans::Every } else { moe::Plans::Chosen };
-    let save = |run: &Mixtures| arguments.json.as_deref().map_or(Ok(()), |path| run.save(path));
-    let pace = arguments.options().pace;
-    let run = moe::run(&gpu, &points, arguments.group, pace, plans, |run, new| {
-        run.points[run.points.len() - new..].iter().for_each(|point| print(&bar, &moe::row(point)));
-        bar.inc(1);
-        save(run)
-    })?;
-    // The run is marked as complete only now.
-    save(&run)?;
-    bar.finish_and_clear();
-    Ok(run)
-}
-
-fn measure_ablation(arguments: &Arguments) -> anyhow::Result<Ablation> {
-    let gpu = arguments.gpu()?;
-    let cases = arguments.cases();
-    let mut screen = Screen::new(&cases, None);
-    let bar = screen.bar.clone();
-    screen.print(&format!("{}\n{}", gpu.description(), liquidgemm_bench::ablation::heading()));
-    let save = |run: &Ablation| arguments.json.as_deref().map_or(Ok(()), |path| run.save(path));
-    let run = liquidgemm_bench::ablation::run(&gpu, &cases, &mut screen, |run| {
-        if let Some(point) = run.points.last() {
-            print(&bar, &point.row());
-        }
-        bar.inc(1);
-        save(run)
-    })?;
-    // The run is marked as complete only now.
-    save(&run)?;
-    bar.finish_and_clear();
-    Ok(run)
-}
-
-/// The rows and the row lengths of `--activations`.
-const ACTIVATION_ROWS: [usize; 7] = [1, 4, 16, 64, 256, 2048, 8192];
-const ACTIVATION_LENGTHS: [usize; 3] = [4096, 8192, 28672];
-
-fn activations(arguments: &Arguments) -> anyhow::Result<Report> {
-    let run = match arguments.from.as_slice() {
-        [] => measure_activations(arguments)?,
-        [path] => Activations::load(path)?,
-        _ => bail!("--activations reads one run; give --from once"),
-    };
-    let mut text = String::new();
-    if !arguments.from.is_empty() {
-        text += &format!("{}\n{}\n", run.circumstances.device, liquidgemm_bench::activations::heading());
-        run.points.iter().for_each(|point| text += &format!("{}\n", point.row()));
-    }
-    if let Some(path) = &arguments.markdown {
-        run.write_page(path)?;
-    }
-    let wrong = run.mismatches();
-    if wrong > 0 {
-        text += &format!("\n{wrong} results differ from the CPU backend's\n");
-    }
-    Ok(Report { text, success: wrong == 0 })
-}
-
-fn measure_activations(arguments: &Arguments) -> anyhow::Result<Activations> {
-    let gpu = arguments.gpu()?;
-    let rows = arguments.m.as_ref().map_or(&ACTIVATION_ROWS[..], |Tokens(tokens)| tokens);
-    let points = rows.len() * ACTIVATION_LENGTHS.len() * Measured::ALL.len();
-    let screen = Screen::of_points(points, None);
-    screen.print(&format!("{}\n{}", gpu.description(), liquidgemm_bench::activations::heading()));
-    let save = |run: &Activations| arguments.json.as_deref().map_or(Ok(()), |path| run.save(path));
-    let pace = arguments.options().pace;
-    let run = liquidgemm_bench::activations::run(&gpu, rows, &ACTIVATION_LENGTHS, pace, |run| {
-        if let Some(point) = run.points.last() {
-            screen.print(&point.row());
-        }
-        screen.bar.inc(1);
-        save(run)
-    })?;
-    // The run is marked as complete only now.
-    save(&run)?;
-    screen.bar.finish_and_clear();
-    Ok(run)
-}
-
-/// Prints rows to stdout as they are measured, shows progress on stderr, and keeps the JSON file up to date.
-struct Screen {
-    bar: ProgressBar,
-    json: Option<PathBuf>,
-}
-
-impl Screen {
-    fn new(cases: &[Case], json: Option<PathBuf>) -> Self {
-        Self::of_points(cases.iter().map(|case| case.tokens.len()).sum(), json)
-    }
-
-    fn of_points(points: usize, json: Option<PathBuf>) -> Self {
-        Self { bar: progress(points), json }
-    }
-
-    fn print(&self, text: &str) {
-        print(&self.bar, text);
-    }
-
-    fn save(&self, run: &Run) -> anyhow::Result<()> {
-        self.json.as_deref().map_or(Ok(()), |path| run.save(path))
-    }
-}
-
-/// Returns a progress bar for this many points.
-fn progress(points: usize) -> ProgressBar {
-    let style = ProgressStyle::with_template("{msg:24} {wide_bar} {pos}/{len}  {eta} left")
-        .expect("the template is valid");
-    ProgressBar::new(points as u64).with_style(style)
-}
-
-/// Prints above the progress bar.
-/// A closed stdout does not end the run, because results may go to a file as well.
-fn print(bar: &ProgressBar, text: &str) {
-    bar.suspend(|| {
-        let mut out = std::io::stdout();
-        let _ = writeln!(out, "{text}").and_then(|()| out.flush());
-    });
-}
-
-impl Observer for Screen {
-    fn starts(&mut self, m: usize, matrix: Matrix) {
-        self.bar.set_message(format!("M = {m}, {matrix}"));
-    }
-
-    fn measured(&mut self, run: &Run) -> anyhow::Result<()> {
-        if let Some(point) = run.points.last() {
-            self.print(&table::row(point));
-        }
-        self.bar.inc(1);
-        self.save(run)
-    }
-
-    fn note(&mut self, text: &str) {
-        self.bar.suspend(|| eprintln!("note: {text}"));
+    match () {
+        () if arguments.sweep => report::<Sweeps>(arguments),
+        () if arguments.ablation => report::<Ablation>(arguments),
+        () if arguments.activations => report::<Activations>(arguments),
+        () if arguments.moe => report::<Mixtures>(arguments),
+        () => report::<Run>(arguments),
     }
 }
 
@@ -572,8 +307,14 @@ mod tests {
             "--pace slow",
             "--sweep --pace brief",
             "--from a --no-probes",
+            "--torch python3",
+            "--sweep --torch python3",
+            "--moe --torch python3 --from a",
         ] {
             assert!(parse(wrong).is_err(), "{wrong}");
+        }
+        for right in ["--moe --torch python3 --plots a", "--activations --torch python3 --plots a"] {
+            assert!(parse(right).is_ok(), "{right}");
         }
         assert_eq!(parse("--tile 64").unwrap().options().tile.unwrap().tokens, 64);
     }

@@ -1,7 +1,10 @@
-//! Measures the quantization of activations against the `stream` probe for the bytes that it moves.
-//! Every result is compared with the CPU backend's.
+//! Measures the quantization of activations against the `stream` probe for the bytes that it moves,
+//! and beside what `torch.compile` makes of the same operations, where torch is installed.
+//! Every result is compared with the CPU backend's. The page about a run is in `page`.
 
-use std::fmt::{self, Write};
+mod page;
+
+use std::fmt;
 use std::path::Path;
 
 use anyhow::{Context, ensure};
@@ -13,15 +16,18 @@ use liquidgemm::gpu::{DeviceSpan, Gpu, QuantizeOperands};
 use liquidgemm::{Gate, GateOrder, HalfType, Operation, Scaling, cpu};
 use liquidgemm_format::probe::STREAM_PIECE_BYTES;
 use serde::{Deserialize, Serialize};
+use serde_json::json;
 
 use super::arena::{copies, download, uninitialized};
 use super::circumstances::Circumstances;
 use super::data::Pool;
-use super::markdown::facts;
 use super::probes::Probes;
-use super::record::{Baseline, read_json, write_atomically, write_json};
+use super::record::{Baseline, read_json, write_json};
 use super::replay::{Clock, Contender, Pace};
 use super::statistics::Timing;
+use super::torch::{self, Outcome, Progress, Torch};
+
+pub use page::write as write_page;
 
 /// Rows that are compared with the CPU backend's, spread over all rows of a problem.
 const CHECKED_ROWS: usize = 16;
@@ -93,6 +99,9 @@ pub struct Point {
     pub ours: Timing,
     /// The probe that only reads as many bytes as the operation reads and writes.
     pub stream: Timing,
+    /// What `torch.compile` makes of the operation, in this run. `None` if it was not measured at this size.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub torch: Option<Outcome>,
     /// The first difference from the CPU backend's result, if there is one.
     pub mismatch: Option<String>,
 }
@@ -113,11 +122,21 @@ impl Point {
         self.stream.us / self.ours.us
     }
 
+    /// Returns torch's time in microseconds, if it was measured.
+    pub fn torch_us(&self) -> Option<f64> {
+        Some(self.torch.as_ref()?.timing?.us)
+    }
+
     /// Formats the point as a line under [`heading`].
     pub fn row(&self) -> String {
         let wrong = self.mismatch.as_ref().map_or(String::new(), |what| format!("  WRONG: {what}"));
+        let torch = match self.torch.as_ref().map(|torch| (torch.timing, &torch.error)) {
+            None => String::new(),
+            Some((Some(Timing { us, .. }), _)) => format!("  torch {us:.2}, × {:.2}", us / self.ours.us),
+            Some((None, error)) => format!("  no torch: {}", error.as_deref().unwrap_or("failed")),
+        };
         format!(
-            "{:>18} {:>5} {:>6} {:>9.2} {:>7.0} {:>9.2} {:>6.2}{wrong}",
+            "{:>18} {:>5} {:>6} {:>9.2} {:>7.0} {:>9.2} {:>6.2}{torch}{wrong}",
             self.measured,
             self.m,
             self.k,
@@ -145,6 +164,9 @@ pub struct Activations {
     pub circumstances: Circumstances,
     /// False while points are still missing.
     pub complete: bool,
+    /// The torch that was measured in this run.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub torch: Option<Torch>,
     /// The points, in the order of measurement.
     pub points: Vec<Point>,
 }
@@ -165,7 +187,10 @@ impl Activations {
     pub fn load(path: &Path) -> anyhow::Result<Self> {
         let run: Self = read_json(path, "run of activations")?;
         let plausible = run.points.iter().all(|point| {
-            point.m.min(point.k) > 0 && point.ours.is_plausible() && point.stream.is_plausible()
+            point.m.min(point.k) > 0
+                && point.ours.is_plausible()
+                && point.stream.is_plausible()
+                && point.torch.as_ref().is_none_or(Outcome::is_plausible)
         });
         ensure!(plausible, "{} has a dimension of 0 or an impossible time", path.display());
         Ok(run)
@@ -175,77 +200,102 @@ impl Activations {
     pub fn mismatches(&self) -> usize {
         self.points.iter().filter(|point| point.mismatch.is_some()).count()
     }
+}
 
-    /// Writes the run as a Markdown page.
-    ///
-    /// # Errors
-    /// If the file can't be written.
-    pub fn write_page(&self, path: &Path) -> anyhow::Result<()> {
-        write_atomically(path, self.page().context("a String takes all")?.as_bytes())
+/// Numbers of rows at which torch is measured: each costs a compilation of more than a second.
+const TORCH_ROWS: [usize; 5] = [1, 16, 256, 2048, 8192];
+
+/// A run over all operations, each at some numbers of rows and lengths of rows.
+#[derive(Clone, Copy, Debug)]
+pub struct Options<'a> {
+    /// Numbers of rows.
+    pub rows: &'a [usize],
+    /// Elements of a row of the result.
+    pub lengths: &'a [usize],
+    /// How long to measure.
+    pub pace: Pace,
+}
+
+impl Options<'_> {
+    /// Returns the operation, the rows and their length of every point, in the order of measurement.
+    pub fn problems(&self) -> impl Iterator<Item = (Measured, usize, usize)> + '_ {
+        Measured::ALL.into_iter().flat_map(move |operation| {
+            self.lengths.iter().flat_map(move |&k| self.rows.iter().map(move |&m| (operation, m, k)))
+        })
     }
 
-    fn page(&self) -> Result<String, fmt::Error> {
-        let mut text = String::new();
-        writeln!(text, "# Quantization of activations, on {}\n", self.circumstances.device_name())?;
-        writeln!(text, "Written by `liquidgemm bench --activations`; don't edit.\n")?;
-        let exact = match self.mismatches() {
-            0 => format!("rows of all {} results equal the CPU backend's bits", self.points.len()),
-            wrong => format!("**{wrong} of {} results are wrong**", self.points.len()),
+    /// Returns the points at which torch is measured, in the order of measurement.
+    /// The norm with a residual comes last, because torch's time may not suffice for all.
+    fn torch_problems(&self) -> impl Iterator<Item = (Measured, usize, usize)> + '_ {
+        let of = |last: bool| {
+            self.problems().filter(move |(operation, m, _)| {
+                TORCH_ROWS.contains(m) && (*operation == Measured::ResidualRmsNorm) == last
+            })
         };
-        facts(&self.circumstances, &[("checked", &exact)], self.complete, &mut text)?;
-        text.push_str(METHOD);
-        for measured in Measured::ALL {
-            writeln!(text, "\n## {measured}\n")?;
-            text.push_str("| rows | k | µs | GB/s | stream µs | score |\n|---|---|---|---|---|---|\n");
-            for point in self.points.iter().filter(|point| point.measured == measured) {
-                writeln!(
-                    text,
-                    "| {} | {} | {:.2} | {:.0} | {:.2} | {:.2} |",
-                    point.m,
-                    point.k,
-                    point.ours.us,
-                    point.gigabytes_per_second(),
-                    point.stream.us,
-                    point.score()
-                )?;
-            }
-        }
-        Ok(text)
+        of(false).chain(of(true))
     }
 }
 
-/// The explanation of the page.
-const METHOD: &str = "
-bf16 in, int8 out, one scale a row. GB/s counts each byte that is read or written once. `stream` is a probe that only reads as
-many bytes in the same run, and the score is its time divided by ours. Launches are replayed from a CUDA graph; inputs and
-outputs rotate through more than 200 MB; times are medians. Below a few hundred rows the launch is most of the time.
-";
+/// Measures what `torch.compile` makes of the operations, at some of the points of [`run`].
+/// It belongs before `run`, which allocates most of its memory itself.
+///
+/// # Errors
+/// If torch can't be measured. The failure of a single measurement is its outcome.
+pub fn measure_torch(
+    gpu: &Gpu,
+    python: &Path,
+    options: &Options<'_>,
+    watch: &mut dyn FnMut(Progress<'_>),
+) -> anyhow::Result<torch::Results> {
+    let job = |(operation, m, k): (Measured, usize, usize)| {
+        json!({
+            "name": format!("{operation}, {m} × {k}"),
+            "operation": operation, "rows": m, "k": k,
+            "copies": copies(m * k * operation.bytes_per_element()),
+        })
+    };
+    let jobs = options.torch_problems().map(job).collect();
+    torch::measure(gpu, python, torch::ACTIVATIONS, options.pace, jobs, watch)
+}
+
+/// Returns the number of measurements of [`measure_torch`].
+pub fn torch_jobs(options: &Options<'_>) -> usize {
+    options.torch_problems().count()
+}
 
 /// Measures every operation for all numbers of rows and lengths of rows,
 /// and passes the run to `measured` after each point.
+///
+/// `torch` has the outcomes of [`measure_torch`] for the same options.
 ///
 /// # Errors
 /// If the GPU or a kernel fails, or `measured` returns an error.
 pub fn run(
     gpu: &Gpu,
-    rows: &[usize],
-    lengths: &[usize],
-    pace: Pace,
+    options: &Options<'_>,
+    torch: Option<&torch::Results>,
     mut measured: impl FnMut(&Activations) -> anyhow::Result<()>,
 ) -> anyhow::Result<Activations> {
-    let mut run = Activations { circumstances: Circumstances::of(gpu), ..Activations::default() };
+    let mut run = Activations {
+        circumstances: Circumstances::of(gpu),
+        torch: torch.map(|torch| torch.torch.clone()),
+        ..Activations::default()
+    };
+    let missing = torch.is_some_and(|torch| torch.outcomes.len() != torch_jobs(options));
+    ensure!(!missing, "torch was measured on other points");
+    let outcome_of = |problem| {
+        let index = options.torch_problems().position(|other| other == problem)?;
+        Some(torch?.outcomes[index].clone())
+    };
     gpu.make_current()?;
     let most = |of: &[usize]| of.iter().copied().max().unwrap_or(1);
-    let stage = Stage::new(gpu, most(rows), most(lengths))?;
-    for operation in Measured::ALL {
-        for &k in lengths {
-            for &m in rows {
-                let point = stage.point(operation, m, k, pace);
-                let point = point.with_context(|| format!("measuring {operation} of {m} × {k}"))?;
-                run.points.push(point);
-                measured(&run)?;
-            }
-        }
+    let stage = Stage::new(gpu, most(options.rows), most(options.lengths))?;
+    for problem in options.problems() {
+        let (operation, m, k) = problem;
+        let point = stage.point(operation, m, k, options.pace);
+        let point = point.with_context(|| format!("measuring {operation} of {m} × {k}"))?;
+        run.points.push(Point { torch: outcome_of(problem), ..point });
+        measured(&run)?;
     }
     run.complete = true;
     Ok(run)
@@ -336,7 +386,7 @@ impl<'g> Stage<'g> {
         };
         let mut timings = Clock::new(&self.stream, pace)?.measure(&[ours, probe]).into_iter();
         let mut next = || timings.next().context("not measured")?;
-        Ok(Point { measured, m, k, ours: next()?, stream: next()?, mismatch })
+        Ok(Point { measured, m, k, ours: next()?, stream: next()?, torch: None, mismatch })
     }
 
     /// Runs an operation once and returns the first difference from the CPU backend in some of its rows.
@@ -372,5 +422,43 @@ impl<'g> Stage<'g> {
             }
         }
         Ok((has_residual && gathered(&self.residual, k)? != residual).then(|| "the residual".into()))
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+    use crate::torch::tests::results;
+
+    /// A point that takes `us` microseconds, with a probe of 5.
+    pub(crate) fn point(measured: Measured, m: usize, us: f64) -> Point {
+        let timing = |us| Timing::new(vec![us], 20).unwrap();
+        Point { measured, m, k: 4096, ours: timing(us), stream: timing(5.0), torch: None, mismatch: None }
+    }
+
+    #[test]
+    fn a_saved_run_is_loaded_unchanged_and_impossible_times_are_refused() {
+        let torch = results(&[Ok(30.0), Err("failed")]);
+        let mut points = vec![point(Measured::Plain, 1, 10.0); 3];
+        points.iter_mut().zip(&torch.outcomes).for_each(|(point, torch)| point.torch = Some(torch.clone()));
+        let mut run = Activations { points, torch: Some(torch.torch), ..Activations::default() };
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("run.json");
+        run.save(&path).unwrap();
+        assert_eq!(Activations::load(&path).unwrap(), run);
+        assert!(run.points[0].row().contains("torch 30.00, × 3.00"), "{}", run.points[0].row());
+        assert!(run.points[1].row().contains("no torch: failed"), "{}", run.points[1].row());
+        // Neither a time nor a reason.
+        run.points[1].torch = Some(Outcome { timing: None, error: None });
+        run.save(&path).unwrap();
+        assert!(Activations::load(&path).unwrap_err().to_string().contains("an impossible time"));
+    }
+
+    #[test]
+    fn torch_is_measured_for_every_operation_and_length_at_some_numbers_of_rows() {
+        let options = Options { rows: &[1, 4, 16, 2048], lengths: &[4096, 8192], pace: Pace::BRIEF };
+        assert_eq!(options.problems().count(), 4 * 2 * 4);
+        assert_eq!(torch_jobs(&options), 4 * 2 * 3);
+        assert!(options.torch_problems().all(|problem| options.problems().any(|other| other == problem)));
     }
 }

@@ -86,13 +86,14 @@ pub fn quantize<T: Half>(
     let rows = data.par_chunks_exact_mut(stride).zip(scales.par_iter_mut()).enumerate();
     match residual {
         None => rows.for_each_init(Vec::new, |values, (row, (codes, scale))| {
-            quantize_row(input, row, None, values, &mut codes[..k], scale);
+            quantize_row(input, Row { row, residual: None, values, codes: &mut codes[..k], scale });
         }),
         Some(residual) => {
             rows.zip(residual.data.par_chunks_mut(residual.stride)).for_each_init(
                 Vec::new,
                 |values, ((row, (codes, scale)), residual)| {
-                    quantize_row(input, row, Some(&mut residual[..k]), values, &mut codes[..k], scale);
+                    let residual = Some(&mut residual[..k]);
+                    quantize_row(input, Row { row, residual, values, codes: &mut codes[..k], scale });
                 },
             );
         }
@@ -134,47 +135,39 @@ fn check<T: Half>(input: &QuantizeInput<'_, T>, residual: Option<&Residual<'_, T
     Ok(())
 }
 
-/// Quantizes row `row`, with the CPU's fused multiply-add if it has one.
-fn quantize_row<T: Half>(
-    input: &QuantizeInput<'_, T>,
+/// A row to quantize, and the memory for the result.
+struct Row<'a, T> {
     row: usize,
-    residual: Option<&mut [T]>,
-    values: &mut Vec<f32>,
-    codes: &mut [i8],
-    scale: &mut f32,
-) {
+    /// The row of the residual.
+    residual: Option<&'a mut [T]>,
+    /// Scratch memory.
+    values: &'a mut Vec<f32>,
+    /// `[k]`.
+    codes: &'a mut [i8],
+    scale: &'a mut f32,
+}
+
+/// Quantizes a row, with the CPU's fused multiply-add if it has one.
+fn quantize_row<T: Half>(input: &QuantizeInput<'_, T>, row: Row<'_, T>) {
     #[cfg(target_arch = "x86_64")]
     {
         /// [`quantize_row_in`], compiled for AVX2 and FMA.
         #[target_feature(enable = "avx2,fma")]
-        fn with_fma<T: Half>(
-            input: &QuantizeInput<'_, T>,
-            row: usize,
-            residual: Option<&mut [T]>,
-            values: &mut Vec<f32>,
-            codes: &mut [i8],
-            scale: &mut f32,
-        ) {
-            quantize_row_in(input, row, residual, values, codes, scale);
+        fn with_fma<T: Half>(input: &QuantizeInput<'_, T>, row: Row<'_, T>) {
+            quantize_row_in(input, row);
         }
         if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
             // SAFETY: the CPU has both features.
-            return unsafe { with_fma(input, row, residual, values, codes, scale) };
+            return unsafe { with_fma(input, row) };
         }
     }
-    quantize_row_in(input, row, residual, values, codes, scale);
+    quantize_row_in(input, row);
 }
 
-/// Quantizes row `row`. `values` is scratch memory.
+/// Quantizes a row.
 #[inline(always)]
-fn quantize_row_in<T: Half>(
-    input: &QuantizeInput<'_, T>,
-    row: usize,
-    residual: Option<&mut [T]>,
-    values: &mut Vec<f32>,
-    codes: &mut [i8],
-    scale: &mut f32,
-) {
+fn quantize_row_in<T: Half>(input: &QuantizeInput<'_, T>, row: Row<'_, T>) {
+    let Row { row, residual, values, codes, scale } = row;
     let k = input.k;
     let source = input.gather.map_or(row, |gather| gather.rows[row] as usize);
     let input_rows = input.gather.map_or(input.m, |gather| gather.input_rows);

@@ -1,11 +1,12 @@
 //! Row-parallel layers on one GPU against the CPU, bit for bit: all shards on it, in turn and on threads,
 //! with a communicator that adds on the host. `two_gpus.rs` does so on two, with NCCL.
 
-use cust::memory::{CopyDestination, DeviceBuffer};
+use cust::memory::CopyDestination;
 use half::{bf16, f16};
 use libtest_mimic::Failed;
 use liquidgemm::gpu::{
-    AllReduce, DeviceSpan, Gpu, LinearInput, LinearOutput, Partials, RowParallelCall, SumsOperands,
+    AllReduce, DeviceSpan, Gpu, GpuError, LinearInput, LinearOutput, Partials, Reduction, RowParallelCall,
+    RowParallelLinear, StreamHandle, SumsOperands,
 };
 use liquidgemm::{Error, Half, Linear, Operation, Output, OutputType};
 use liquidgemm_gpu_tests::communicator::HostCommunicator;
@@ -250,11 +251,11 @@ fn bad_calls_of_any_rank_leave_everything_untouched(gpu: &'static Gpu) -> Result
     let mut rng = rng(85);
     let problem = Problem::<bf16>::random(&mut rng, [9, 64, 256], 2)?;
     let norm = to_device(&[0u16; 256])?;
-    let other = gpu.upload_linear(&Linear::new(random_weights(&mut rng, 65, problem.range(1).len())))?;
-    let other = liquidgemm::gpu::RowParallelLinear::new(other);
+    let narrow = Linear::new(random_weights(&mut rng, 63, problem.range(1).len()));
     for partials in [Partials::Int32, Partials::Rounded] {
         let ranks = ranks::<bf16, bf16>(gpu, &problem, partials, 0)?;
         let world = HostCommunicator::world(2);
+        let narrow = RowParallelLinear::new(gpu.upload_linear(&narrow)?).with_partials(partials);
         let good = |rank: usize| ranks[rank].call::<bf16, _>(&world[rank]);
         let small = |span: DeviceSpan, less: usize| {
             // SAFETY: the span lies inside the other one.
@@ -287,7 +288,7 @@ fn bad_calls_of_any_rank_leave_everything_untouched(gpu: &'static Gpu) -> Result
                 "StrideTooShort",
             ),
             (
-                RowParallelCall { input: LinearInput { input_stride: 1, ..input }, ..good(1) },
+                RowParallelCall { input: LinearInput { input_stride: 0, ..input }, ..good(1) },
                 "RowStrideTooShort",
             ),
             (RowParallelCall { input: LinearInput { m: 8, ..input }, ..good(1) }, "ShardsDiffer"),
@@ -298,10 +299,7 @@ fn bad_calls_of_any_rank_leave_everything_untouched(gpu: &'static Gpu) -> Result
                 },
                 "ShardsDiffer",
             ),
-            (
-                RowParallelCall { layer: &other, ..good(1) },
-                if partials == Partials::Int32 { "" } else { "ShardsDiffer" },
-            ),
+            (RowParallelCall { layer: &narrow, ..good(1) }, "ShardsDiffer"),
         ];
         for (bad, expected) in bad {
             // SAFETY: the call is refused before it launches anything.
@@ -354,17 +352,12 @@ impl AllReduce for Nobody {
         0
     }
 
-    unsafe fn all_reduce(
-        &self,
-        _: liquidgemm::gpu::Reduction,
-        _: DeviceSpan,
-        _: liquidgemm::gpu::StreamHandle,
-    ) -> Result<(), Error> {
-        Err(liquidgemm::gpu::GpuError::AllReduce { reason: "called".into() }.into())
+    unsafe fn all_reduce(&self, _: Reduction, _: DeviceSpan, _: StreamHandle) -> Result<(), Error> {
+        Err(GpuError::AllReduce { reason: "called".into() }.into())
     }
 
     fn begin_group(&self) -> Result<(), Error> {
-        Err(liquidgemm::gpu::GpuError::AllReduce { reason: "called".into() }.into())
+        Err(GpuError::AllReduce { reason: "called".into() }.into())
     }
 
     fn end_group(&self) -> Result<(), Error> {
@@ -375,22 +368,17 @@ impl AllReduce for Nobody {
 fn a_call_without_tokens_does_not_communicate(gpu: &'static Gpu) -> Result<(), Failed> {
     let mut rng = rng(86);
     let problem = Problem::<bf16> { m: 0, input: Vec::new(), ..Problem::random(&mut rng, [4, 64, 256], 2)? };
-    // The driver refuses allocations of 0 bytes, so the operands are spans without memory.
-    let shard = gpu.upload_linear(&problem.layer.input_shard(problem.range(0))?)?;
     let session = Session::new(gpu)?;
-    let k = shard.k();
+    let shard = problem.layer.input_shard(problem.range(0))?;
     for partials in [Partials::Int32, Partials::Rounded] {
-        let layer = liquidgemm::gpu::RowParallelLinear::new(
-            gpu.upload_linear(&problem.layer.input_shard(problem.range(0))?)?,
-        )
-        .with_partials(partials);
+        let layer = RowParallelLinear::new(gpu.upload_linear(&shard)?).with_partials(partials);
         // SAFETY: nothing uses empty memory.
         let nothing = unsafe { DeviceSpan::from_raw(0, 0) };
         let call = RowParallelCall {
             gpu,
             layer: &layer,
             communicator: &Nobody,
-            input: LinearInput::new(nothing, bf16::HALF, 0, k),
+            input: LinearInput::new(nothing, bf16::HALF, 0, shard.k()),
             output: LinearOutput { output: nothing, output_stride: 64, output_type: OutputType::Bf16 },
             scratch: nothing,
             workspace: &session.workspace,
@@ -401,9 +389,5 @@ fn a_call_without_tokens_does_not_communicate(gpu: &'static Gpu) -> Result<(), F
         // SAFETY: as above.
         unsafe { RowParallelCall::<Nobody>::forward_all(&[]) }?;
     }
-    let untouched: DeviceBuffer<u8> = to_device(&[POISON; 16])?;
-    let mut bytes = [0; 16];
-    untouched.copy_to(&mut bytes[..])?;
-    session.stream.synchronize()?;
     Ok(())
 }

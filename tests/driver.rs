@@ -804,9 +804,9 @@ fn grouped_ranks() -> Result<(), Failed> {
     // The fake refuses reductions outside of a group.
     call_ranks(&gpus, &world, Partials::Int32)?;
     // int32 is type 2, bf16 9; the sum is operation 0, the maximum 2.
-    check((fake.take_kinds)() == 22_22_20_20, "not the maximum of int32, then the sum, of each rank")?;
+    check((fake.take_kinds)() == 22_222_020, "not the maximum of int32, then the sum, of each rank")?;
     call_ranks(&gpus, &world, Partials::Rounded)?;
-    check((fake.take_kinds)() == 90_90, "not the sum of bf16 of each rank")?;
+    check((fake.take_kinds)() == 9090, "not the sum of bf16 of each rank")?;
     check((fake.reductions)() == 6, format!("{} reductions", (fake.reductions)()))?;
     check(Fake::load()?.violations() == 0, "violations")
 }
@@ -817,7 +817,7 @@ fn single_rank() -> Result<(), Failed> {
     let communicator = Communicator::new(&gpu, id, 1, 2)?;
     check(current()? == 0, "a context stays current")?;
     call_ranks(&[&gpu], &[communicator], Partials::Int32)?;
-    check((FakeNccl::load()?.take_kinds)() == 22_20, "not two reductions")?;
+    check((FakeNccl::load()?.take_kinds)() == 2220, "not two reductions")?;
     let outside = Communicator::new(&gpu, id, 2, 2);
     let is_expected =
         matches!(outside, Err(Error::Gpu(GpuError::OutOfRange { what: "the rank", value: 2, limit: 1 })));

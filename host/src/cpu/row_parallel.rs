@@ -258,7 +258,8 @@ mod tests {
             prop_assume!(cut < k);
             let input = QuantizeInput::new(&input, 4, k);
             let [whole, parts] = both::<f16, f32>(&layer, &input, &[cut]);
-            prop_assert_eq!(bytes(&whole.unwrap()), bytes(&parts.unwrap()));
+            let [whole, parts] = [whole.unwrap(), parts.unwrap()];
+            prop_assert_eq!(bytes(&whole), bytes(&parts));
         }
     }
 

@@ -5,7 +5,7 @@ use cust::memory::{CopyDestination, DeviceBuffer};
 use half::{bf16, f16};
 use libtest_mimic::Failed;
 use liquidgemm::cpu::{QuantizeInput, Residual};
-use liquidgemm::gpu::{DeviceSpan, Gpu, QuantizeOperands};
+use liquidgemm::gpu::{DeviceSpan, Gpu, LinearInput, QuantizeOperands};
 use liquidgemm::{Gate, GateOrder, Gather, Half, Operation, Scaling, cpu};
 use liquidgemm_gpu_tests::{Session, Test, rng, run, to_device};
 use rand::rngs::StdRng;
@@ -216,17 +216,19 @@ fn check<T: Half>(
         Scales::Given => (Scaling::Given(&given[..]), Scaling::Given(device_given.span())),
     };
     let operands = QuantizeOperands {
-        m,
+        source: LinearInput {
+            m,
+            operation: on_device,
+            input_type: T::HALF,
+            input: device_input.span(),
+            input_stride,
+            gather: call.gathers.then(|| Gather { rows: device_rows.span(), input_rows }),
+            residual: has_residual.then(|| device_residual.span()),
+            residual_stride,
+            scaling: device_scaling,
+        },
         k,
-        operation: on_device,
-        input_type: T::HALF,
-        input: device_input.span(),
-        input_stride,
-        gather: call.gathers.then(|| Gather { rows: device_rows.span(), input_rows }),
-        residual: has_residual.then(|| device_residual.span()),
-        residual_stride,
         smoothing: call.smooths.then(|| device_smoothing.span()),
-        scaling: device_scaling,
         codes: codes.span(),
         code_stride,
         scales: scales.span(),
@@ -315,17 +317,13 @@ fn every_gate_equals_the_cpu(gpu: &'static Gpu) -> Result<(), Failed> {
                 let codes = Shifted::new(&vec![0u8; m * 16], 0)?;
                 let scales = Shifted::new(&vec![0u32; m], 0)?;
                 let operands = QuantizeOperands {
-                    m,
+                    source: LinearInput {
+                        operation: Operation::Gated { gate, order: GateOrder::Interleaved },
+                        input_stride: 2,
+                        ..LinearInput::new(device_input.span(), T::HALF, m, 1)
+                    },
                     k: 1,
-                    operation: Operation::Gated { gate, order: GateOrder::Interleaved },
-                    input_type: T::HALF,
-                    input: device_input.span(),
-                    input_stride: 2,
-                    gather: None,
-                    residual: None,
-                    residual_stride: 1,
                     smoothing: None,
-                    scaling: Scaling::PerToken,
                     codes: codes.span(),
                     code_stride: 16,
                     scales: scales.span(),

@@ -10,8 +10,9 @@ use std::sync::LazyLock;
 
 use libtest_mimic::{Arguments, Failed, Trial};
 use liquidgemm::gpu::{
-    CombineOperands, DEVICE_VARIABLE, DeviceRowIndex, DeviceSpan, DeviceWeights, Gpu, GpuError,
-    GroupedOperands, LinearInput, LinearOutput, Operands, StreamHandle,
+    AllReduce, CombineOperands, Communicator, DEVICE_VARIABLE, DeviceRowIndex, DeviceSpan, DeviceWeights,
+    Gpu, GpuError, GroupedOperands, LinearInput, LinearOutput, NCCL_VARIABLE, Operands, Partials, Reduction,
+    RowParallelCall, RowParallelLinear, StreamHandle, UniqueId, nccl_version,
 };
 use liquidgemm::{
     Backend, Error, Group, HalfType, Linear, OutputType, PackedWeights, Plan, Problem, QuantizedActivations,
@@ -31,12 +32,14 @@ enum Library {
     Fake(&'static [(&'static str, &'static str)]),
     /// The fake driver without `cuLaunchKernelEx`, which older drivers lack.
     FakeWithoutLaunch,
+    /// The fake driver with two GPUs whose launches succeed, and the fake NCCL, with these environment variables.
+    FakeWithNccl(&'static [(&'static str, &'static str)]),
 }
 
 /// A check: the property that it checks (its name), the driver that it needs, and its function.
 type Check = (&'static str, Library, fn() -> Result<(), Failed>);
 
-const CHECKS: [Check; 22] = [
+const CHECKS: [Check; 28] = [
     ("without_a_driver_the_error_says_what_to_install", Library::TheMachines, no_driver),
     ("a_broken_driver_is_not_reported_as_missing", Library::Broken, broken_driver),
     ("a_driver_before_cuda_12_is_too_old", Library::Fake(&[("FAKE_CUDA_VERSION", "11080")]), driver_too_old),
@@ -81,6 +84,16 @@ const CHECKS: [Check; 22] = [
             (DEVICE_VARIABLE, "0"),
         ]),
         wrong_device::<8, 0>,
+    ),
+    ("without_nccl_the_error_says_what_to_install", TWO_GPUS, no_nccl),
+    ("an_nccl_without_bf16_is_too_old", Library::FakeWithNccl(&[("FAKE_NCCL_VERSION", "2804")]), old_nccl),
+    ("ranks_on_one_thread_reduce_in_groups", Library::FakeWithNccl(&[]), grouped_ranks),
+    ("a_rank_alone_reduces_without_a_group", Library::FakeWithNccl(&[]), single_rank),
+    ("communicators_are_destroyed_once_and_borrowed_ones_not", Library::FakeWithNccl(&[]), communicators),
+    (
+        "a_failing_reduction_has_the_message_of_nccl",
+        Library::FakeWithNccl(&[("FAKE_NCCL_REDUCE", "6")]),
+        failing_reduction,
     ),
     ("a_variable_that_is_no_number_is_an_error", Library::Fake(&[(DEVICE_VARIABLE, "gpu1")]), bad_device),
 ];
@@ -131,8 +144,13 @@ fn run_child(name: &str, library: Library) -> Result<(), Failed> {
         folders.extend(std::env::var_os("LD_LIBRARY_PATH").iter().flat_map(std::env::split_paths));
         command.env("LD_LIBRARY_PATH", std::env::join_paths(folders)?);
     }
+    command.env_remove(NCCL_VARIABLE);
     if let Library::Fake(environment) = library {
         command.envs(environment.iter().copied());
+    }
+    if let Library::FakeWithNccl(environment) = library {
+        command.envs([("FAKE_CUDA_LAUNCH", "0"), ("FAKE_CUDA_DEVICES", "2")]);
+        command.env(NCCL_VARIABLE, DRIVERS.join("nccl")).envs(environment.iter().copied());
     }
     let output = command.output()?;
     if output.status.success() {
@@ -141,39 +159,43 @@ fn run_child(name: &str, library: Library) -> Result<(), Failed> {
     Err(format!("{}: {}", output.status, String::from_utf8_lossy(&output.stderr)).into())
 }
 
+/// The folder with a folder for each fake library.
+static DRIVERS: LazyLock<PathBuf> = LazyLock::new(|| {
+    // Cargo reserves this folder for files of integration tests.
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("drivers");
+    let of = |name: &str, library: &str| {
+        let folder = folder.join(name);
+        std::fs::create_dir_all(&folder).expect("the target folder takes files");
+        folder.join(library)
+    };
+    let driver = |name| of(name, cuda_driver::LIBRARY);
+    std::fs::write(driver("broken"), "no library").expect("the target folder takes files");
+    compile_fake("libcuda.rs", &driver("fake"), &[]);
+    compile_fake("libcuda.rs", &driver("without-launch"), &["--cfg", "without_launch_kernel_ex"]);
+    compile_fake("libnccl.rs", &of("nccl", "libnccl.so.2"), &[]);
+    folder
+});
+
 /// Returns a folder whose `libcuda.so.1` is this library, or `None` for the machine's own.
 fn folder_of(library: Library) -> Option<PathBuf> {
-    static FOLDER: LazyLock<PathBuf> = LazyLock::new(|| {
-        // Cargo reserves this folder for files of integration tests.
-        let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("drivers");
-        let of = |name: &str| {
-            let folder = folder.join(name);
-            std::fs::create_dir_all(&folder).expect("the target folder takes files");
-            folder.join(cuda_driver::LIBRARY)
-        };
-        std::fs::write(of("broken"), "no library").expect("the target folder takes files");
-        compile_fake(&of("fake"), &[]);
-        compile_fake(&of("without-launch"), &["--cfg", "without_launch_kernel_ex"]);
-        folder
-    });
     let name = match library {
         Library::TheMachines => return None,
         Library::Broken => "broken",
-        Library::Fake(_) => "fake",
+        Library::Fake(_) | Library::FakeWithNccl(_) => "fake",
         Library::FakeWithoutLaunch => "without-launch",
     };
-    Some(FOLDER.join(name))
+    Some(DRIVERS.join(name))
 }
 
 fn rustc() -> std::ffi::OsString {
     std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into())
 }
 
-fn compile_fake(library: &Path, arguments: &[&str]) {
+fn compile_fake(source: &str, library: &Path, arguments: &[&str]) {
     let output = Command::new(rustc())
-        .args(["--edition=2024", "--crate-type=cdylib", "--crate-name=fake_cuda", "-o"])
+        .args(["--edition=2024", "--crate-type=cdylib", "--crate-name=fake", "-o"])
         .arg(library)
-        .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("fake/libcuda.rs"))
+        .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("fake").join(source))
         .args(["--check-cfg", "cfg(without_launch_kernel_ex)"])
         .args(arguments)
         .output()
@@ -650,6 +672,193 @@ fn linear() -> Result<(), Error> {
     launched
 }
 
+/// The only rank: its reductions change nothing.
+struct Alone;
+
+impl AllReduce for Alone {
+    fn rank(&self) -> usize {
+        0
+    }
+
+    unsafe fn all_reduce(&self, _: Reduction, _: DeviceSpan, _: StreamHandle) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn begin_group(&self) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn end_group(&self) -> Result<(), Error> {
+        Ok(())
+    }
+}
+
+/// Uploads a rank's shard and runs a call of all these ranks on one thread, then waits for the stream of each.
+///
+/// Leaks the layers and workspaces if a wait fails, because a launch may still use them.
+fn call_ranks<C: AllReduce>(gpus: &[&Gpu], world: &[C], partials: Partials) -> Result<(), Error> {
+    let (m, n, k) = (30, 200, 300);
+    // SAFETY: the fake driver neither reads nor writes there.
+    let span = |bytes| unsafe { DeviceSpan::from_raw(FAKE_ADDRESS, bytes) };
+    let layer = Linear::new(some_weights()?).with_bias(vec![1.0; n])?;
+    let mut ranks = Vec::new();
+    for gpu in gpus {
+        let layer = RowParallelLinear::new(gpu.upload_linear(&layer)?).with_partials(partials);
+        ranks.push((layer, gpu.workspace()?));
+    }
+    let calls: Vec<_> = gpus
+        .iter()
+        .zip(&ranks)
+        .zip(world)
+        .map(|((gpu, (layer, workspace)), communicator)| {
+            Ok(RowParallelCall {
+                gpu,
+                layer,
+                communicator,
+                input: LinearInput::new(span(m * k * 2), HalfType::Bf16, m, k),
+                // The rows have gaps, so rounded sums are copied.
+                output: LinearOutput {
+                    output: span(m * (n + 8) * 2),
+                    output_stride: n + 8,
+                    output_type: OutputType::Bf16,
+                },
+                scratch: span(layer.scratch_bytes(m)?),
+                workspace,
+                stream: default_stream(),
+            })
+        })
+        .collect::<Result<_, Error>>()?;
+    // SAFETY: the fake driver dereferences no address.
+    let launched = unsafe { RowParallelCall::forward_all(&calls) };
+    let finished = gpus.iter().all(|gpu| {
+        let entered = gpu.make_current().is_ok();
+        // SAFETY: the stream is the context's default one.
+        entered && unsafe { cust::sys::cuStreamSynchronize(default_stream().as_raw().cast()) } as u32 == 0
+    });
+    drop(calls);
+    if !finished {
+        std::mem::forget(ranks);
+    }
+    launched
+}
+
+fn row_parallel(partials: Partials) -> Result<(), Error> {
+    call_ranks(&[&Gpu::new()?], &[Alone], partials)
+}
+
+/// The fake NCCL's counters, which no real one has.
+struct FakeNccl {
+    alive: extern "C" fn() -> i64,
+    reductions: extern "C" fn() -> i64,
+    take_kinds: extern "C" fn() -> i64,
+}
+
+impl FakeNccl {
+    fn load() -> Result<Self, Failed> {
+        let folder = std::env::var_os(NCCL_VARIABLE).ok_or("the variable is set for this check")?;
+        // SAFETY: the library is the fake, which the process has loaded or is about to load,
+        // and these are the types of its functions, which only read counters.
+        unsafe {
+            let library = libloading::Library::new(Path::new(&folder).join("libnccl.so.2"))?;
+            let this = Self {
+                alive: *library.get("fakeNcclAlive")?,
+                reductions: *library.get("fakeNcclReductions")?,
+                take_kinds: *library.get("fakeNcclTakeKinds")?,
+            };
+            // The functions stay valid.
+            std::mem::forget(library);
+            Ok(this)
+        }
+    }
+}
+
+fn no_nccl() -> Result<(), Failed> {
+    if nccl_version().is_ok() {
+        // This machine has an NCCL, so its absence cannot be tested here.
+        return Ok(());
+    }
+    let error = Communicator::of_process(&[&Gpu::new()?]).err().ok_or("communicators without NCCL")?;
+    let text = error.to_string();
+    check(matches!(error, Error::Gpu(GpuError::NcclNotFound { .. })), format!("{error:?}"))?;
+    for part in ["libnccl.so.2", "nvidia-nccl-cu12", "nvidia-nccl-cu13", "LD_LIBRARY_PATH", NCCL_VARIABLE] {
+        check(text.contains(part), format!("{part} is not in {text}"))?;
+    }
+    check(UniqueId::new().is_err() && nccl_version().is_err(), "an id without NCCL")
+}
+
+fn old_nccl() -> Result<(), Failed> {
+    let error = nccl_version().err().ok_or("an old NCCL was taken")?;
+    check(error.to_string().contains("is NCCL 2.8.4, but 2.10.0 is needed"), error.to_string())
+}
+
+fn grouped_ranks() -> Result<(), Failed> {
+    check(nccl_version()? == "2.27.5", nccl_version()?)?;
+    let (first, second) = (Gpu::with_device(0)?, Gpu::with_device(1)?);
+    let gpus = [&first, &second];
+    let world = Communicator::of_process(&gpus)?;
+    check(
+        world.iter().map(|handle| (handle.rank(), handle.world_size())).eq([(0, 2), (1, 2)]),
+        format!("{world:?}"),
+    )?;
+    let fake = FakeNccl::load()?;
+    // The fake refuses reductions outside of a group.
+    call_ranks(&gpus, &world, Partials::Int32)?;
+    // int32 is type 2, bf16 9; the sum is operation 0, the maximum 2.
+    check((fake.take_kinds)() == 22_222_020, "not the maximum of int32, then the sum, of each rank")?;
+    call_ranks(&gpus, &world, Partials::Rounded)?;
+    check((fake.take_kinds)() == 9090, "not the sum of bf16 of each rank")?;
+    check((fake.reductions)() == 6, format!("{} reductions", (fake.reductions)()))?;
+    check(Fake::load()?.violations() == 0, "violations")
+}
+
+fn single_rank() -> Result<(), Failed> {
+    let gpu = Gpu::new()?;
+    let id = UniqueId::from_bytes(UniqueId::new()?.to_bytes());
+    let communicator = Communicator::new(&gpu, id, 1, 2)?;
+    check(current()? == 0, "a context stays current")?;
+    call_ranks(&[&gpu], &[communicator], Partials::Int32)?;
+    check((FakeNccl::load()?.take_kinds)() == 2220, "not two reductions")?;
+    let outside = Communicator::new(&gpu, id, 2, 2);
+    let is_expected =
+        matches!(outside, Err(Error::Gpu(GpuError::OutOfRange { what: "the rank", value: 2, limit: 1 })));
+    check(is_expected, format!("{outside:?}"))
+}
+
+fn communicators() -> Result<(), Failed> {
+    let (first, second) = (Gpu::with_device(0)?, Gpu::with_device(1)?);
+    let fake = FakeNccl::load()?;
+    check(Communicator::of_process(&[])?.is_empty(), "communicators of no GPU")?;
+    let mut world = Communicator::of_process(&[&first, &second])?;
+    check((fake.alive)() == 2, format!("{} are alive", (fake.alive)()))?;
+    // SAFETY: the owner outlives the borrowed communicator.
+    let borrowed = unsafe { Communicator::from_raw(world[1].as_raw()) }?;
+    check((borrowed.rank(), borrowed.world_size()) == (1, 2), format!("{borrowed:?}"))?;
+    borrowed.check()?;
+    drop(borrowed);
+    check((fake.alive)() == 2, "a borrowed communicator was destroyed")?;
+    world.pop().ok_or("two ranks")?.abort()?;
+    check((fake.alive)() == 1, "an aborted communicator was destroyed as well, or not ended")?;
+    drop(world);
+    check((fake.alive)() == 0, format!("{} stay", (fake.alive)()))
+}
+
+fn failing_reduction() -> Result<(), Failed> {
+    let (first, second) = (Gpu::with_device(0)?, Gpu::with_device(1)?);
+    let gpus = [&first, &second];
+    let world = Communicator::of_process(&gpus)?;
+    let expected = "an all-reduce failed: remote process exited: the fake's detail (NCCL status 6)";
+    for partials in [Partials::Int32, Partials::Rounded] {
+        let error = call_ranks(&gpus, &world, partials).err().ok_or("the reduction succeeded")?;
+        check(error.to_string() == expected, error.to_string())?;
+    }
+    let error = world[0].check().err().ok_or("the reduction has not failed")?;
+    check(error.to_string().starts_with("a reduction failed: remote"), error.to_string())?;
+    // Each failed call has ended its group, so there is none to end.
+    let ended = world[0].end_group();
+    check(ended.is_err(), "a group stays open")?;
+    check(Fake::load()?.violations() == 0, "violations")
+}
+
 /// Makes weights and a workspace in memory that the caller owns, which the library never frees.
 fn borrowed_memory() -> Result<(), Error> {
     let gpu = Gpu::new()?;
@@ -693,7 +902,7 @@ fn custom_kernel() -> Result<(), Error> {
 fn any_failure() -> Result<(), Failed> {
     let (packed, x) = (some_weights()?, some_activations(3)?);
     type Operation<'a> = &'a dyn Fn() -> Result<(), Error>;
-    let operations: [(&str, Operation<'_>); 14] = [
+    let operations: [(&str, Operation<'_>); 16] = [
         ("Gpu::new", &|| Gpu::new().map(drop)),
         ("Gpu::upload", &|| Gpu::new()?.upload(&packed).map(drop)),
         ("Gpu::workspace", &|| Gpu::new()?.workspace().map(drop)),
@@ -709,6 +918,8 @@ fn any_failure() -> Result<(), Failed> {
             Gpu::new()?.prepare_quantize(&liquidgemm::Operation::Plain, HalfType::F16, 300)
         }),
         ("DeviceLinear::forward", &linear),
+        ("RowParallelCall::forward_all", &|| row_parallel(Partials::Int32)),
+        ("RowParallelCall::forward_all, rounded", &|| row_parallel(Partials::Rounded)),
         ("Gpu::upload_to and Gpu::workspace_in", &borrowed_memory),
         ("DeviceWeights::download", &download),
         ("Gpu::launch_kernel", &custom_kernel),

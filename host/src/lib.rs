@@ -16,6 +16,7 @@
 //! | multiply on the CPU | [`cpu::gemm`] |
 //! | multiply the rows of many experts in one call | [`cpu::grouped_gemm`], `gpu::Gpu::grouped_gemm` |
 //! | add up the experts' rows of each token | [`cpu::combine`], `gpu::Gpu::combine` |
+//! | divide a linear layer among GPUs, exactly | [`cpu::row_parallel`], `gpu::RowParallelLinear` (feature `nccl` for NCCL) |
 //! | launch on device memory and a stream of your own | `gpu::Gpu::gemm` (feature `gpu`) |
 //! | inspect or choose how the GPU computes a product | [`Plan`] |
 //!
@@ -43,6 +44,10 @@
 //! # Ok(())
 //! # }
 //! ```
+//!
+//! **Several GPUs.** Column parallelism is plain slicing: [`Linear::channel_shard`] on each GPU, the whole input, no communication.
+//! Row parallelism takes [`Linear::input_shard`] and adds int32 sums over the GPUs before one epilogue, so the result has the bits of one GPU.
+//! A column-parallel layer and the row-parallel layer behind it, such as gate-up and down, communicate once, after the second.
 //!
 //! Functions check all of their input before they write any output, and return an [`Error`] for bad input.
 

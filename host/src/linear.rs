@@ -1,6 +1,8 @@
 //! A linear layer on the host: packed weights with their bias and their smoothing vector.
 //! Its twin in device memory is `gpu::DeviceLinear`, which gives the same bits.
 
+use std::ops::Range;
+
 use crate::activations::check_smoothing;
 use crate::check::{check_finite, check_length, checked_elements};
 use crate::cpu::{self, QuantizeInput, Residual};
@@ -70,6 +72,38 @@ impl Linear {
     pub fn with_smoothing(self, smoothing: Vec<f32>) -> Result<Self, Error> {
         check_smoothing(&smoothing, self.k())?;
         Ok(Self { smoothing: Some(smoothing), ..self })
+    }
+
+    /// Returns the layer of some output channels: a shard for column parallelism.
+    ///
+    /// The outputs of shards over consecutive ranges, side by side, are those of the whole layer, bit for bit.
+    /// Each shard takes the whole input, so it needs no communication.
+    /// Of stacked matrices such as Q, K and V, cut each for itself, and stack the shards of a GPU
+    /// ([`stacked`](Self::stacked)).
+    ///
+    /// # Errors
+    /// As [`PackedWeights::channel_shard`].
+    pub fn channel_shard(&self, channels: Range<usize>) -> Result<Self, Error> {
+        Ok(Self {
+            weights: self.weights.channel_shard(channels.clone())?,
+            bias: self.bias.as_ref().map(|bias| bias[channels].to_vec()),
+            smoothing: self.smoothing.clone(),
+        })
+    }
+
+    /// Returns the layer of some input channels: a shard for row parallelism.
+    ///
+    /// [`cpu::row_parallel`] and `gpu::RowParallelLinear` compute the whole layer from such shards.
+    /// Each has the part of the smoothing vector that belongs to it, and the whole bias, which is added once.
+    ///
+    /// # Errors
+    /// As [`PackedWeights::input_shard`].
+    pub fn input_shard(&self, inputs: Range<usize>) -> Result<Self, Error> {
+        Ok(Self {
+            weights: self.weights.input_shard(inputs.clone())?,
+            bias: self.bias.clone(),
+            smoothing: self.smoothing.as_ref().map(|smoothing| smoothing[inputs].to_vec()),
+        })
     }
 
     /// Returns the weights.

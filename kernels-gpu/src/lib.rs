@@ -17,6 +17,7 @@
 //! | [`activations`] | quantization of activations, with norms and gated activation functions |
 //! | [`grouped`](mod@grouped) | the GEMM of a mixture of experts |
 //! | [`combine`](mod@combine) | the weighted sum of the experts' rows of each token |
+//! | [`scale_sums`](mod@scale_sums) | the epilogue of int32 sums in memory |
 //! | [`ablation`], [`probes`] | kernels that the bench compares with the library's |
 //! | [`dequant`] | dequantization of 4-bit codes to int8 weights |
 //! | [`block`] | a thread block's place in its cluster, its shared memory and its pipeline barriers |
@@ -37,6 +38,7 @@ pub mod grouped;
 pub mod probes;
 pub mod ptx;
 pub mod reduce;
+pub mod scale_sums;
 pub mod shape;
 pub mod skinny;
 
@@ -45,6 +47,7 @@ use liquidgemm_format::activations::QuantizeArguments;
 use liquidgemm_format::arguments::{CombineArguments, GemmArguments, GroupedArguments, SkinnyArguments};
 use liquidgemm_format::grouped::{COMBINE_THREADS, box_maps, find_shape};
 use liquidgemm_format::skinny::{GROUP_TOKENS, SkinnyShape, THREADS};
+use liquidgemm_format::sums::{SCALE_SUMS_THREADS, ScaleSumsArguments};
 use liquidgemm_format::tile::TileShape;
 use liquidgemm_format::{grouped_shapes, quantize_kernels, skinny_shapes, tile_shapes};
 
@@ -208,6 +211,17 @@ pub unsafe fn combine_rows(arguments: CombineArguments) {
     const _: () = assert!(COMBINE_THREADS == 128);
     // SAFETY: the launcher guarantees that the arguments are valid.
     unsafe { combine::combine(&arguments) }
+}
+
+/// Applies the epilogue to int32 sums in memory: [`scale_sums::scale_sums`].
+///
+/// # Safety
+/// See [`scale_sums::scale_sums`].
+#[kernel(max_threads = 128, min_blocks = 1)]
+pub unsafe fn scale_sums_rows(arguments: ScaleSumsArguments) {
+    const _: () = assert!(SCALE_SUMS_THREADS == 128);
+    // SAFETY: the launcher guarantees that the arguments are valid.
+    unsafe { scale_sums::scale_sums(&arguments) }
 }
 
 /// Reads memory as fast as it can: [`probes::stream`].

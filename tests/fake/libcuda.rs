@@ -282,6 +282,13 @@ extern "C" fn cuMemcpyDtoH_v2(to: *mut c_void, _from: u64, bytes: usize) -> c_in
     0
 }
 
+/// Ignores its arguments.
+#[unsafe(no_mangle)]
+extern "C" fn cuMemcpy2DAsync_v2() -> c_int {
+    needs_context!();
+    0
+}
+
 #[unsafe(no_mangle)]
 extern "C" fn cuStreamCreate(stream: *mut *mut c_void, _flags: c_uint) -> c_int {
     needs_context!();

@@ -4,8 +4,10 @@
 //! The expected results come from the CPU backend.
 //! Without a GPU, every test is reported as ignored, and one line says why.
 
+pub mod communicator;
 pub mod graph;
 pub mod grouped;
+pub mod ranks;
 pub mod refused;
 
 use cust::memory::{CopyDestination, DeviceBuffer, DeviceCopy};
@@ -41,6 +43,30 @@ pub fn run(tests: &[Test]) -> Conclusion {
             gpu.make_current()?;
             test(gpu)
         }),
+        None => Trial::test(name, || Ok(())).with_ignored_flag(true),
+    });
+    libtest_mimic::run(&arguments, trials.collect())
+}
+
+/// A test that needs two GPUs.
+pub type TestOfTwo = (&'static str, fn(&'static [Gpu; 2]) -> Result<(), Failed>);
+
+/// Runs the tests on the first two GPUs, or reports them all as ignored if there are fewer.
+pub fn run_on_two(tests: &[TestOfTwo]) -> Conclusion {
+    let mut arguments = Arguments::from_args();
+    arguments.test_threads.get_or_insert(1);
+    let gpus: Option<&'static [Gpu; 2]> = match [Gpu::with_device(0), Gpu::with_device(1)] {
+        [Ok(first), Ok(second)] => {
+            eprintln!("on {} and {}", first.description(), second.description());
+            Some(Box::leak(Box::new([first, second])))
+        }
+        [Err(error), _] | [_, Err(error)] => {
+            eprintln!("skipped: these tests need two Hopper GPUs ({error})");
+            None
+        }
+    };
+    let trials = tests.iter().map(|&(name, test)| match gpus {
+        Some(gpus) => Trial::test(name, move || test(gpus)),
         None => Trial::test(name, || Ok(())).with_ignored_flag(true),
     });
     libtest_mimic::run(&arguments, trials.collect())

@@ -20,4 +20,5 @@ pub mod rounding;
 pub mod schedule;
 pub mod skinny;
 pub mod stream;
+pub mod sums;
 pub mod tile;

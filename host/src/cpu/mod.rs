@@ -13,6 +13,7 @@ mod avx2;
 mod combine;
 mod grouped;
 mod portable;
+mod row_parallel;
 #[cfg(target_arch = "x86_64")]
 mod vnni;
 
@@ -26,6 +27,7 @@ use rayon::prelude::*;
 
 pub use combine::{Combined, combine};
 pub use grouped::{RowIndex, grouped_gemm};
+pub use row_parallel::row_parallel;
 
 use crate::check::check_call;
 use crate::packed::Brick;

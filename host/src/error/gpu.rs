@@ -139,9 +139,11 @@ pub enum GpuError {
         n: usize,
     },
 
-    /// A combine of elements that do not have 16 bits.
-    #[error("a combine takes bf16 or f16 rows, not {element_type}")]
+    /// Elements that do not have 16 bits, where they must.
+    #[error("{what} takes bf16 or f16, not {element_type}")]
     ElementType {
+        /// What takes such elements only.
+        what: &'static str,
         /// The element type requested.
         element_type: crate::OutputType,
     },
@@ -166,6 +168,61 @@ pub enum GpuError {
     DamagedKernel {
         /// The kernel's entry point.
         entry: &'static str,
+    },
+
+    /// A reduction over the GPUs failed. Implementations of [`AllReduce`](crate::gpu::AllReduce) return it.
+    #[error("a reduction over the GPUs failed: {reason}")]
+    AllReduce {
+        /// What happened.
+        reason: String,
+    },
+
+    /// NCCL cannot be loaded.
+    #[cfg(feature = "nccl")]
+    #[error(
+        "NCCL not found; install the Python wheel nvidia-nccl-cu12 or nvidia-nccl-cu13, or NVIDIA's package libnccl2, \
+         and add the folder of libnccl.so.2 to LD_LIBRARY_PATH or set {NCCL_VARIABLE} to it; tried {tried}",
+        NCCL_VARIABLE = crate::gpu::NCCL_VARIABLE
+    )]
+    NcclNotFound {
+        /// The names that were tried, each with the loader's reason.
+        tried: String,
+    },
+
+    /// A library lacks a function that every NCCL has.
+    #[cfg(feature = "nccl")]
+    #[error("{path} has no {function}: it is not NCCL 2; set {NCCL_VARIABLE} to another file", NCCL_VARIABLE = crate::gpu::NCCL_VARIABLE)]
+    NotNccl {
+        /// The library's name or path.
+        path: String,
+        /// The function that it lacks.
+        function: &'static str,
+    },
+
+    /// NCCL is too old.
+    #[cfg(feature = "nccl")]
+    #[error(
+        "{path} is NCCL {found}, but {needed} is needed; install a newer nvidia-nccl-cu12 or nvidia-nccl-cu13"
+    )]
+    NcclTooOld {
+        /// The library's name or path.
+        path: String,
+        /// Its version.
+        found: String,
+        /// The lowest version that has all functions.
+        needed: String,
+    },
+
+    /// An NCCL call failed.
+    #[cfg(feature = "nccl")]
+    #[error("{action} failed: {message} (NCCL status {status})")]
+    Nccl {
+        /// The purpose of the call.
+        action: &'static str,
+        /// The status that NCCL returned, an `ncclResult_t`.
+        status: i32,
+        /// NCCL's message.
+        message: String,
     },
 
     /// The plan was made for another problem.

@@ -118,6 +118,13 @@ pub enum Error {
     #[error("the layer divides its activations by its own smoothing vector; leave that of the input out")]
     SmoothingTwice,
 
+    /// A norm was asked for in a row-parallel layer.
+    #[error(
+        "a row-parallel layer has only a part of each row, but a norm needs all of it; \
+         apply the norm before the rows are divided"
+    )]
+    NormOfShard,
+
     /// A range of weights that cannot be cut out.
     #[error(
         "cannot cut {what} {start}..{end} out of {length}: a shard must not be empty, \

@@ -18,16 +18,13 @@ use crate::operation::{GateOrder, Gather, HalfType, Operation, Scaling};
 /// The most rows of one launch.
 const MOST_ROWS: usize = 1 << 28;
 
-/// Rows of activations to quantize, in device memory.
+/// The activations of a linear layer, before they are quantized.
 ///
-/// Addresses are multiples of the element's size.
-/// The kernels read fast if rows, norm parameters and smoothing vector lie at multiples of 16 bytes.
+/// Addresses are multiples of 2. The kernels read fast if rows and parameters lie at multiples of 16 bytes.
 #[derive(Clone, Copy, Debug)]
-pub struct QuantizeOperands {
-    /// Rows to make. May be 0.
+pub struct LinearInput {
+    /// Tokens. May be 0.
     pub m: usize,
-    /// Elements of a row after the operation.
-    pub k: usize,
     /// What happens to a row before it is quantized.
     pub operation: Operation<DeviceSpan>,
     /// The element type of the input, the residual and the norm's parameters.
@@ -42,10 +39,37 @@ pub struct QuantizeOperands {
     pub residual: Option<DeviceSpan>,
     /// Elements from one row of the residual to the next.
     pub residual_stride: usize,
-    /// f32 `[k]`, by which values are divided after the operation. Each factor is finite and positive.
-    pub smoothing: Option<DeviceSpan>,
     /// Where the scales come from.
     pub scaling: Scaling<DeviceSpan>,
+}
+
+impl LinearInput {
+    /// Returns the input `[m, k]` without any operation, its rows behind one another.
+    pub fn new(input: DeviceSpan, input_type: HalfType, m: usize, k: usize) -> Self {
+        Self {
+            m,
+            operation: Operation::Plain,
+            input_type,
+            input,
+            input_stride: k,
+            gather: None,
+            residual: None,
+            residual_stride: k,
+            scaling: Scaling::PerToken,
+        }
+    }
+}
+
+/// Rows of activations to quantize, in device memory, and the memory for the result.
+#[derive(Clone, Copy, Debug)]
+pub struct QuantizeOperands {
+    /// The rows before they are quantized.
+    pub source: LinearInput,
+    /// Elements of a row after the operation.
+    pub k: usize,
+    /// f32 `[k]`, by which values are divided after the operation. Each factor is finite and positive.
+    /// The address is a multiple of 4, better of 16.
+    pub smoothing: Option<DeviceSpan>,
     /// int8 `[m, k]`, written with zeros behind each row up to a multiple of 16 bytes.
     /// The address is a multiple of 16.
     pub codes: DeviceSpan,
@@ -56,11 +80,11 @@ pub struct QuantizeOperands {
 }
 
 impl QuantizeOperands {
-    fn check(&self) -> Result<(), Error> {
-        let &Self { m, k, .. } = self;
+    pub(super) fn check(&self) -> Result<(), Error> {
+        let &Self { source: LinearInput { m, .. }, k, .. } = self;
         check_k(k)?;
-        self.operation.check()?;
-        self.scaling.check()?;
+        self.source.operation.check()?;
+        self.source.scaling.check()?;
         let at_most = |what, value, limit| match value {
             value if value > limit => Err(GpuError::OutOfRange { what, value, limit }),
             _ => Ok(()),
@@ -84,7 +108,7 @@ impl QuantizeOperands {
             // With no rows there may be no memory.
             if rows == 0 { Ok::<_, Error>(()) } else { Ok(span.check(what, bytes, alignment)?) }
         };
-        let input_rows = match self.gather {
+        let input_rows = match self.source.gather {
             Some(gather) => {
                 at_most("the number of input rows", gather.input_rows, u32::MAX as usize)?;
                 check_rows("row indices", gather.rows, 1, m, m, 4, 4)?;
@@ -92,15 +116,15 @@ impl QuantizeOperands {
             }
             None => m,
         };
-        let row = self.operation.input_elements(k);
-        check_rows("input", self.input, input_rows, self.input_stride, row, 2, 2)?;
-        if let Some(residual) = self.residual {
-            if !self.operation.is_norm() || self.gather.is_some() {
+        let row = self.source.operation.input_elements(k);
+        check_rows("input", self.source.input, input_rows, self.source.input_stride, row, 2, 2)?;
+        if let Some(residual) = self.source.residual {
+            if !self.source.operation.is_norm() || self.source.gather.is_some() {
                 return Err(Error::UnexpectedResidual);
             }
-            check_rows("residual", residual, m, self.residual_stride, k, 2, 2)?;
+            check_rows("residual", residual, m, self.source.residual_stride, k, 2, 2)?;
         }
-        match self.operation {
+        match self.source.operation {
             Operation::RmsNorm { weight, .. } => weight.check("norm weight", k * 2, 2)?,
             Operation::LayerNorm { weight, bias, .. } => {
                 weight.check("norm weight", k * 2, 2)?;
@@ -109,7 +133,7 @@ impl QuantizeOperands {
             Operation::Plain | Operation::Gated { .. } => {}
         }
         self.smoothing.map_or(Ok(()), |smoothing| smoothing.check("smoothing vector", k * 4, 4))?;
-        if let Scaling::Given(scales) = self.scaling {
+        if let Scaling::Given(scales) = self.source.scaling {
             check_rows("given scales", scales, 1, m, m, 4, 4)?;
         }
         let padded = k.next_multiple_of(CODE_ALIGNMENT as usize);
@@ -120,19 +144,23 @@ impl QuantizeOperands {
     /// Returns whether every vector of eight elements that the kernel reads lies at a multiple of 16 bytes.
     fn is_aligned(&self) -> bool {
         let (weight, bias) = self.parameters();
-        let gates = match self.operation {
+        let gates = match self.source.operation {
             Operation::Gated { order: GateOrder::Halves, .. } => self.k * 2,
             _ => 0,
         };
-        let spans = [Some(self.input), self.residual, weight, bias, self.smoothing];
-        let strides = [self.input_stride * 2, self.residual.map_or(0, |_| self.residual_stride * 2), gates];
+        let spans = [Some(self.source.input), self.source.residual, weight, bias, self.smoothing];
+        let strides = [
+            self.source.input_stride * 2,
+            self.source.residual.map_or(0, |_| self.source.residual_stride * 2),
+            gates,
+        ];
         spans.into_iter().flatten().all(|span| span.address().is_multiple_of(16))
             && strides.iter().all(|stride| stride.is_multiple_of(16))
     }
 
     /// Returns the norm's weight and bias.
     fn parameters(&self) -> (Option<DeviceSpan>, Option<DeviceSpan>) {
-        match self.operation {
+        match self.source.operation {
             Operation::RmsNorm { weight, .. } => (Some(weight), None),
             Operation::LayerNorm { weight, bias, .. } => (Some(weight), bias),
             Operation::Plain | Operation::Gated { .. } => (None, None),
@@ -142,34 +170,35 @@ impl QuantizeOperands {
     fn arguments(&self, ring: RowRing) -> QuantizeArguments {
         let address = |span: Option<DeviceSpan>| span.map_or(0, DeviceSpan::address);
         let (weight, bias) = self.parameters();
-        let interleaved = matches!(self.operation, Operation::Gated { order: GateOrder::Interleaved, .. });
+        let interleaved =
+            matches!(self.source.operation, Operation::Gated { order: GateOrder::Interleaved, .. });
         QuantizeArguments {
-            input: self.input.address(),
-            input_stride: self.input_stride as u64 * 2,
-            rows: address(self.gather.map(|gather| gather.rows)),
-            residual: address(self.residual),
-            residual_stride: self.residual_stride as u64 * 2,
+            input: self.source.input.address(),
+            input_stride: self.source.input_stride as u64 * 2,
+            rows: address(self.source.gather.map(|gather| gather.rows)),
+            residual: address(self.source.residual),
+            residual_stride: self.source.residual_stride as u64 * 2,
             weight: address(weight),
             bias: address(bias),
             smoothing: address(self.smoothing),
-            given_scales: match self.scaling {
+            given_scales: match self.source.scaling {
                 Scaling::Given(scales) => scales.address(),
                 _ => 0,
             },
             codes: self.codes.address(),
             code_stride: self.code_stride as u64,
             scales: self.scales.address(),
-            m: self.m as u32,
+            m: self.source.m as u32,
             k: self.k as u32,
-            input_rows: self.gather.map_or(0, |gather| gather.input_rows as u32),
+            input_rows: self.source.gather.map_or(0, |gather| gather.input_rows as u32),
             interleaved: interleaved.into(),
             aligned: self.is_aligned().into(),
             inverse_k: 1.0 / self.k as f32,
-            epsilon: match self.operation {
+            epsilon: match self.source.operation {
                 Operation::RmsNorm { epsilon, .. } | Operation::LayerNorm { epsilon, .. } => epsilon,
                 _ => 0.0,
             },
-            static_scale: match self.scaling {
+            static_scale: match self.source.scaling {
                 Scaling::Static(scale) => scale,
                 _ => -1.0,
             },
@@ -179,13 +208,13 @@ impl QuantizeOperands {
 
     /// Returns what the choice of the kernel depends on.
     fn rows(&self) -> Rows {
-        let (operation, element) = kind(&self.operation, self.input_type);
+        let (operation, element) = kind(&self.source.operation, self.source.input_type);
         Rows {
             operation,
             element,
-            m: self.m as u32,
+            m: self.source.m as u32,
             k: self.k as u32,
-            has_residual: self.residual.is_some(),
+            has_residual: self.source.residual.is_some(),
             aligned: self.is_aligned(),
             smooths: self.smoothing.is_some(),
         }
@@ -273,7 +302,7 @@ impl Gpu {
         stream: impl Into<StreamHandle>,
     ) -> Result<(), Error> {
         operands.check()?;
-        if operands.m == 0 {
+        if operands.source.m == 0 {
             return Ok(());
         }
         let plan = operands.rows().launch(self.multiprocessors());

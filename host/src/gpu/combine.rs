@@ -53,7 +53,7 @@ impl CombineOperands {
         check_dimension("n", self.n)?;
         check_dimension("top_k", self.top_k)?;
         if self.element_type.size() != 2 {
-            return Err(GpuError::ElementType { element_type: self.element_type }.into());
+            return Err(GpuError::ElementType { what: "a combine", element_type: self.element_type }.into());
         }
         for stride in [self.rows_stride, self.output_stride] {
             if stride < self.n {

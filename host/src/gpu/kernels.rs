@@ -81,6 +81,9 @@ grouped_shapes!(grouped_sources);
 /// The kernel that adds up the rows of each token's experts.
 const COMBINE: KernelSource = source!("combine_rows");
 
+/// The kernel that applies the epilogue to int32 sums in memory.
+const SCALE_SUMS: KernelSource = source!("scale_sums_rows");
+
 /// A kernel that does nothing. The driver uses it to compute how many clusters run at a time.
 const OCCUPANCY: KernelSource = source!("occupancy");
 
@@ -166,6 +169,7 @@ pub(crate) struct KernelCache {
     quantize: [OnceLock<Kernel>; QUANTIZE.len()],
     grouped: [OnceLock<Kernel>; GROUPED.len()],
     combine: OnceLock<Kernel>,
+    scale_sums: OnceLock<Kernel>,
 }
 
 impl KernelCache {
@@ -178,6 +182,7 @@ impl KernelCache {
             quantize: [const { OnceLock::new() }; QUANTIZE.len()],
             grouped: [const { OnceLock::new() }; GROUPED.len()],
             combine: OnceLock::new(),
+            scale_sums: OnceLock::new(),
         }
     }
 
@@ -210,6 +215,11 @@ impl KernelCache {
     /// Returns the kernel that adds up the rows of each token's experts.
     pub(crate) fn combine(&self) -> Result<&Kernel, Error> {
         Ok(self.get_or_load(&self.combine, &COMBINE, 0)?)
+    }
+
+    /// Returns the kernel that applies the epilogue to int32 sums in memory.
+    pub(crate) fn scale_sums(&self) -> Result<&Kernel, GpuError> {
+        self.get_or_load(&self.scale_sums, &SCALE_SUMS, 0)
     }
 
     /// Loads the kernel that does nothing, with the most shared memory that a thread block may have.

@@ -7,8 +7,10 @@ use liquidgemm_format::activations::CODE_ALIGNMENT;
 
 use crate::check::checked_elements;
 use crate::gpu::memory::DeviceMemory;
-use crate::gpu::{DeviceSpan, DeviceWeights, Gpu, Operands, QuantizeOperands, StreamHandle, Workspace};
-use crate::operation::{Gather, HalfType, Operation, Scaling};
+use crate::gpu::{
+    DeviceSpan, DeviceWeights, Gpu, LinearInput, Operands, QuantizeOperands, StreamHandle, Workspace,
+};
+use crate::operation::{HalfType, Operation};
 use crate::{Error, Linear, OutputType};
 
 /// Rows of codes begin at multiples of this many bytes, which TMA reads fast.
@@ -24,48 +26,6 @@ pub struct DeviceLinear {
     bias: Option<DeviceMemory>,
     /// f32 `[k]`.
     smoothing: Option<DeviceMemory>,
-}
-
-/// The activations of a linear layer, before they are quantized.
-///
-/// Addresses are multiples of 2. The kernels read fast if rows and parameters lie at multiples of 16 bytes.
-#[derive(Clone, Copy, Debug)]
-pub struct LinearInput {
-    /// Tokens. May be 0.
-    pub m: usize,
-    /// What happens to a row before it is quantized.
-    pub operation: Operation<DeviceSpan>,
-    /// The element type of the input, the residual and the norm's parameters.
-    pub input_type: HalfType,
-    /// Rows of k elements, or of 2k for a gated activation function.
-    pub input: DeviceSpan,
-    /// Elements from one row of the input to the next.
-    pub input_stride: usize,
-    /// The rows of the input to take, or `None` for the first m in order.
-    pub gather: Option<Gather<DeviceSpan>>,
-    /// `[m, k]`, to which the input is added, rounded, before a norm. The norm is that of the sum.
-    pub residual: Option<DeviceSpan>,
-    /// Elements from one row of the residual to the next.
-    pub residual_stride: usize,
-    /// Where the scales come from.
-    pub scaling: Scaling<DeviceSpan>,
-}
-
-impl LinearInput {
-    /// Returns the input `[m, k]` without any operation, its rows behind one another.
-    pub fn new(input: DeviceSpan, input_type: HalfType, m: usize, k: usize) -> Self {
-        Self {
-            m,
-            operation: Operation::Plain,
-            input_type,
-            input,
-            input_stride: k,
-            gather: None,
-            residual: None,
-            residual_stride: k,
-            scaling: Scaling::PerToken,
-        }
-    }
 }
 
 /// The output of a linear layer, `[m, n]`.
@@ -116,6 +76,11 @@ impl QuantizedSpan {
             unsafe { DeviceSpan::from_raw(scratch.address() + offset as u64, bytes) }
         };
         Ok(Self { m, k, codes: part(0, code_bytes), code_stride, scales: part(code_bytes, m * 4) })
+    }
+
+    /// Returns the same activations with their scales elsewhere.
+    pub(super) fn with_scales(self, scales: DeviceSpan) -> Self {
+        Self { scales, ..self }
     }
 
     /// Returns the number of tokens.
@@ -190,6 +155,11 @@ impl DeviceLinear {
         &self.weights
     }
 
+    /// Returns the bias, f32 `[n]`.
+    pub(super) fn bias(&self) -> Option<DeviceSpan> {
+        self.bias.as_ref().map(DeviceMemory::span)
+    }
+
     /// Returns the number of output channels.
     pub fn n(&self) -> usize {
         self.weights.n()
@@ -241,27 +211,42 @@ impl DeviceLinear {
         scratch: DeviceSpan,
         stream: impl Into<StreamHandle>,
     ) -> Result<QuantizedSpan, Error> {
-        gpu.check_context("weights", self.weights.context())?;
         let quantized = QuantizedSpan::in_scratch(scratch, input.m, self.k())?;
-        let operands = QuantizeOperands {
-            m: input.m,
+        // SAFETY: the caller upholds the same contract.
+        unsafe { self.quantize_to(gpu, input, &quantized, stream.into()) }?;
+        Ok(quantized)
+    }
+
+    /// Quantizes activations to memory that is laid out for them.
+    ///
+    /// # Safety
+    /// As for [`Gpu::quantize`].
+    pub(super) unsafe fn quantize_to(
+        &self,
+        gpu: &Gpu,
+        input: &LinearInput,
+        quantized: &QuantizedSpan,
+        stream: StreamHandle,
+    ) -> Result<(), Error> {
+        gpu.check_context("weights", self.weights.context())?;
+        // SAFETY: the caller upholds the same contract.
+        unsafe { gpu.quantize(&self.quantize_operands(input, quantized), stream) }
+    }
+
+    /// Returns the operands of the quantization for this layer.
+    pub(super) fn quantize_operands(
+        &self,
+        input: &LinearInput,
+        quantized: &QuantizedSpan,
+    ) -> QuantizeOperands {
+        QuantizeOperands {
+            source: *input,
             k: self.k(),
-            operation: input.operation,
-            input_type: input.input_type,
-            input: input.input,
-            input_stride: input.input_stride,
-            gather: input.gather,
-            residual: input.residual,
-            residual_stride: input.residual_stride,
             smoothing: self.smoothing.as_ref().map(DeviceMemory::span),
-            scaling: input.scaling,
             codes: quantized.codes,
             code_stride: quantized.code_stride,
             scales: quantized.scales,
-        };
-        // SAFETY: the caller upholds the same contract.
-        unsafe { gpu.quantize(&operands, stream) }?;
-        Ok(quantized)
+        }
     }
 
     /// Computes the layer on `stream`, and returns at once.
@@ -292,7 +277,7 @@ impl DeviceLinear {
         gpu.check_operands(&self.weights, &self.operands(&quantized, output), workspace)?;
         // SAFETY: the caller upholds the same contract. The stream orders the launches.
         unsafe {
-            self.quantize(gpu, input, scratch, stream)?;
+            self.quantize_to(gpu, input, &quantized, stream)?;
             self.forward_quantized(gpu, &quantized, output, workspace, stream)
         }
     }
@@ -320,13 +305,14 @@ impl DeviceLinear {
         unsafe { gpu.gemm(&self.weights, &operands, workspace, stream) }
     }
 
-    fn operands(&self, activations: &QuantizedSpan, output: &LinearOutput) -> Operands {
+    /// Returns the operands of the GEMM.
+    pub(super) fn operands(&self, activations: &QuantizedSpan, output: &LinearOutput) -> Operands {
         Operands {
             m: activations.m,
             activations: activations.codes,
             activation_stride: activations.code_stride,
             token_scales: activations.scales,
-            bias: self.bias.as_ref().map(DeviceMemory::span),
+            bias: self.bias(),
             output: output.output,
             output_stride: output.output_stride,
             output_type: output.output_type,

@@ -327,6 +327,11 @@ impl DeviceWeights {
         self.stream.context()
     }
 
+    /// Returns the channel scales, f32 `[n]`.
+    pub(super) fn channel_scales(&self) -> DeviceSpan {
+        self.channel_scales.span()
+    }
+
     /// Returns the kernels' view of the weights, beginning with this strip.
     pub(crate) fn arguments_from(&self, strip: usize) -> WeightsArguments {
         let stream = self.layout.stream();

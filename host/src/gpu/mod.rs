@@ -5,15 +5,19 @@
 //! | [`Gpu::multiply`] | takes and returns host memory, waits for the result | `mod.rs` |
 //! | [`Gpu::gemm`] | device memory, the caller's stream, returns at once | `gemm.rs` |
 //! | [`DeviceLinear::forward`] | a linear layer with bf16 or f16 activations | `linear.rs` |
+//! | [`RowParallelCall::forward`] | a linear layer whose input channels are divided among GPUs | `row_parallel.rs` |
+//! | `Communicator` (feature `nccl`), [`AllReduce`] | the reductions over these GPUs | `nccl`, `all_reduce.rs` |
 //! | [`Gpu::quantize`] | quantization of activations in device memory, with norms and gates | `activations.rs` |
 //! | [`Gpu::grouped_gemm`], [`DeviceExperts`] | the rows of many experts in one launch | `grouped.rs`, `experts.rs` |
 //! | [`Gpu::combine`] | the weighted sum of the experts' rows of each token | `combine.rs` |
+//! | [`Gpu::scale_sums`] | the epilogue of int32 sums | `scale_sums.rs` |
 //! | [`DeviceWeights`], [`DeviceSpan`], [`Workspace`] | device memory | `memory.rs` |
 //! | [`CustomKernel`] | kernels of another crate | `custom.rs` |
 //!
 //! It needs the NVIDIA driver but no CUDA toolkit. Without a driver [`Gpu::new`] returns an error.
 
 mod activations;
+mod all_reduce;
 mod combine;
 mod context;
 mod custom;
@@ -24,7 +28,11 @@ mod kernels;
 mod launch;
 mod linear;
 mod memory;
+#[cfg(feature = "nccl")]
+mod nccl;
 mod plans;
+mod row_parallel;
+mod scale_sums;
 mod skinny;
 mod stream;
 mod tensor_map;
@@ -39,7 +47,8 @@ use cust::stream::{Stream, StreamFlags};
 use liquidgemm_format::tile::MAX_SHARED_BYTES;
 
 pub use crate::error::{DriverStatus, GpuError};
-pub use activations::QuantizeOperands;
+pub use activations::{LinearInput, QuantizeOperands};
+pub use all_reduce::{AllReduce, Reduction};
 pub use combine::CombineOperands;
 pub use cuda_driver::{CudaVersion, LoadError};
 pub use custom::CustomKernel;
@@ -47,8 +56,12 @@ pub use experts::DeviceExperts;
 pub use gemm::{Operands, StreamHandle};
 pub use grouped::{DeviceRowIndex, GroupedOperands};
 pub use kernels::ptx_hash;
-pub use linear::{DeviceLinear, LinearInput, LinearOutput, QuantizedSpan};
+pub use linear::{DeviceLinear, LinearOutput, QuantizedSpan};
 pub use memory::{DeviceSpan, DeviceWeights, Workspace};
+#[cfg(feature = "nccl")]
+pub use nccl::{Communicator, NCCL_VARIABLE, UNIQUE_ID_BYTES, UniqueId, nccl_version};
+pub use row_parallel::{Partials, RowParallelCall, RowParallelLinear};
+pub use scale_sums::SumsOperands;
 
 use crate::check::{check_call, checked_elements};
 use crate::error::gpu::During;

@@ -12,8 +12,8 @@ use cust::memory::DeviceBuffer;
 use cust::stream::{Stream, StreamFlags};
 use half::bf16;
 use liquidgemm::cpu::{QuantizeInput, Residual};
-use liquidgemm::gpu::{DeviceSpan, Gpu, QuantizeOperands};
-use liquidgemm::{Gate, GateOrder, HalfType, Operation, Scaling, cpu};
+use liquidgemm::gpu::{DeviceSpan, Gpu, LinearInput, QuantizeOperands};
+use liquidgemm::{Gate, GateOrder, HalfType, Operation, cpu};
 use liquidgemm_format::probe::STREAM_PIECE_BYTES;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -346,18 +346,16 @@ impl<'g> Stage<'g> {
             unsafe { DeviceSpan::from_raw(address, bytes) }
         };
         let residual = slice(&self.residual, m * k * 2);
+        let input = slice(&self.input, m * measured.row(k) * 2);
         QuantizeOperands {
-            m,
+            source: LinearInput {
+                operation: measured.operation((&self.weight).into()),
+                input_stride: measured.row(k),
+                residual: (measured == Measured::ResidualRmsNorm).then_some(residual),
+                ..LinearInput::new(input, HalfType::Bf16, m, k)
+            },
             k,
-            operation: measured.operation((&self.weight).into()),
-            input_type: HalfType::Bf16,
-            input: slice(&self.input, m * measured.row(k) * 2),
-            input_stride: measured.row(k),
-            gather: None,
-            residual: (measured == Measured::ResidualRmsNorm).then_some(residual),
-            residual_stride: k,
             smoothing: None,
-            scaling: Scaling::PerToken,
             codes: slice(&self.codes, m * code_stride),
             code_stride,
             scales: (&self.scales).into(),

@@ -18,8 +18,9 @@
 //!
 //! There are two kinds of kernels. The **row** kernels give each row a thread block, or a cluster,
 //! in which each thread holds a vector. They start fast, and take any address and length.
-//! The **ring** kernels are persistent, and load the next rows to shared memory by TMA meanwhile.
-//! They suit many rows. Divisions by a smoothing vector would take too many of their registers.
+//! The **ring** kernels load rows to shared memory by TMA, and suit many rows.
+//! Where several rows fit an SM, each has a thread block; longer ones go through persistent thread blocks,
+//! which load the next rows meanwhile. Divisions by a smoothing vector would take too many of their registers.
 //!
 //! If a cluster has a row, its vectors come in **pieces** of [`PIECE`], which go round robin to the thread blocks.
 
@@ -268,6 +269,9 @@ impl Rows {
         {
             return None;
         }
+        if let Some(launch) = self.block_for_each_row() {
+            return Some(launch);
+        }
         // Half of an SM leaves room for the thread blocks of the next launch, which start meanwhile.
         // Gates take the most instructions, so with few thread blocks the more threads share a row's.
         // Without a norm there is little to start with, and a residual needs all memory for its loads.
@@ -282,32 +286,18 @@ impl Rows {
         let mut index = 0;
         while index < candidates.len() {
             let (part, held) = candidates[index];
-            if let Some(launch) = self.ring_in(part, held, multiprocessors)
+            if let Some(launch) = self.persistent_ring(part, held, multiprocessors)
                 && launch.ring.stages > 1
             {
                 return Some(launch);
             }
             index += 1;
         }
-        self.ring_in(Part::Whole, HELD_PAIRS, multiprocessors)
+        self.persistent_ring(Part::Whole, HELD_PAIRS, multiprocessors)
     }
 
-    /// Returns the launch of a ring kernel whose threads hold up to `held` pairs of vectors,
-    /// and whose thread blocks take this part of each SM.
-    /// It has at least two stages if possible.
-    const fn ring_in(self, part: Part, held: u32, multiprocessors: u32) -> Option<QuantizeLaunch> {
-        /// Shared memory of an SM, and what the system takes of it for each thread block.
-        const SHARED: u32 = 233_472;
-        const SYSTEM: u32 = 1024;
-        /// Threads of an SM with the registers that the kernels need.
-        const THREADS: u32 = 1024;
-        /// With fewer threads a row takes too long.
-        const LEAST_THREADS: u32 = 128;
-
-        let parts = match part {
-            Part::Whole => 1,
-            Part::Half => 2,
-        };
+    /// Returns the ring without stages, for threads that hold up to `held` pairs of vectors, and their number.
+    const fn empty_ring(self, held: u32) -> (RowRing, u32) {
         let vectors = self.k / VECTOR as u32;
         let (vector_bytes, parameters) = match self.operation {
             RowOperation::Plain => (16, 0),
@@ -315,19 +305,64 @@ impl Rows {
             RowOperation::RmsNorm => (if self.has_residual { 32 } else { 16 }, 1),
             RowOperation::LayerNorm => (if self.has_residual { 32 } else { 16 }, 2),
         };
-        let mut threads = vectors.div_ceil(2 * held).next_multiple_of(32);
-        if threads < LEAST_THREADS {
-            threads = LEAST_THREADS;
-        }
-        let mut ring = RowRing {
+        let ring = RowRing {
             stages: 0,
             stage_bytes: vectors * vector_bytes,
             parameter_bytes: vectors * 16,
             parameters,
         };
-        let mut resident = THREADS / parts / threads;
+        (ring, vectors.div_ceil(2 * held).next_multiple_of(32))
+    }
+
+    const fn ring_launch(self, ring: RowRing, blocks: u32, threads: u32) -> QuantizeLaunch {
+        QuantizeLaunch {
+            kernel: self.kernel(2, 1),
+            row_blocks: 1,
+            blocks: if self.m < blocks { self.m } else { blocks },
+            threads,
+            shared_bytes: ring.shared_bytes(),
+            ring,
+        }
+    }
+
+    /// Returns the launch with a thread block for each row, and a ring of one stage,
+    /// if enough of them are resident to keep the memory busy while others compute.
+    ///
+    /// Each thread block loads the norm's parameters anew, which costs more the longer they are.
+    const fn block_for_each_row(self) -> Option<QuantizeLaunch> {
+        const LEAST_THREADS: u32 = 64;
+        /// Of the threads that an SM can have.
+        const LEAST_RESIDENT_THREADS: u32 = 864;
+
+        let (ring, threads) = self.empty_ring(HELD_PAIRS);
+        let ring = RowRing { stages: 1, ..ring };
+        let threads = if threads < LEAST_THREADS { LEAST_THREADS } else { threads };
+        let resident = RING_THREADS / threads;
+        let least_resident = if ring.parameters > 0 && !self.has_residual { 4 } else { 2 };
+        if resident < least_resident
+            || resident * threads < LEAST_RESIDENT_THREADS
+            || ring.shared_bytes() + SYSTEM_SHARED_BYTES > SM_SHARED_BYTES / resident
+        {
+            return None;
+        }
+        Some(self.ring_launch(ring, self.m, threads))
+    }
+
+    /// Returns the launch of persistent thread blocks whose threads hold up to `held` pairs of vectors,
+    /// and which take this part of each SM. The ring has at least two stages if possible.
+    const fn persistent_ring(self, part: Part, held: u32, multiprocessors: u32) -> Option<QuantizeLaunch> {
+        /// With fewer threads a row takes too long.
+        const LEAST_THREADS: u32 = 128;
+
+        let parts = match part {
+            Part::Whole => 1,
+            Part::Half => 2,
+        };
+        let (mut ring, threads) = self.empty_ring(held);
+        let threads = if threads < LEAST_THREADS { LEAST_THREADS } else { threads };
+        let mut resident = RING_THREADS / parts / threads;
         while ring.stages < 2 && resident > 0 {
-            let room = SHARED / parts / resident - SYSTEM;
+            let room = SM_SHARED_BYTES / parts / resident - SYSTEM_SHARED_BYTES;
             if resident == 1 && ring.stages_offset() + 2 * ring.stage_bytes > room {
                 ring.parameter_bytes = 0;
             }
@@ -340,17 +375,16 @@ impl Rows {
         if ring.stages > MAX_STAGES {
             ring.stages = MAX_STAGES;
         }
-        let most = multiprocessors * (resident + 1);
-        Some(QuantizeLaunch {
-            kernel: self.kernel(2, 1),
-            row_blocks: 1,
-            blocks: if self.m < most { self.m } else { most },
-            threads,
-            shared_bytes: ring.shared_bytes(),
-            ring,
-        })
+        Some(self.ring_launch(ring, multiprocessors * (resident + 1), threads))
     }
 }
+
+/// Shared memory of an SM.
+const SM_SHARED_BYTES: u32 = 233_472;
+/// What the system takes of it for each thread block.
+const SYSTEM_SHARED_BYTES: u32 = 1024;
+/// Threads of an SM with the registers that the ring kernels need.
+const RING_THREADS: u32 = 1024;
 
 /// The part of an SM that a launch's thread blocks take.
 #[derive(Clone, Copy)]

@@ -1,7 +1,7 @@
-//! The ring kernels: persistent thread blocks that go through the rows.
+//! The ring kernels: thread blocks that go through the rows, or have one each.
 //!
 //! While a row is quantized, the next ones are loaded to a ring in shared memory by TMA,
-//! so that memory is never idle.
+//! or other thread blocks load theirs, so that memory is never idle.
 //! A stage holds a row: for each of its vectors, the 16 bytes of one array, or of two:
 //! input and residual, or gates and ups.
 //! Each thread takes up to two pairs of neighbouring vectors to registers. Then the stage is free for another row.
@@ -190,7 +190,9 @@ impl Rows<'_> {
             return;
         }
         let (barrier, bytes) = (self.barrier(stage), self.vectors * 16);
-        let policy = Policy::evict_first();
+        // Rows that are not evicted first load up to 3 % faster, except where they would evict a norm's parameters.
+        let keeps_parameters = O::NORM && arguments.residual == 0;
+        let policy = if keeps_parameters { Policy::evict_first() } else { Policy::evict_normal() };
         let [first, second] = self.words::<O>(stage, 0);
         // SAFETY: the caller guarantees the warp and the stage, which has room for the row.
         unsafe {

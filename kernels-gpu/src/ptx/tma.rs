@@ -22,6 +22,17 @@ impl Policy {
         }
         Self(policy)
     }
+
+    /// Returns the policy for data without preference.
+    #[inline(always)]
+    pub fn evict_normal() -> Self {
+        let policy;
+        // SAFETY: the instruction only computes a number.
+        unsafe {
+            asm!("createpolicy.fractional.L2::evict_normal.b64 {}, 1.0;", out(reg64) policy, options(pure, nomem, nostack));
+        }
+        Self(policy)
+    }
 }
 
 /// Prefetches a tensor map.

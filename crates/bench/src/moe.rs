@@ -25,7 +25,7 @@ use super::circumstances::Circumstances;
 use super::data::{self, Pool};
 use super::driver::During;
 use super::markdown::facts;
-use super::record::{Baseline, read_json, weight_bytes, write_atomically, write_json};
+use super::record::{Baseline, parse_json, weight_bytes, write_atomically, write_json};
 use super::replay::{Clock, Contender, Pace};
 use super::statistics::{Timing, geometric_mean};
 use liquidgemm::gpu::{DeviceExperts, DeviceRowIndex, DeviceSpan, Gpu, GroupedOperands};
@@ -397,13 +397,23 @@ impl Mixtures {
     /// # Errors
     /// If the file can't be read or is not such a run, or if a time is impossible.
     pub fn load(path: &Path) -> anyhow::Result<Self> {
-        let run: Self = read_json(path, "run of mixtures of experts")?;
+        let name = path.display().to_string();
+        let bytes = std::fs::read(path).with_context(|| format!("cannot read {name}"))?;
+        Self::from_json(&bytes, &name)
+    }
+
+    /// Reads a run from JSON; errors call it `name`.
+    ///
+    /// # Errors
+    /// If it is not such a run, or if a time is impossible.
+    pub fn from_json(json: &[u8], name: &str) -> anyhow::Result<Self> {
+        let run: Self = parse_json(json, name, "run of mixtures of experts")?;
         let columns = page().columns.len();
         let plausible = run
             .points
             .iter()
             .all(|point| point.ours.is_plausible() && point.ideal_us > 0.0 && point.page.us.len() == columns);
-        ensure!(plausible, "{} has an impossible time", path.display());
+        ensure!(plausible, "{name} has an impossible time");
         Ok(run)
     }
 

@@ -12,7 +12,9 @@ use clap::value_parser;
 use liquidgemm_bench::shapes;
 use liquidgemm_estimate::gpus::{GPUS, Gpu};
 use liquidgemm_estimate::measurements::Measurements;
-use liquidgemm_estimate::report::{CACHE_BITS, MOST_BATCH, MOST_GPUS, MOST_LENGTH, MOST_PRICE, Settings, report};
+use liquidgemm_estimate::report::{
+    CACHE_BITS, MOST_BATCH, MOST_GPUS, MOST_LENGTH, MOST_PRICE, Settings, report,
+};
 use liquidgemm_estimate::{models, page, table};
 
 use super::Report;
@@ -135,14 +137,20 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<Report> {
     if let Some(path) = &arguments.html {
         liquidgemm_bench::record::write_atomically(path, page::html(&report)?.as_bytes())?;
     }
-    let text = if arguments.json { serde_json::to_string_pretty(&report)? + "\n" } else { table::text(&report) };
+    let text =
+        if arguments.json { serde_json::to_string_pretty(&report)? + "\n" } else { table::text(&report) };
     Ok(Report { text, success: true })
 }
 
 fn list() -> anyhow::Result<String> {
     let mut text = String::from("models, billions of parameters\n");
     for model in models::built_in() {
-        writeln!(text, "  {:<14} {:>6}", model.name, table::digits(model.model()?.parameters() as f64 / 1e9))?;
+        writeln!(
+            text,
+            "  {:<14} {:>6}",
+            model.name,
+            table::digits(model.model()?.parameters() as f64 / 1e9)
+        )?;
     }
     text.push_str("GPUs: GB, GB/s, dense int8 TOPS, fp8 and bf16 TFLOPS, SMs, GHz, link GB/s\n");
     for gpu in &GPUS {

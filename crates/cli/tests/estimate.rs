@@ -33,7 +33,8 @@ fn json_and_page_of_a_model_folder_agree_with_the_built_in_model() {
 fn exit_code_is_1_for_what_cannot_be_used_and_2_for_invalid_arguments() {
     let folder = tempfile::tempdir().unwrap();
     let page = folder.path().join("page.html");
-    std::fs::write(folder.path().join("config.json"), r#"{"model_type": "llama", "num_attention_heads": 0}"#).unwrap();
+    std::fs::write(folder.path().join("config.json"), r#"{"model_type": "llama", "num_attention_heads": 0}"#)
+        .unwrap();
     let path = folder.path().to_str().unwrap();
     for (arguments, code, part) in [
         (&["LLaMA-9"][..], 1, "built-in model"),

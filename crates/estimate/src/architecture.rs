@@ -211,7 +211,13 @@ impl Model {
 
     /// Returns the number of weights of the layers that are quantized.
     pub fn quantized_parameters(&self) -> u128 {
-        let of_block = |sparse| layers::of_block(self, sparse, 1).iter().filter(|layer| layer.quantized).map(Layer::weights).sum::<u128>();
+        let of_block = |sparse| {
+            layers::of_block(self, sparse, 1)
+                .iter()
+                .filter(|layer| layer.quantized)
+                .map(Layer::weights)
+                .sum::<u128>()
+        };
         let [dense, sparse] = self.blocks_by_kind();
         u128::from(dense) * of_block(false) + u128::from(sparse) * of_block(true)
     }
@@ -235,7 +241,11 @@ impl Model {
         let of_attention = match self.attention {
             Attention::Heads { heads, key_value_heads, width, biases, norms, .. } => {
                 let stacked = (heads + 2 * key_value_heads) * width;
-                [stacked, self.hidden].into_iter().zip(biases).map(|(n, has)| if has { n } else { 0 }).sum::<u64>()
+                [stacked, self.hidden]
+                    .into_iter()
+                    .zip(biases)
+                    .map(|(n, has)| if has { n } else { 0 })
+                    .sum::<u64>()
                     + if norms { 2 * width } else { 0 }
             }
             Attention::Latent { query_rank, latent, .. } => query_rank.unwrap_or(0) + latent,
@@ -327,7 +337,14 @@ fn heads(reader: &Reader<'_>, model_type: &str) -> anyhow::Result<Attention> {
     let biases = if model_type == "qwen2" { [true, false] } else { [biased; 2] };
     let slides = reader.flag("use_sliding_window", !is_qwen)?;
     let window = if slides { reader.optional("sliding_window", MOST_ROWS)? } else { None };
-    Ok(Attention::Heads { heads, key_value_heads, width, window, biases, norms: model_type.starts_with("qwen3") })
+    Ok(Attention::Heads {
+        heads,
+        key_value_heads,
+        width,
+        window,
+        biases,
+        norms: model_type.starts_with("qwen3"),
+    })
 }
 
 fn latent(reader: &Reader<'_>) -> anyhow::Result<Attention> {
@@ -357,7 +374,8 @@ fn qwen3_moe(reader: &Reader<'_>) -> anyhow::Result<Mixture> {
     let dense: Vec<u64> = match reader.0.get("mlp_only_layers") {
         None | Some(Value::Null) => Vec::new(),
         Some(value) => {
-            let list = value.as_array().map(|list| list.iter().map(Value::as_u64).collect::<Option<Vec<_>>>());
+            let list =
+                value.as_array().map(|list| list.iter().map(Value::as_u64).collect::<Option<Vec<_>>>());
             list.flatten().with_context(|| {
                 format!("mlp_only_layers is {}; it must be a list of whole numbers", brief(value))
             })?

@@ -81,7 +81,7 @@ fn logarithmic_ticks(low: f64, high: f64) -> Vec<f64> {
     let [first, last] = [low, high].map(|value| value.log10().floor() as i32);
     let all = (first..=last).flat_map(|power| [1.0, 2.0, 5.0].map(|factor| factor * 10f64.powi(power)));
     let within: Vec<f64> = all.filter(|tick| (low * 0.999..=high * 1.001).contains(tick)).collect();
-    let decades: Vec<f64> = within.iter().copied().filter(|tick| tick.log10().fract().abs() < 1e-9).collect();
+    let decades: Vec<f64> = within.iter().copied().filter(|tick| (tick.log10() - tick.log10().round()).abs() < 1e-9).collect();
     if within.len() > 8 && decades.len() > 1 { decades } else { within }
 }
 
@@ -95,7 +95,13 @@ fn linear_ticks(high: f64) -> Vec<f64> {
 }
 
 /// Makes a chart of `series`, whose values are positive. A linear y axis begins at 0 and has a limit's line.
-pub(crate) fn chart(title: &str, note: &str, series: &[Series], limit: Option<(f64, &str)>, label: fn(f64) -> String) -> Chart {
+pub(crate) fn chart(
+    title: &str,
+    note: &str,
+    series: &[Series],
+    limit: Option<(f64, &str)>,
+    label: fn(f64) -> String,
+) -> Chart {
     let points = || series.iter().flat_map(|(_, points)| points.iter().copied());
     let least = |values: &mut dyn Iterator<Item = f64>| values.min_by(f64::total_cmp).unwrap_or(1.0);
     let most = |values: &mut dyn Iterator<Item = f64>| values.max_by(f64::total_cmp).unwrap_or(1.0);
@@ -120,7 +126,8 @@ pub(crate) fn chart(title: &str, note: &str, series: &[Series], limit: Option<(f
     batches.dedup();
     // Labels need room: show every n-th.
     let every = batches.len().div_ceil(12).max(1);
-    let x_ticks = batches.iter().step_by(every).map(|&batch| Tick { at: x.at(batch), label: format!("{batch}") });
+    let x_ticks =
+        batches.iter().step_by(every).map(|&batch| Tick { at: x.at(batch), label: format!("{batch}") });
     let ticks = if is_logarithmic { logarithmic_ticks(y.low, y.high) } else { linear_ticks(y.high) };
     let lines = series.iter().enumerate().map(|(colour, (name, points))| {
         let places = points.iter().map(|&(batch, value)| [x.at(batch), y.at(value)]);
@@ -154,13 +161,29 @@ mod tests {
 
     #[test]
     fn every_position_is_inside_the_picture_also_with_one_point_or_none() {
-        let grows = |count: i32| (0..count).map(|power| (2f64.powi(power), 3f64.powi(power) * 1e-4)).collect::<Vec<_>>();
+        let grows = |count: i32| {
+            (0..count).map(|power| (2f64.powi(power), 3f64.powi(power) * 1e-4)).collect::<Vec<_>>()
+        };
         for count in [0, 1, 2, 30] {
             for limit in [None, Some((5.0, "limit"))] {
-                let chart = chart("t", "n", &[("a".into(), grows(count)), ("b".into(), vec![])], limit, |y| y.to_string());
+                let chart =
+                    chart("t", "n", &[("a".into(), grows(count)), ("b".into(), vec![])], limit, |y| {
+                        y.to_string()
+                    });
                 let [xs, ys]: [Vec<f64>; 2] = [
-                    chart.x_ticks.iter().map(|tick| tick.at).chain(chart.lines[0].dots.iter().map(|dot| dot.x)).collect(),
-                    chart.y_ticks.iter().chain(&chart.limit).map(|tick| tick.at).chain(chart.lines[0].dots.iter().map(|dot| dot.y)).collect(),
+                    chart
+                        .x_ticks
+                        .iter()
+                        .map(|tick| tick.at)
+                        .chain(chart.lines[0].dots.iter().map(|dot| dot.x))
+                        .collect(),
+                    chart
+                        .y_ticks
+                        .iter()
+                        .chain(&chart.limit)
+                        .map(|tick| tick.at)
+                        .chain(chart.lines[0].dots.iter().map(|dot| dot.y))
+                        .collect(),
                 ];
                 assert!(xs.iter().all(|x| (LEFT..=WIDTH - RIGHT).contains(x)), "{xs:?}");
                 assert!(ys.iter().all(|y| (TOP - 0.1..=HEIGHT - BOTTOM + 0.1).contains(y)), "{ys:?}");

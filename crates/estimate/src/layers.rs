@@ -58,20 +58,16 @@ pub fn of_block(model: &Model, sparse: bool, gpus: u64) -> Vec<Layer> {
     let mut layers = match model.attention {
         Attention::Heads { heads, key_value_heads, width, .. } => {
             let [heads, key_value] = [heads / gpus, (key_value_heads / gpus).max(1)];
-            vec![
-                layer("QKV", (heads + 2 * key_value) * width, hidden),
-                layer("O", hidden, heads * width),
-            ]
+            vec![layer("QKV", (heads + 2 * key_value) * width, hidden), layer("O", hidden, heads * width)]
         }
         Attention::Latent { heads, query_rank, latent, plain, rotary, value } => {
             let heads = heads / gpus;
             let queries = heads * (plain + rotary);
             // The latent projections are small and every GPU has them whole.
             let mut layers = match query_rank {
-                Some(rank) => vec![
-                    layer("Q-KV down", rank + latent + rotary, hidden),
-                    layer("Q up", queries, rank),
-                ],
+                Some(rank) => {
+                    vec![layer("Q-KV down", rank + latent + rotary, hidden), layer("Q up", queries, rank)]
+                }
                 None => vec![layer("KV down", latent + rotary, hidden), layer("Q", queries, hidden)],
             };
             // Decoding absorbs this matrix into queries and outputs, head by head, so it stays bf16.
@@ -105,5 +101,11 @@ pub fn of_block(model: &Model, sparse: bool, gpus: u64) -> Vec<Layer> {
 /// Returns the output embedding (`lm_head`) on each of `gpus` GPUs. It stays bf16, and rows are added where
 /// the vocabulary is no multiple of `gpus`.
 pub fn output_embedding(model: &Model, gpus: u64) -> Layer {
-    Layer { name: "output embedding", n: model.vocabulary.div_ceil(gpus), k: model.hidden, experts: None, quantized: false }
+    Layer {
+        name: "output embedding",
+        n: model.vocabulary.div_ceil(gpus),
+        k: model.hidden,
+        experts: None,
+        quantized: false,
+    }
 }

@@ -107,7 +107,11 @@ impl Measurements {
         Ok(all)
     }
 
-    fn of_device(&mut self, name: &str, device: &str) -> anyhow::Result<&mut BTreeMap<Key, BTreeMap<u64, f64>>> {
+    fn of_device(
+        &mut self,
+        name: &str,
+        device: &str,
+    ) -> anyhow::Result<&mut BTreeMap<Key, BTreeMap<u64, f64>>> {
         let known = GPUS.iter().find(|gpu| gpu.recorded_as.is_some_and(|start| device.starts_with(start)));
         let Some(gpu) = known else {
             bail!("{name} is a record of {device:?}; no GPU in the list of estimates has this name");
@@ -118,10 +122,14 @@ impl Measurements {
 
     fn add_run(&mut self, name: &str, run: &Run) -> anyhow::Result<()> {
         let times = self.of_device(name, &run.circumstances.device)?;
-        let usable = run.points.iter().filter(|point| point.group == Group::default() && point.mismatch.is_none());
+        let usable =
+            run.points.iter().filter(|point| point.group == Group::default() && point.mismatch.is_none());
         for point in usable {
             let marlin = || {
-                Some(peers::relative(W4A16_PEER, point.m, point.n, point.k)? * point.baseline(Baseline::Fp8)?.us)
+                Some(
+                    peers::relative(W4A16_PEER, point.m, point.n, point.k)?
+                        * point.baseline(Baseline::Fp8)?.us,
+                )
             };
             for scheme in Scheme::ALL {
                 let us = match scheme {
@@ -151,11 +159,9 @@ impl Measurements {
             let page = &point.page;
             let per_token = page.rows.checked_div(page.tokens).unwrap_or(0);
             let peer = |place: Option<usize>| page.us.get(place?).copied();
-            for (scheme, us) in [
-                (Scheme::W4A8, Some(point.ours.us)),
-                (Scheme::Fp8, peer(fp8)),
-                (Scheme::Bf16, peer(bf16)),
-            ] {
+            for (scheme, us) in
+                [(Scheme::W4A8, Some(point.ours.us)), (Scheme::Fp8, peer(fp8)), (Scheme::Bf16, peer(bf16))]
+            {
                 if let Some(us) = us.filter(|us| us.is_finite() && *us > 0.0) {
                     let matrix = [page.experts, per_token, page.n, page.k].map(|number| number as u64);
                     times.entry((scheme, matrix)).or_default().insert(page.tokens as u64, us);
@@ -172,7 +178,8 @@ impl Measurements {
         let predicted = predict(tokens);
         let Experts { count, per_token } = layer.experts.unwrap_or(Experts { count: 0, per_token: 0 });
         let record = self.by_gpu.get(gpu.key);
-        let Some(times) = record.and_then(|all| all.get(&(scheme, [count, per_token, layer.n, layer.k]))) else {
+        let Some(times) = record.and_then(|all| all.get(&(scheme, [count, per_token, layer.n, layer.k])))
+        else {
             return (predicted, predicted, Source::Predicted);
         };
         let whole = tokens as u64;
@@ -200,7 +207,12 @@ impl Measurements {
                 let layer = Layer { name: "", n, k, experts, quantized: true };
                 for (&tokens, &measured) in times {
                     let product = product(&layer, tokens as f64);
-                    checks.push(Check { scheme, product, measured, predicted: gemm::predict(&product, scheme, gpu) });
+                    checks.push(Check {
+                        scheme,
+                        product,
+                        measured,
+                        predicted: gemm::predict(&product, scheme, gpu),
+                    });
                 }
             }
         }

@@ -53,13 +53,20 @@ pub fn find(text: &str) -> anyhow::Result<Model> {
     let path = Path::new(text);
     if !path.exists() {
         let names: Vec<&str> = built_in().iter().map(|model| model.name.as_str()).collect();
-        bail!("{text:?} is neither a folder with a config.json nor a built-in model; those are {}", names.join(", "));
+        bail!(
+            "{text:?} is neither a folder with a config.json nor a built-in model; those are {}",
+            names.join(", ")
+        );
     }
     let file = if path.is_dir() { path.join("config.json") } else { path.to_owned() };
     let read = || -> anyhow::Result<Value> {
         let facts = std::fs::metadata(&file)?;
         ensure!(facts.is_file(), "it is not a file");
-        ensure!(facts.len() <= LARGEST_CONFIG, "it has {} bytes, more than a config.json may have (16 MiB)", facts.len());
+        ensure!(
+            facts.len() <= LARGEST_CONFIG,
+            "it has {} bytes, more than a config.json may have (16 MiB)",
+            facts.len()
+        );
         Ok(serde_json::from_slice(&std::fs::read(&file)?)?)
     };
     let config = read().with_context(|| format!("cannot read {}", file.display()))?;

@@ -1,7 +1,8 @@
 //! The report as one self-contained HTML page, from the template `page.html`.
 //! It loads nothing: styles and pictures are in the file, and there is no script.
 
-use minijinja::{AutoEscape, Environment, Value};
+use minijinja::value::Serde;
+use minijinja::{AutoEscape, Environment};
 use serde::Serialize;
 
 use crate::chart::{Chart, Series, chart};
@@ -49,7 +50,10 @@ pub fn html(report: &Report) -> anyhow::Result<String> {
                 points.extend(&scheme.best);
                 points.sort_by_key(|point| point.batch);
                 points.dedup_by_key(|point| point.batch);
-                (scheme.scheme.name().to_owned(), points.iter().map(|point| (point.batch as f64, value(point))).collect())
+                (
+                    scheme.scheme.name().to_owned(),
+                    points.iter().map(|point| (point.batch as f64, value(point))).collect(),
+                )
             })
             .collect()
     };
@@ -88,11 +92,12 @@ pub fn html(report: &Report) -> anyhow::Result<String> {
         assumptions: &report.assumptions,
         names,
     };
-    Ok(environment.get_template("page")?.render(Value::from_serialize(&page))?)
+    Ok(environment.get_template("page")?.render(Serde(&page))?)
 }
 
 fn summary(report: &Report) -> Table {
-    let head = ["", "weights GB", "KV MB a sequence", "largest batch", "from GPUs", "tokens/s there", "kernel"];
+    let head =
+        ["", "weights GB", "KV MB a sequence", "largest batch", "from GPUs", "tokens/s there", "kernel"];
     let rows = report.schemes.iter().map(|scheme| {
         vec![
             scheme.scheme.name().to_owned(),
@@ -110,9 +115,11 @@ fn summary(report: &Report) -> Table {
 fn steps(report: &Report) -> Table {
     let head = report.schemes.iter().map(|scheme| scheme.scheme.name().to_owned());
     let rows = report.settings.batches.iter().enumerate().map(|(place, batch)| {
-        let cells = report.schemes.iter().map(|scheme| &scheme.points[place]).map(|point| {
-            if point.fits { digits(point.step.us / 1e3) } else { "–".to_owned() }
-        });
+        let cells = report
+            .schemes
+            .iter()
+            .map(|scheme| &scheme.points[place])
+            .map(|point| if point.fits { digits(point.step.us / 1e3) } else { "–".to_owned() });
         std::iter::once(batch.to_string()).chain(cells).collect()
     });
     Table {

@@ -62,18 +62,34 @@ impl Settings {
     fn check(&self) -> anyhow::Result<()> {
         ensure!(!self.batches.is_empty(), "there is no batch size");
         for &batch in &self.batches {
-            ensure!((1..=MOST_BATCH).contains(&batch), "the batch size {batch} is not between 1 and {MOST_BATCH}");
+            ensure!(
+                (1..=MOST_BATCH).contains(&batch),
+                "the batch size {batch} is not between 1 and {MOST_BATCH}"
+            );
         }
         for (what, length) in [("prompt", self.input), ("answer", self.output)] {
-            ensure!((1..=MOST_LENGTH).contains(&length), "{length} tokens of the {what} are not between 1 and {MOST_LENGTH}");
+            ensure!(
+                (1..=MOST_LENGTH).contains(&length),
+                "{length} tokens of the {what} are not between 1 and {MOST_LENGTH}"
+            );
         }
         ensure!((1..=MOST_GPUS).contains(&self.gpus), "{} GPUs are not between 1 and {MOST_GPUS}", self.gpus);
         if let Some(price) = self.price {
-            ensure!((0.0..=MOST_PRICE).contains(&price), "the price {price} is not between 0 and {MOST_PRICE}");
+            ensure!(
+                (0.0..=MOST_PRICE).contains(&price),
+                "the price {price} is not between 0 and {MOST_PRICE}"
+            );
         }
         let fraction = self.memory_fraction;
-        ensure!(fraction > 0.0 && fraction <= 1.0, "the memory fraction {fraction} is not above 0 and at most 1");
-        ensure!(CACHE_BITS.contains(&self.cache_bits), "the KV cache has 4, 8 or 16 bits an element, not {}", self.cache_bits);
+        ensure!(
+            fraction > 0.0 && fraction <= 1.0,
+            "the memory fraction {fraction} is not above 0 and at most 1"
+        );
+        ensure!(
+            CACHE_BITS.contains(&self.cache_bits),
+            "the KV cache has 4, 8 or 16 bits an element, not {}",
+            self.cache_bits
+        );
         Ok(())
     }
 }
@@ -249,7 +265,8 @@ fn usable_bytes(server: &Server<'_>, settings: &Settings) -> f64 {
 
 /// The largest batch size whose memory fits, at most [`MOST_BATCH`]. Memory grows with the batch.
 fn largest_batch(server: &Server<'_>, settings: &Settings, scheme: Scheme) -> usize {
-    let fits = |batch: usize| memory_bytes(server, settings, scheme, batch as f64) <= usable_bytes(server, settings);
+    let fits =
+        |batch: usize| memory_bytes(server, settings, scheme, batch as f64) <= usable_bytes(server, settings);
     let (mut fitting, mut failing) = (0, MOST_BATCH + 1);
     while failing - fitting > 1 {
         let middle = fitting + (failing - fitting) / 2;
@@ -314,7 +331,8 @@ fn best_speed(report: &SchemeReport) -> Option<f64> {
 
 fn break_even(ours: &SchemeReport, other: &SchemeReport, price: Option<f64>) -> BreakEven {
     let pairs = ours.points.iter().zip(&other.points);
-    let overtaken = pairs.filter(|(ours, other)| other.fits && other.tokens_per_second >= ours.tokens_per_second);
+    let overtaken =
+        pairs.filter(|(ours, other)| other.fits && other.tokens_per_second >= ours.tokens_per_second);
     let best_ratio = best_speed(ours).zip(best_speed(other)).map(|(ours, other)| ours / other);
     BreakEven {
         scheme: other.scheme,
@@ -330,7 +348,8 @@ pub fn accuracy(checks: &[Check]) -> Vec<Accuracy> {
     kinds
         .filter_map(|(scheme, is_grouped)| {
             let of_kind = |check: &&Check| (check.scheme, check.product.is_grouped) == (scheme, is_grouped);
-            let mut errors: Vec<f64> = checks.iter().filter(of_kind).map(|check| check.error().abs()).collect();
+            let mut errors: Vec<f64> =
+                checks.iter().filter(of_kind).map(|check| check.error().abs()).collect();
             errors.sort_by(f64::total_cmp);
             let last = errors.len().checked_sub(1)?;
             Some(Accuracy {

@@ -213,7 +213,8 @@ impl Server<'_> {
             add((2.0 + activation) * attended);
         }
         let mixture = model.mixture.filter(|_| sparse);
-        let gated = mixture.map_or(model.intermediate, |mixture| mixture.per_token * mixture.intermediate + mixture.shared);
+        let gated = mixture
+            .map_or(model.intermediate, |mixture| mixture.per_token * mixture.intermediate + mixture.shared);
         add((4.0 + activation) * gated as f64 / each);
         if let Some(mixture) = mixture {
             let rows = mixture.per_token as f64 * hidden;
@@ -261,7 +262,9 @@ impl Server<'_> {
         let all = layers::of_block(model, mixture, gpus);
         let widest = all
             .iter()
-            .map(|layer| (layer.n + layer.k) as f64 * layer.experts.map_or(1.0, |experts| experts.per_token as f64))
+            .map(|layer| {
+                (layer.n + layer.k) as f64 * layer.experts.map_or(1.0, |experts| experts.per_token as f64)
+            })
             .fold(0.0, f64::max);
         tokens * 2.0 * (2.0 * model.hidden as f64 + widest) + batch * 4.0 * model.vocabulary as f64
     }

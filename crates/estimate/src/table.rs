@@ -145,7 +145,9 @@ fn write_all(report: &Report, text: &mut String) -> std::fmt::Result {
         Some(_) => "Cost of a million answer tokens",
         None => "GPU-hours for a million answer tokens",
     };
-    by_batch(report, text, "Answer tokens per second, prefill included", |point| digits(point.tokens_per_second))?;
+    by_batch(report, text, "Answer tokens per second, prefill included", |point| {
+        digits(point.tokens_per_second)
+    })?;
     by_batch(report, text, "Decoding step, ms", |point| digits(point.step.us / 1e3))?;
     by_batch(report, text, cost_title, cost)?;
     layers(report, text)?;
@@ -157,7 +159,12 @@ fn write_all(report: &Report, text: &mut String) -> std::fmt::Result {
     report.assumptions.iter().try_for_each(|line| writeln!(text, "  {line}"))
 }
 
-fn by_batch(report: &Report, text: &mut String, title: &str, cell: impl Fn(&Point) -> String) -> std::fmt::Result {
+fn by_batch(
+    report: &Report,
+    text: &mut String,
+    title: &str,
+    cell: impl Fn(&Point) -> String,
+) -> std::fmt::Result {
     write!(text, "\n{title} (- does not fit)\n{:>7}", "batch")?;
     report.schemes.iter().try_for_each(|scheme| write!(text, " {:>9}", scheme.scheme.name()))?;
     text.push('\n');

@@ -22,7 +22,11 @@ fn median_error_is_below_fifteen_percent_for_every_recorded_kernel() {
         assert!(one.median_error < MOST_MEDIAN_ERROR, "{one:?}");
     }
     let points = |scheme, is_grouped| {
-        accuracy.iter().filter(|one| (one.scheme, one.is_grouped) == (scheme, is_grouped)).map(|one| one.points).sum::<usize>()
+        accuracy
+            .iter()
+            .filter(|one| (one.scheme, one.is_grouped) == (scheme, is_grouped))
+            .map(|one| one.points)
+            .sum::<usize>()
     };
     // Every list of the bench's problems is there: none was skipped while reading.
     assert!(points(Scheme::W4A8, false) >= 600 && points(Scheme::Fp8, false) >= 600);
@@ -37,8 +41,10 @@ fn median_error_is_below_fifteen_percent_for_every_recorded_kernel() {
 #[test]
 fn planner_predicts_our_kernel_better_than_the_closed_formula() {
     let gpu = Gpu::find("h100-sxm").unwrap();
-    let ours: Vec<Check> =
-        checks().into_iter().filter(|check| check.scheme == Scheme::W4A8 && !check.product.is_grouped).collect();
+    let ours: Vec<Check> = checks()
+        .into_iter()
+        .filter(|check| check.scheme == Scheme::W4A8 && !check.product.is_grouped)
+        .collect();
     let closed: Vec<Check> = ours
         .iter()
         .map(|check| Check { predicted: Terms::of(&check.product, check.scheme, gpu).total(), ..*check })
@@ -82,7 +88,10 @@ fn fitted_factors_are_those_with_the_least_deviation_from_the_records() {
                     Efficiency { mma: (fitted.mma * change).min(1.0), ..fitted },
                 ] {
                     let changed = deviation(&of_kind, &other);
-                    assert!(changed > least - 0.0005, "{scheme:?} {is_grouped}: {other:?} {changed}, {fitted:?} {least}");
+                    assert!(
+                        changed > least - 0.0005,
+                        "{scheme:?} {is_grouped}: {other:?} {changed}, {fitted:?} {least}"
+                    );
                 }
             }
         }

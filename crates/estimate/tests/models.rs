@@ -78,9 +78,29 @@ fn other_types_are_read_with_their_own_keys() {
 #[test]
 fn missing_keys_are_named() {
     for (config, keys) in [
-        (llama(), &["model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"][..]),
+        (
+            llama(),
+            &[
+                "model_type",
+                "hidden_size",
+                "intermediate_size",
+                "num_hidden_layers",
+                "num_attention_heads",
+                "vocab_size",
+            ][..],
+        ),
         (qwen3_moe(), &["num_experts", "num_experts_per_tok", "moe_intermediate_size"]),
-        (deepseek(), &["kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "n_routed_experts", "moe_intermediate_size"]),
+        (
+            deepseek(),
+            &[
+                "kv_lora_rank",
+                "qk_nope_head_dim",
+                "qk_rope_head_dim",
+                "v_head_dim",
+                "n_routed_experts",
+                "moe_intermediate_size",
+            ],
+        ),
     ] {
         Model::from_config("m", &config).unwrap();
         for key in keys {
@@ -97,13 +117,26 @@ fn nonsense_numbers_are_refused_with_their_key_and_value() {
     for config in [llama(), qwen3_moe(), deepseek()] {
         let keys: Vec<String> = config.as_object().unwrap().keys().cloned().collect();
         for key in keys.iter().filter(|key| config[key.as_str()].is_u64()) {
-            for wrong in [json!(-1), json!(1.5), json!("7"), json!(u64::MAX), json!(1e300), json!([1]), json!({}), json!(true)] {
+            for wrong in [
+                json!(-1),
+                json!(1.5),
+                json!("7"),
+                json!(u64::MAX),
+                json!(1e300),
+                json!([1]),
+                json!({}),
+                json!(true),
+            ] {
                 let error = refused(&with(config.clone(), key, wrong.clone()));
                 assert!(error.contains(key.as_str()), "{key} = {wrong}: {error}");
             }
             // Only a number of dense layers or of shared experts may be 0.
             let zero = Model::from_config("m", &with(config.clone(), key, json!(0)));
-            assert_eq!(zero.is_ok(), ["first_k_dense_replace", "n_shared_experts"].contains(&key.as_str()), "{key} = 0");
+            assert_eq!(
+                zero.is_ok(),
+                ["first_k_dense_replace", "n_shared_experts"].contains(&key.as_str()),
+                "{key} = 0"
+            );
         }
     }
 }
@@ -171,7 +204,9 @@ fn largest_numbers_that_are_accepted_give_finite_estimates() {
             };
             let report = report::report(&model, gpu, &settings, &Measurements::default()).unwrap();
             for point in report.schemes.iter().flat_map(|scheme| scheme.points.iter().chain(&scheme.best)) {
-                for value in [point.memory_gb, point.step.us, point.tokens_per_second, point.cost_per_million.unwrap()] {
+                for value in
+                    [point.memory_gb, point.step.us, point.tokens_per_second, point.cost_per_million.unwrap()]
+                {
                     assert!(value.is_finite() && value > 0.0, "{value}");
                 }
             }
@@ -184,7 +219,9 @@ fn largest_numbers_that_are_accepted_give_finite_estimates() {
 #[test]
 fn divisions_among_gpus_that_are_impossible_are_refused() {
     let model = models::find("Yi-34B").unwrap();
-    for (gpus, fits) in [(1, true), (2, true), (8, true), (3, false), (16, false), (0, false), (u64::MAX, false)] {
+    for (gpus, fits) in
+        [(1, true), (2, true), (8, true), (3, false), (16, false), (0, false), (u64::MAX, false)]
+    {
         assert_eq!(model.check_gpus(gpus).is_ok(), fits, "{gpus}");
     }
     // More GPUs than heads of keys and values: they are copied.
@@ -212,7 +249,8 @@ fn settings_out_of_range_are_refused() {
         (report::Settings { memory_fraction: f64::NAN, ..good.clone() }, "NaN"),
         (report::Settings { cache_bits: 3, ..good.clone() }, "not 3"),
     ] {
-        let error = report::report(&model, gpu, &wrong, &Measurements::default()).expect_err("must be refused");
+        let error =
+            report::report(&model, gpu, &wrong, &Measurements::default()).expect_err("must be refused");
         assert!(error.to_string().contains(part), "{part:?} is not in {error}");
     }
 }

@@ -49,7 +49,10 @@ fn memory_grows_with_batch_and_length_and_falls_with_bits_and_gpus() {
         for (place, base) in base.schemes.iter().enumerate() {
             assert!(divided.schemes[place].weights_gb < 0.6 * base.weights_gb, "{}", model.name);
             assert!(divided.schemes[place].largest_batch >= base.largest_batch, "{}", model.name);
-            assert!((narrow.schemes[place].cache_gb_per_sequence * 2.0 / base.cache_gb_per_sequence - 1.0).abs() < 1e-9);
+            assert!(
+                (narrow.schemes[place].cache_gb_per_sequence * 2.0 / base.cache_gb_per_sequence - 1.0).abs()
+                    < 1e-9
+            );
             assert!(narrow.schemes[place].largest_batch >= base.largest_batch, "{}", model.name);
         }
     }
@@ -65,7 +68,11 @@ fn speed_grows_with_batch_and_gpu_and_falls_with_context() {
             for pair in scheme.points.windows(2) {
                 let [a, b] = [&pair[0], &pair[1]];
                 assert!(b.tokens_per_second > slack * a.tokens_per_second, "{model} {:?}", scheme.scheme);
-                assert!(b.step.us > slack * a.step.us && b.prefill_ms > a.prefill_ms, "{model} {:?}", scheme.scheme);
+                assert!(
+                    b.step.us > slack * a.step.us && b.prefill_ms > a.prefill_ms,
+                    "{model} {:?}",
+                    scheme.scheme
+                );
             }
         }
         for (slower, why) in [
@@ -96,7 +103,8 @@ fn tensor_throughput_limits_w4a8_on_an_h20() {
 
 #[test]
 fn cost_is_price_times_time_and_break_even_follows_from_speed() {
-    let priced = predicted("LLaMA-3-8B", "h100-sxm", &Settings { price: Some(3.0), gpus: 2, ..Settings::default() });
+    let priced =
+        predicted("LLaMA-3-8B", "h100-sxm", &Settings { price: Some(3.0), gpus: 2, ..Settings::default() });
     let free = predicted("LLaMA-3-8B", "h100-sxm", &Settings { gpus: 2, ..Settings::default() });
     for (priced, free) in priced.schemes.iter().zip(&free.schemes) {
         for (priced, free) in priced.points.iter().zip(&free.points) {
@@ -142,9 +150,13 @@ fn times_of_the_record_replace_predictions_on_its_gpu_only() {
     assert_eq!(time.us, point.unwrap()["ours"]["us"].as_f64().unwrap());
     assert_eq!(time.error, Some(time.predicted_us / time.us - 1.0));
     let elsewhere = estimate("LLaMA-2-7B", "h200", &settings, &measurements);
-    assert!((0..5).all(|scheme| sources(&elsewhere, scheme, 0).iter().all(|source| *source == Source::Predicted)));
-    let mixture = estimate("Mixtral-8x7B", "h100-sxm", &Settings { batches: vec![128], ..settings }, &measurements);
-    let experts: Vec<_> = mixture.schemes[0].points[0].step.layers.iter().filter(|time| time.layer.experts.is_some()).collect();
+    assert!(
+        (0..5).all(|scheme| sources(&elsewhere, scheme, 0).iter().all(|source| *source == Source::Predicted))
+    );
+    let mixture =
+        estimate("Mixtral-8x7B", "h100-sxm", &Settings { batches: vec![128], ..settings }, &measurements);
+    let experts: Vec<_> =
+        mixture.schemes[0].points[0].step.layers.iter().filter(|time| time.layer.experts.is_some()).collect();
     assert_eq!(experts.len(), 2);
     assert!(experts.iter().all(|time| time.source == Source::Measured));
 }
@@ -198,10 +210,19 @@ fn page_refers_to_nothing_outside_and_shows_every_format() {
         let settings = Settings { price, ..Settings::default() };
         let report = estimate("LLaMA-3-70B", gpu.key, &settings, &measurements);
         let html = page::html(&report).unwrap();
-        for part in ["http", "src=", "href", "url(", "@import", "<script", "<link", "<iframe", "<object", "srcset"] {
+        for part in
+            ["http", "src=", "href", "url(", "@import", "<script", "<link", "<iframe", "<object", "srcset"]
+        {
             assert!(!html.contains(part), "{part} is in the page");
         }
-        for part in ["prefers-color-scheme: dark", "width=device-width", "<svg", "Tokens per second", "Memory", gpu.name] {
+        for part in [
+            "prefers-color-scheme: dark",
+            "width=device-width",
+            "<svg",
+            "Tokens per second",
+            "Memory",
+            gpu.name,
+        ] {
             assert!(html.contains(part), "{part} is not in the page");
         }
         for (open, close) in [("<svg", "</svg>"), ("<table", "</table>"), ("<figure", "</figure>")] {
@@ -212,7 +233,9 @@ fn page_refers_to_nothing_outside_and_shows_every_format() {
         assert!(!html.contains("NaN") && !html.contains("inf"));
         assert!(html.len() < 150_000);
         let text = table::text(&report);
-        assert!(Scheme::ALL.iter().all(|scheme| text.contains(scheme.name()) && html.contains(scheme.name())));
+        assert!(
+            Scheme::ALL.iter().all(|scheme| text.contains(scheme.name()) && html.contains(scheme.name()))
+        );
         assert!(!text.contains("NaN") && !text.contains("inf "));
     }
 }

@@ -81,7 +81,8 @@ fn logarithmic_ticks(low: f64, high: f64) -> Vec<f64> {
     let [first, last] = [low, high].map(|value| value.log10().floor() as i32);
     let all = (first..=last).flat_map(|power| [1.0, 2.0, 5.0].map(|factor| factor * 10f64.powi(power)));
     let within: Vec<f64> = all.filter(|tick| (low * 0.999..=high * 1.001).contains(tick)).collect();
-    let decades: Vec<f64> = within.iter().copied().filter(|tick| (tick.log10() - tick.log10().round()).abs() < 1e-9).collect();
+    let decades: Vec<f64> =
+        within.iter().copied().filter(|tick| (tick.log10() - tick.log10().round()).abs() < 1e-9).collect();
     if within.len() > 8 && decades.len() > 1 { decades } else { within }
 }
 

@@ -306,7 +306,7 @@ impl Model {
         }
         if let Attention::Heads { key_value_heads, .. } = self.attention {
             ensure!(
-                key_value_heads % gpus == 0 || gpus % key_value_heads == 0,
+                key_value_heads.is_multiple_of(gpus) || gpus.is_multiple_of(key_value_heads),
                 "{key_value_heads} heads of keys and values can be neither divided among {gpus} GPUs nor copied evenly"
             );
         }

@@ -66,7 +66,7 @@ pub fn names() -> Vec<&'static str> {
 
 /// A peer's time at one point divided by that of cuBLASLt fp8 on the same page.
 /// The least ratio counts if there are several measurements. `None` if the peer was not measured there.
-fn relative(name: &str, m: usize, n: usize, k: usize) -> Option<f64> {
+pub fn relative(name: &str, m: usize, n: usize, k: usize) -> Option<f64> {
     let mut least: Option<f64> = None;
     for page in pages() {
         let column = |name| page.columns.iter().position(|column| column == name);

@@ -257,14 +257,24 @@ impl Run {
     /// # Errors
     /// If the file can't be read or is not a run, or if a dimension or a time is impossible.
     pub fn load(path: &Path) -> anyhow::Result<Self> {
-        let run: Self = read_json(path, "benchmark run")?;
+        let name = path.display().to_string();
+        let bytes = std::fs::read(path).with_context(|| format!("cannot read {name}"))?;
+        Self::from_json(&bytes, &name)
+    }
+
+    /// Reads a run from JSON; errors call it `name`.
+    ///
+    /// # Errors
+    /// If it is not a run, or if a dimension or a time is impossible.
+    pub fn from_json(json: &[u8], name: &str) -> anyhow::Result<Self> {
+        let run: Self = parse_json(json, name, "benchmark run")?;
         let plausible = run.points.iter().all(|point| {
             let probes = [Some(&point.ours), point.stream.as_ref(), point.mma.as_ref()];
             let baselines = Baseline::ALL.map(|baseline| point.baseline(baseline));
             point.m.min(point.n).min(point.k) > 0
                 && probes.into_iter().chain(baselines).flatten().all(Timing::is_plausible)
         }) && run.breaks.iter().flatten().all(|one| one.us > 0.0 && one.larger_us > 0.0);
-        ensure!(plausible, "{} has a dimension of 0 or an impossible time", path.display());
+        ensure!(plausible, "{name} has a dimension of 0 or an impossible time");
         Ok(run)
     }
 
@@ -325,12 +335,19 @@ pub fn write_json(path: &Path, value: &impl Serialize) -> anyhow::Result<()> {
 /// If the file can't be read or does not hold such a value.
 pub(super) fn read_json<T: DeserializeOwned>(path: &Path, what: &str) -> anyhow::Result<T> {
     let bytes = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
-    serde_json::from_slice(&bytes)
-        .with_context(|| format!("{} does not hold a recorded {what}", path.display()))
+    parse_json(&bytes, &path.display().to_string(), what)
+}
+
+/// Parses a value that [`write_json`] wrote; errors call it `what` in `name`.
+pub(super) fn parse_json<T: DeserializeOwned>(json: &[u8], name: &str, what: &str) -> anyhow::Result<T> {
+    serde_json::from_slice(json).with_context(|| format!("{name} does not hold a recorded {what}"))
 }
 
 /// Replaces the file at `path` in one step and creates its directory if it is missing.
-pub(super) fn write_atomically(path: &Path, contents: &[u8]) -> anyhow::Result<()> {
+///
+/// # Errors
+/// If the directory or the file can't be written.
+pub fn write_atomically(path: &Path, contents: &[u8]) -> anyhow::Result<()> {
     let write = || -> anyhow::Result<()> {
         let directory = match path.parent() {
             Some(parent) if !parent.as_os_str().is_empty() => parent,

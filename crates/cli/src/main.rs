@@ -9,6 +9,8 @@
 mod bench;
 mod check;
 mod demo;
+#[cfg(feature = "estimate")]
+mod estimate;
 mod info;
 mod layer;
 mod progress;
@@ -34,6 +36,8 @@ enum Command {
     #[cfg(feature = "bench")]
     Bench(bench::Arguments),
     Demo(demo::Arguments),
+    #[cfg(feature = "estimate")]
+    Estimate(estimate::Arguments),
     Info(info::Arguments),
 }
 
@@ -83,6 +87,8 @@ fn main() -> ExitCode {
         #[cfg(feature = "bench")]
         Command::Bench(arguments) => bench::run(&arguments),
         Command::Demo(arguments) => demo::run(&arguments),
+        #[cfg(feature = "estimate")]
+        Command::Estimate(arguments) => estimate::run(&arguments),
         Command::Info(arguments) => info::run(&arguments),
     };
     match outcome {

@@ -29,7 +29,7 @@ use serde_json::json;
 use super::circumstances::Circumstances;
 use super::data::{self, Pool};
 use super::driver::During;
-use super::record::{Baseline, read_json, write_json};
+use super::record::{Baseline, parse_json, write_json};
 use super::replay::{Clock, Contender, Pace};
 use super::statistics::Timing;
 use super::torch::{self, Outcome, Progress, Torch};
@@ -321,7 +321,17 @@ impl Mixtures {
     /// # Errors
     /// If the file can't be read or is not such a run, or if a time is impossible.
     pub fn load(path: &Path) -> anyhow::Result<Self> {
-        let run: Self = read_json(path, "run of mixtures of experts")?;
+        let name = path.display().to_string();
+        let bytes = std::fs::read(path).with_context(|| format!("cannot read {name}"))?;
+        Self::from_json(&bytes, &name)
+    }
+
+    /// Reads a run from JSON; errors call it `name`.
+    ///
+    /// # Errors
+    /// If it is not such a run, or if a time is impossible.
+    pub fn from_json(json: &[u8], name: &str) -> anyhow::Result<Self> {
+        let run: Self = parse_json(json, name, "run of mixtures of experts")?;
         let columns = page().columns.len();
         let plausible = run.points.iter().all(|point| {
             let torch = point.torch_fp8.as_ref();
@@ -331,7 +341,7 @@ impl Mixtures {
                 && others
                 && torch.is_none_or(Outcome::is_plausible)
         });
-        ensure!(plausible, "{} has an impossible time", path.display());
+        ensure!(plausible, "{name} has an impossible time");
         Ok(run)
     }
 

@@ -96,7 +96,12 @@ impl PairSearch {
     }
 
     /// Finds the scale, near the given one, and the pair of a channel that has one pair only.
-    fn scale_and_pair(&mut self, row: &[f32], scale: f32, moments: Option<&[f32]>) -> (f32, Found) {
+    pub(super) fn scale_and_pair(
+        &mut self,
+        row: &[f32],
+        scale: f32,
+        moments: Option<&[f32]>,
+    ) -> (f32, Found) {
         let first = self.group(row.iter().copied(), scale, moments);
         let mut best = (scale, first);
         for factor in SCALE_FACTORS {

@@ -7,6 +7,7 @@ use ndarray::linalg::general_mat_mul;
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, s};
 use rayon::prelude::*;
 
+use crate::activations::check_smoothing;
 use crate::check::{check_k, check_length, checked_elements};
 use crate::{Error, Float};
 
@@ -60,6 +61,24 @@ impl Hessian {
     /// Returns its diagonal, E\[x²\] of each input channel: `[k]`.
     pub fn second_moments(&self) -> Vec<f32> {
         self.values.iter().step_by(self.k + 1).copied().collect()
+    }
+
+    /// Returns the Hessian of the inputs divided by a smoothing vector, `[k]`.
+    ///
+    /// # Errors
+    /// - [`Error::ShapeMismatch`] for another length, [`Error::InvalidSmoothing`] for a factor
+    ///   that is not finite and positive.
+    /// - [`Error::InvalidHessian`] if an element exceeds f32.
+    pub fn smoothed(&self, smoothing: &[f32]) -> Result<Self, Error> {
+        check_smoothing(smoothing, self.k)?;
+        let mut values = self.values.clone();
+        values.par_chunks_exact_mut(self.k).zip(smoothing).for_each(|(row, &of_row)| {
+            for (value, &of_column) in row.iter_mut().zip(smoothing) {
+                // Rounded once, so that the matrix stays symmetric.
+                *value = (f64::from(*value) / (f64::from(of_row) * f64::from(of_column))) as f32;
+            }
+        });
+        Self::new(values, self.k)
     }
 
     /// Returns `Σ d H dᵀ` over the rows `d` of `[rows, k]`.

@@ -123,7 +123,7 @@ mod tests {
         for j in 0..3 {
             let column = || x.iter().skip(j).step_by(3);
             assert_eq!(statistics.second_moments[j], column().map(|x| x * x).sum::<f32>() / 10.0);
-            assert_eq!(statistics.largest[j], column().fold(0.0, |max, x| max.max(x.abs())));
+            assert_eq!(statistics.largest[j], column().fold(0f32, |max, x| max.max(x.abs())));
         }
         let smoothed = statistics.smoothed(&[2.0, 1.0, 0.5]).unwrap();
         assert_eq!(smoothed.second_moments[0], statistics.second_moments[0] / 4.0);

@@ -3,7 +3,7 @@
 //! They test `src/quantize/gptq.rs` and `hessian.rs`.
 
 use liquidgemm::{
-    Error, GptqOptions, Group, Hessian, HessianBuilder, Inputs, PackedWeights, QuantizeOptions,
+    Error, GptqOptions, Group, Hessian, HessianBuilder, Inputs, PackedWeights, QuantizeOptions, rotate,
     smooth_weights,
 };
 
@@ -175,6 +175,25 @@ fn smoothing_the_hessian_is_smoothing_the_inputs() {
     let smooth = smooth_weights(&weights, n, k, &factors).unwrap();
     let packed = gptq(&smooth, k, &smoothed, Group::default());
     assert!(outputs(&packed, &smooth, &smoothed) < 0.2);
+}
+
+#[test]
+fn rotating_the_hessian_is_rotating_the_inputs_and_keeps_the_error_low() {
+    let (n, k) = (64, 192);
+    let (mut weights, mut x) = (normal(n * k, 5), inputs(600, k));
+    let plain = hessian(&x, k);
+    let before = outputs(&gptq(&weights, k, &plain, Group::default()), &weights, &plain);
+    let rotated = plain.rotated(64).unwrap();
+    rotate(&mut x, k, 64).unwrap();
+    let expected = hessian(&x, k);
+    let largest = expected.second_moments().into_iter().fold(0.0, f32::max);
+    for (one, other) in rotated.values().iter().zip(expected.values()) {
+        assert!((one - other).abs() <= 1e-4 * largest, "{one}, expected {other}");
+    }
+    rotate(&mut weights, k, 64).unwrap();
+    let after = outputs(&gptq(&weights, k, &rotated, Group::default()), &weights, &rotated);
+    assert!(after < 1.1 * before, "{after}, before {before}");
+    assert!(matches!(plain.rotated(128), Err(Error::InvalidRotation { block: 128, k: 192 })));
 }
 
 #[test]

@@ -293,6 +293,15 @@ pub enum Error {
         value: f32,
     },
 
+    /// A rotation whose block is no power of two, or does not divide k.
+    #[error("a rotation in blocks of {block} is not possible; use a power of two that divides k = {k}")]
+    InvalidRotation {
+        /// The block requested.
+        block: usize,
+        /// Elements in a row.
+        k: usize,
+    },
+
     /// Statistics of activations without a single token.
     #[error("there are no activations to take statistics of; add one token at least")]
     NoTokens,

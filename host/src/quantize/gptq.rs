@@ -165,7 +165,7 @@ impl Feedback {
         };
         let mut errors = [0f32; BLOCK * BRICK_CHANNELS];
         for (group, places) in self.order.groups.iter().enumerate() {
-            for channel in 0..channels {
+            for (channel, pair) in pairs.iter_mut().enumerate().take(channels) {
                 if groups > 1 {
                     let of_channel = targets[places.start * BRICK_CHANNELS..places.end * BRICK_CHANNELS]
                         .iter()
@@ -173,10 +173,9 @@ impl Feedback {
                         .step_by(BRICK_CHANNELS)
                         .copied();
                     let found = search.group(of_channel, 1.0, Some(&self.losses[places.clone()]));
-                    pairs[channel] = (found.s, found.a);
+                    *pair = (found.s, found.a);
                 }
-                let (s, a) = pairs[channel];
-                quantized.pairs[channel * groups + group] = (s as u8, a as u8);
+                quantized.pairs[channel * groups + group] = (pair.0 as u8, pair.1 as u8);
             }
             let mut first = places.start;
             while first < places.end {

@@ -45,6 +45,7 @@ pub fn smoothing_vector<T: Float>(
     alpha: f32,
 ) -> Result<Vec<f32>, Error> {
     check_weights(weights, n, k, Group::default())?;
+    check_length("largest magnitudes", "[k]", k, largest_x.len())?;
     check_moments(largest_x, k)?;
     if !(0.0..=1.0).contains(&alpha) {
         return Err(Error::InvalidAlpha { value: alpha });

@@ -66,7 +66,7 @@ impl Efficiency {
     /// Returns the factors of a grouped kernel for a mixture of experts.
     pub const fn grouped(scheme: Scheme) -> Self {
         match scheme {
-            Scheme::W4A8 => Self { dequant: 0.5, ..fitted(4.46, 0.916, 0.660) },
+            Scheme::W4A8 => Self { dequant: 0.5, ..fitted(4.46, 0.916, 0.700) },
             Scheme::Fp8 => fitted(26.6, 0.847, 0.495),
             Scheme::Bf16 => fitted(24.4, 0.839, 0.647),
             // There is no record. int8 is taken to be as good as fp8, and Marlin as good as on dense layers.

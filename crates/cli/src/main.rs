@@ -1,5 +1,5 @@
 //! The command `liquidgemm`: arguments, exit codes and what the subcommands share. Each subcommand is a file.
-//! The computations are in the library `liquidgemm`, the measurements in `liquidgemm-bench`.
+//! The computations are in the library `liquidgemm`, the measurements in `liquidgemm-bench`, whole models in `liquidgemm-checkpoint`.
 //!
 //! Exit codes: 0 for success; 1 for a failure (one line on stderr) or a result that is not bit-exact;
 //! 2 for invalid arguments.
@@ -8,17 +8,23 @@
 #[cfg(feature = "bench")]
 mod bench;
 mod check;
+mod compare;
+mod completions;
 mod demo;
 mod info;
+mod inspect;
 mod layer;
+mod models;
 mod progress;
+mod quantize;
 mod timing;
 mod units;
+mod verify;
 
 use std::io::Write;
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand, ValueEnum};
+use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
 use liquidgemm::{Backend, Error};
 
 /// W4A8 matrix multiplication for NVIDIA Hopper: 4-bit weights, 8-bit activations, exact integer accumulation
@@ -33,8 +39,14 @@ struct Arguments {
 enum Command {
     #[cfg(feature = "bench")]
     Bench(bench::Arguments),
+    Compare(compare::Arguments),
+    Completions(completions::CompletionArguments),
     Demo(demo::Arguments),
     Info(info::Arguments),
+    Inspect(inspect::Arguments),
+    Man(completions::ManArguments),
+    Quantize(quantize::Arguments),
+    Verify(verify::Arguments),
 }
 
 /// The choice of a backend.
@@ -82,8 +94,14 @@ fn main() -> ExitCode {
     let outcome = match Arguments::parse().command {
         #[cfg(feature = "bench")]
         Command::Bench(arguments) => bench::run(&arguments),
+        Command::Compare(arguments) => compare::run(&arguments),
+        Command::Completions(arguments) => completions::completions(&arguments, Arguments::command()),
         Command::Demo(arguments) => demo::run(&arguments),
         Command::Info(arguments) => info::run(&arguments),
+        Command::Inspect(arguments) => inspect::run(&arguments),
+        Command::Man(arguments) => completions::man(&arguments, Arguments::command()),
+        Command::Quantize(arguments) => quantize::run(&arguments),
+        Command::Verify(arguments) => verify::run(&arguments),
     };
     match outcome {
         Ok(report) => {

@@ -44,7 +44,7 @@ mod verify;
 pub use checkpoint::{Axis, Checkpoint, Module, Tensor};
 pub use compare::{Comparison, Difference, Model, compare};
 pub use error::{CheckpointError, Problem, Result};
-pub use import::Imported;
+pub use import::{ImportKind, ImportOutcome, Imported};
 pub use method::{Method, QuantizeOptions};
 pub use plan::{Fate, Layer, Plan};
 pub use progress::Progress;

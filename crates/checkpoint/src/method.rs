@@ -12,13 +12,15 @@ use crate::select::Patterns;
 #[non_exhaustive]
 pub enum Method {
     /// Round to nearest, as in the LiquidGEMM paper.
-    #[default]
     Rtn,
+    /// Searches each group's pair for the smallest squared error.
+    #[default]
+    Search,
 }
 
 impl Method {
     /// The names of all methods.
-    pub const NAMES: [&str; 1] = ["rtn"];
+    pub const NAMES: [&str; 2] = ["rtn", "search"];
 
     /// Quantizes rows of a matrix.
     pub(crate) fn quantize(
@@ -28,9 +30,12 @@ impl Method {
         k: usize,
         group: Group,
     ) -> Result<PackedWeights, liquidgemm::Error> {
-        match self {
-            Method::Rtn => PackedWeights::quantize(weights, n, k, group),
-        }
+        let method = match self {
+            Method::Rtn => liquidgemm::Method::Rtn,
+            Method::Search => liquidgemm::Method::Search,
+        };
+        let options = liquidgemm::QuantizeOptions { method, group, ..Default::default() };
+        PackedWeights::quantize_with(weights, n, k, &options)
     }
 }
 
@@ -38,6 +43,7 @@ impl fmt::Display for Method {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(match self {
             Method::Rtn => "rtn",
+            Method::Search => "search",
         })
     }
 }
@@ -48,6 +54,7 @@ impl FromStr for Method {
     fn from_str(text: &str) -> Result<Self, String> {
         match text {
             "rtn" => Ok(Method::Rtn),
+            "search" => Ok(Method::Search),
             other => Err(format!("{other:?} is no method; the methods are {}", Self::NAMES.join(", "))),
         }
     }

@@ -64,18 +64,26 @@ impl<'a> Plan<'a> {
     /// - [`CheckpointError::Weights`](crate::CheckpointError::Weights) if a matrix cannot be packed.
     pub fn new(source: &'a dyn Source, options: &QuantizeOptions) -> Result<Self> {
         let selection = Selection::new(source, &options.patterns)?;
+        // The scales of a weight count as the weight's bytes.
+        let mut scale_bytes = vec![0; source.tensors().len()];
+        for tensor in source.tensors() {
+            if let Some(weight) = tensor.scales_of {
+                scale_bytes[weight] += tensor.stored_bytes;
+            }
+        }
         let mut layers = Vec::new();
         for (index, tensor) in source.tensors().iter().enumerate() {
             let (n, k) = (tensor.rows(), tensor.columns());
-            let group = options.group.or(tensor.imported).unwrap_or_default();
+            let group = options.group.or(tensor.imported_group).unwrap_or_default();
             let matrix = Matrix { n, k, group };
+            let bytes_before = tensor.stored_bytes + scale_bytes[index];
             let mut bytes_after = (n as u64).saturating_mul(tensor.kept_row_bytes() as u64);
             let fate = match selection.decide(tensor) {
                 Err(kept) => Fate::Kept(kept),
                 Ok(module) => {
                     matrix.check().map_err(weights_error(module))?;
                     let extra = if tensor.permuted { 4 * k as u64 } else { 0 };
-                    if matrix.bytes() + extra >= tensor.stored_bytes && tensor.imported.is_none() {
+                    if matrix.bytes() + extra >= bytes_before && !tensor.is_imported {
                         Fate::Kept(Kept::NotSmaller)
                     } else {
                         bytes_after = matrix.bytes() + extra;
@@ -88,15 +96,13 @@ impl<'a> Plan<'a> {
                 name: tensor.name.clone(),
                 shape: tensor.shape.clone(),
                 stored: tensor.stored.clone(),
-                bytes_before: tensor.stored_bytes,
+                bytes_before: if tensor.scales_of.is_some() { 0 } else { bytes_before },
                 bytes_after,
                 fate,
             });
         }
         for index in 0..layers.len() {
-            // The scales of a weight count as the weight's bytes.
             let Some(weight) = source.tensors()[index].scales_of else { continue };
-            layers[index].bytes_before = 0;
             if matches!(layers[weight].fate, Fate::Packed { .. }) {
                 layers[index].fate = Fate::Dropped;
                 layers[index].bytes_after = 0;

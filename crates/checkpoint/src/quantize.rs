@@ -10,12 +10,14 @@ use std::fs::{self, File, TryLockError};
 use std::io;
 use std::path::{Path, PathBuf};
 
+use liquidgemm::PackedWeights;
 use serde_json::{Value, json};
 
 use crate::checkpoint::is_packed_folder;
 use crate::error::{CheckpointError, Result, io_error, weights_error};
 use crate::files::{read_json, is_plain_name};
 use crate::format::Part;
+use crate::import::{self, ImportOutcome};
 use crate::plan::{Fate, Layer, Plan, matrix_of};
 use crate::progress::Progress;
 use crate::shard_writer::{ShardWriter, TEMPORARY_PREFIX};
@@ -43,6 +45,8 @@ pub struct Summary {
     pub bytes_before: u64,
     /// Bytes of all tensors after.
     pub bytes_after: u64,
+    /// What became of modules that another quantizer had quantized, except for those in resumed shards.
+    pub imports: Vec<ImportOutcome>,
 }
 
 impl Plan<'_> {
@@ -110,7 +114,9 @@ impl Plan<'_> {
                 match &layer.fate {
                     Fate::Dropped => {}
                     Fate::Kept(_) => self.copy(layer, &mut writer, progress)?,
-                    Fate::Packed { module, .. } => self.pack(layer, module, &mut writer, progress, block_bytes)?,
+                    Fate::Packed { module, .. } => {
+                        summary.imports.extend(self.pack(layer, module, &mut writer, progress, block_bytes)?);
+                    }
                 }
             }
             writer.finish(&path)?;
@@ -143,23 +149,31 @@ impl Plan<'_> {
         writer: &mut ShardWriter,
         progress: &dyn Progress,
         block_bytes: usize,
-    ) -> Result<()> {
+    ) -> Result<Option<ImportOutcome>> {
         let Fate::Packed { group, .. } = layer.fate else { unreachable!("the module is packed") };
         let matrix = matrix_of(layer, group);
         let names = Part::ALL.map(|part| part.name(module));
+        if let Some(imported) = self.source.import(layer.tensor)? {
+            let (packed, kind, error) =
+                import::pack(&imported, group, self.options.method).map_err(weights_error(module))?;
+            write_packed(writer, &names, &packed)?;
+            if self.source.tensors()[layer.tensor].permuted {
+                let order = imported.permutation.iter().flatten();
+                writer.append(&names[4], &order.flat_map(|from| from.to_le_bytes()).collect::<Vec<u8>>())?;
+            }
+            progress.advance(layer.bytes_before);
+            return Ok(Some(ImportOutcome { module: module.to_owned(), kind, error }));
+        }
         let mut meter = Meter::new(layer.bytes_before, matrix.n);
         for rows in blocks(matrix.n, matrix.k * size_of::<f32>(), block_bytes, 64) {
             let mut weights = vec![0f32; rows.len() * matrix.k];
             self.source.read_rows(layer.tensor, rows.clone(), &mut weights)?;
             let packed = self.options.method.quantize(&weights, rows.len(), matrix.k, group);
             let packed = packed.map_err(|error| weights_error(module)(shifted(error, rows.start)))?;
-            writer.append(&names[0], packed.codes())?;
-            writer.append(&names[1], packed.pairs())?;
-            let scales: Vec<u8> = packed.channel_scales().iter().flat_map(|s| s.to_le_bytes()).collect();
-            writer.append(&names[2], &scales)?;
+            write_packed(writer, &names, &packed)?;
             progress.advance(meter.advance(rows.len()));
         }
-        Ok(())
+        Ok(None)
     }
 
     /// Writes configuration, index and the source's side files.
@@ -188,6 +202,14 @@ impl Plan<'_> {
         }
         Ok(())
     }
+}
+
+/// Appends packed weights to the tensors of their module, whose names are in the order of [`Part::ALL`].
+fn write_packed(writer: &mut ShardWriter, names: &[String], packed: &PackedWeights) -> Result<()> {
+    writer.append(&names[0], packed.codes())?;
+    writer.append(&names[1], packed.pairs())?;
+    let scales: Vec<u8> = packed.channel_scales().iter().flat_map(|scale| scale.to_le_bytes()).collect();
+    writer.append(&names[2], &scales)
 }
 
 /// Adds the first channel of a block to the position in an error.

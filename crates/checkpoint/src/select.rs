@@ -41,6 +41,8 @@ pub enum Kept {
     NotSmaller,
     /// A pattern excludes it.
     Excluded,
+    /// Another quantizer has left it in floating point.
+    KeptBefore,
 }
 
 impl Kept {
@@ -57,12 +59,13 @@ impl Kept {
             Kept::TooLong => "k above 131072",
             Kept::NotSmaller => "packing would not make it smaller",
             Kept::Excluded => "excluded",
+            Kept::KeptBefore => "kept by the model's quantizer",
         }
     }
 
     /// Returns whether the tensor belongs to a linear layer, which stays in floating point.
     pub fn is_linear(&self) -> bool {
-        matches!(self, Kept::Head | Kept::Router | Kept::TooLong | Kept::NotSmaller | Kept::Excluded)
+        matches!(self, Kept::Head | Kept::Router | Kept::TooLong | Kept::NotSmaller | Kept::Excluded | Kept::KeptBefore)
     }
 }
 
@@ -81,6 +84,8 @@ pub(crate) struct Selection<'a> {
     source: &'a dyn Source,
     include: GlobSet,
     exclude: GlobSet,
+    /// Whether another quantizer has chosen the layers.
+    is_chosen: bool,
 }
 
 impl<'a> Selection<'a> {
@@ -103,7 +108,8 @@ impl<'a> Selection<'a> {
                 reason: error.to_string(),
             })
         };
-        Ok(Self { source, include: compile(&patterns.include)?, exclude: compile(&patterns.exclude)? })
+        let is_chosen = source.tensors().iter().any(|tensor| tensor.is_imported);
+        Ok(Self { source, include: compile(&patterns.include)?, exclude: compile(&patterns.exclude)?, is_chosen })
     }
 
     /// Returns the module to quantize, or why the tensor is kept.
@@ -118,10 +124,12 @@ impl<'a> Selection<'a> {
         if tensor.columns() > MAX_K {
             return Err(Kept::TooLong);
         }
-        if self.include.is_match(module) {
+        if self.include.is_match(module) || tensor.is_imported {
             return Ok(module);
         }
-        self.kept_by_default(module).map_or(Ok(module), Err)
+        let kept = self.kept_by_default(module);
+        let kept = kept.or(self.is_chosen.then_some(Kept::KeptBefore));
+        kept.map_or(Ok(module), Err)
     }
 
     fn kept_by_default(&self, module: &str) -> Option<Kept> {

@@ -112,7 +112,7 @@ fn source_entries(source: &dyn Source) -> Vec<Entry> {
         name: tensor.name.clone(),
         shape: tensor.shape.clone(),
         stored: tensor.stored.clone(),
-        group: tensor.imported.map(|group| group.to_string()),
+        group: tensor.imported_group.map(|group| group.to_string()),
         bytes: tensor.stored_bytes,
     });
     entries.collect()

@@ -182,7 +182,8 @@ impl SafetensorsModel {
                     shard: index,
                     is_readable: is_weight_type(tensor.dtype),
                     scales_of: None,
-                    imported: None,
+                    is_imported: false,
+                    imported_group: None,
                     permuted: false,
                 });
                 places.push(Place { file: index, tensor: tensor.clone(), scales: None });
@@ -221,8 +222,6 @@ impl SafetensorsModel {
                     format!("has the type {}, which is no type of scales", self.tensors[scales].stored)
                 }
                 Some(block) => {
-                    let bytes = self.tensors[scales].stored_bytes;
-                    self.tensors[weight].stored_bytes += bytes;
                     self.tensors[scales].scales_of = Some(weight);
                     self.places[weight].scales = Some(Fp8Scales { tensor: scales, block });
                     continue;
@@ -234,8 +233,44 @@ impl SafetensorsModel {
         Ok(())
     }
 
+    /// Reads a whole tensor as it is stored. Fails if there is no memory for it.
+    pub(crate) fn read_bytes(&self, tensor: usize) -> Result<Vec<u8>> {
+        let Place { file, tensor, .. } = &self.places[tensor];
+        self.files[*file].read_all(tensor)
+    }
+
+    /// Reads a tensor of 32-bit integers.
+    pub(crate) fn read_words(&self, tensor: usize) -> Result<Vec<u32>, Problem> {
+        let info = &self.tensors[tensor];
+        if info.kept != Dtype::I32 {
+            return Err(Problem::tensor(&info.name, format!("has the type {}; I32 expected", info.stored)));
+        }
+        let bytes = self.read_bytes(tensor).map_err(|error| Problem::tensor(&info.name, error.to_string()))?;
+        Ok(bytes.as_chunks().0.iter().map(|&bytes| u32::from_le_bytes(bytes)).collect())
+    }
+
+    /// Reads the two numbers of a shape.
+    pub(crate) fn read_shape(&self, tensor: usize) -> Result<[usize; 2], Problem> {
+        let info = &self.tensors[tensor];
+        let bad = |reason: String| Problem::tensor(&info.name, reason);
+        if info.shape != [2] {
+            return Err(bad(format!("has the shape {:?}; [2] expected", info.shape)));
+        }
+        let bytes = self.read_bytes(tensor).map_err(|error| bad(error.to_string()))?;
+        let sides: Vec<i64> = match info.kept {
+            Dtype::I64 => bytes.as_chunks().0.iter().map(|&bytes| i64::from_le_bytes(bytes)).collect(),
+            Dtype::I32 => bytes.as_chunks().0.iter().map(|&bytes| i32::from_le_bytes(bytes).into()).collect(),
+            _ => return Err(bad(format!("has the type {}, which is none of shapes", info.stored))),
+        };
+        match sides[..] {
+            // Larger sides than this could not be multiplied.
+            [n, k] if (1..=1 << 31).contains(&n) && (1..=1 << 31).contains(&k) => Ok([n as usize, k as usize]),
+            _ => Err(bad(format!("holds {sides:?}, which is no shape"))),
+        }
+    }
+
     /// Reads a whole tensor as f32.
-    fn read_all(&self, tensor: usize) -> Result<Vec<f32>> {
+    pub(crate) fn read_all(&self, tensor: usize) -> Result<Vec<f32>> {
         let info = &self.tensors[tensor];
         let mut values = vec![0.0; info.rows() * info.columns()];
         self.read_rows(tensor, 0..info.rows(), &mut values)?;

@@ -7,6 +7,7 @@ mod side_files;
 use std::fmt;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use liquidgemm::Group;
 use safetensors::tensor::Dtype;
@@ -62,7 +63,7 @@ pub trait Source: Send + Sync {
     ///
     /// # Errors
     /// If the file can't be read, or its codes contradict its description.
-    fn import(&self, _tensor: usize) -> Result<Option<Imported>> {
+    fn import(&self, _tensor: usize) -> Result<Option<Arc<Imported>>> {
         Ok(None)
     }
 
@@ -85,7 +86,7 @@ pub struct SourceTensor {
     pub shape: Vec<usize>,
     /// The type in the file, such as `BF16` or `Q4_1`.
     pub stored: String,
-    /// Bytes in the file, with scales that belong to the tensor.
+    /// Bytes in the file.
     pub stored_bytes: u64,
     /// The type of the output if the tensor is kept.
     pub kept: Dtype,
@@ -95,8 +96,10 @@ pub struct SourceTensor {
     pub is_readable: bool,
     /// The tensor that this one holds the scales of. It is dropped if that tensor is quantized.
     pub scales_of: Option<usize>,
+    /// Whether another quantizer has quantized the tensor to four bits.
+    pub is_imported: bool,
     /// The group of weights that another quantizer has quantized to four bits, if the packed format can have it.
-    pub imported: Option<Group>,
+    pub imported_group: Option<Group>,
     /// Whether the columns are in another order than the activations, so that the output stores a permutation.
     pub permuted: bool,
 }

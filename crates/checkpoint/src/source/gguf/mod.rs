@@ -246,7 +246,8 @@ impl Listing {
             shard: 0,
             is_readable: true,
             scales_of: None,
-                    imported: None,
+                    is_imported: false,
+                    imported_group: None,
                     permuted: false,
         });
     }

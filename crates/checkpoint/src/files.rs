@@ -95,12 +95,6 @@ pub(crate) struct Sequential<'a> {
     position: u64,
 }
 
-impl Sequential<'_> {
-    pub(crate) fn position(&self) -> u64 {
-        self.position
-    }
-}
-
 impl Read for Sequential<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let left = self.file.length.saturating_sub(self.position);

@@ -24,6 +24,7 @@
 //!
 //! So a rank's part is a plain slice: strips along the first dimension for channels, bricks along the second for K.
 
+mod calibration;
 mod checkpoint;
 mod compare;
 mod error;
@@ -41,6 +42,7 @@ mod source;
 mod tensor_file;
 mod verify;
 
+pub use calibration::Calibration;
 pub use checkpoint::{Axis, Checkpoint, Module, Tensor};
 pub use compare::{Comparison, Difference, Model, compare};
 pub use error::{CheckpointError, Problem, Result};

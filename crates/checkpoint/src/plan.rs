@@ -8,10 +8,10 @@ use xxhash_rust::xxh3::Xxh3;
 
 use crate::error::{Result, weights_error};
 use crate::format::{CONFIG_KEY, METHOD, Matrix, Part, VERSION, digits};
-use crate::method::QuantizeOptions;
+use crate::method::{Method, QuantizeOptions};
 use crate::select::{Kept, Selection};
 use crate::shard_writer::{OutputTensor, check_names};
-use crate::source::Source;
+use crate::source::{Source, SourceTensor};
 
 /// A plan to quantize a model.
 pub struct Plan<'a> {
@@ -59,10 +59,13 @@ impl<'a> Plan<'a> {
     /// Plans to quantize `source`. Reads no weights.
     ///
     /// # Errors
+    /// - [`CheckpointError::Options`](crate::CheckpointError::Options) if the options contradict one another, or the calibration
+    ///   lacks a module.
     /// - [`CheckpointError::Pattern`](crate::CheckpointError::Pattern) for a pattern that is not valid or fits no module.
     /// - [`CheckpointError::Input`](crate::CheckpointError::Input) if two tensors of the output would have the same name.
     /// - [`CheckpointError::Weights`](crate::CheckpointError::Weights) if a matrix cannot be packed.
     pub fn new(source: &'a dyn Source, options: &QuantizeOptions) -> Result<Self> {
+        options.check()?;
         let selection = Selection::new(source, &options.patterns)?;
         // The scales of a weight count as the weight's bytes.
         let mut scale_bytes = vec![0; source.tensors().len()];
@@ -82,10 +85,14 @@ impl<'a> Plan<'a> {
                 Err(kept) => Fate::Kept(kept),
                 Ok(module) => {
                     matrix.check().map_err(weights_error(module))?;
-                    let extra = if tensor.permuted { 4 * k as u64 } else { 0 };
+                    let vectors = u64::from(tensor.permuted) + u64::from(is_smoothed(options, tensor));
+                    let extra = 4 * k as u64 * vectors;
                     if matrix.bytes() + extra >= bytes_before && !tensor.is_imported {
                         Fate::Kept(Kept::NotSmaller)
                     } else {
+                        if let Some(calibration) = options.calibration.as_ref().filter(|_| !tensor.is_imported) {
+                            calibration.check(module, k, options.method == Method::Gptq)?;
+                        }
                         bytes_after = matrix.bytes() + extra;
                         Fate::Packed { module: module.to_owned(), group }
                     }
@@ -146,7 +153,12 @@ impl<'a> Plan<'a> {
                 Fate::Packed { module, group } => {
                     let matrix = matrix_of(layer, *group);
                     for part in Part::ALL {
-                        if !part.is_optional() || (part == Part::InputPermutation && source.permuted) {
+                        let is_present = match part {
+                            Part::Codes | Part::Pairs | Part::Scales => true,
+                            Part::Smoothing => is_smoothed(&self.options, source),
+                            Part::InputPermutation => source.permuted,
+                        };
+                        if is_present {
                             let (name, dtype, shape) = (part.name(module), part.dtype(), matrix.shape(part));
                             tensors.push(OutputTensor { name, dtype, shape });
                         }
@@ -225,6 +237,11 @@ impl<'a> Plan<'a> {
         }
         digits(&hash)
     }
+}
+
+/// Returns whether a packed tensor gets a smoothing vector. Imported codes are taken as they are.
+fn is_smoothed(options: &QuantizeOptions, tensor: &SourceTensor) -> bool {
+    options.smoothing.is_some() && !tensor.is_imported
 }
 
 /// Returns the sizes of a layer that is packed.

@@ -10,7 +10,7 @@ use std::fs::{self, File, TryLockError};
 use std::io;
 use std::path::{Path, PathBuf};
 
-use liquidgemm::PackedWeights;
+use liquidgemm::{PackedWeights, smooth_weights, smoothing_vector};
 use serde_json::{Value, json};
 
 use crate::checkpoint::is_packed_folder;
@@ -18,6 +18,7 @@ use crate::error::{CheckpointError, Result, io_error, weights_error};
 use crate::files::{read_json, is_plain_name};
 use crate::format::Part;
 use crate::import::{self, ImportOutcome};
+use crate::method::{Method, Quantizer};
 use crate::plan::{Fate, Layer, Plan, matrix_of};
 use crate::progress::Progress;
 use crate::shard_writer::{ShardWriter, TEMPORARY_PREFIX};
@@ -153,9 +154,11 @@ impl Plan<'_> {
         let Fate::Packed { group, .. } = layer.fate else { unreachable!("the module is packed") };
         let matrix = matrix_of(layer, group);
         let names = Part::ALL.map(|part| part.name(module));
+        // Weights that another quantizer has quantized are taken over without statistics of their inputs.
+        let data_free = if self.options.method == Method::Rtn { Quantizer::Rtn } else { Quantizer::Search(None) };
         if let Some(imported) = self.source.import(layer.tensor)? {
             let (packed, kind, error) =
-                import::pack(&imported, group, self.options.method).map_err(weights_error(module))?;
+                import::pack(&imported, group, &data_free).map_err(weights_error(module))?;
             write_packed(writer, &names, &packed)?;
             if self.source.tensors()[layer.tensor].permuted {
                 let order = imported.permutation.iter().flatten();
@@ -164,16 +167,61 @@ impl Plan<'_> {
             progress.advance(layer.bytes_before);
             return Ok(Some(ImportOutcome { module: module.to_owned(), kind, error }));
         }
+        let is_imported = self.source.tensors()[layer.tensor].is_imported;
+        let smoothing = if is_imported { None } else { self.smoothing(module, matrix.k, block_bytes)? };
+        let quantizer = if is_imported {
+            data_free
+        } else {
+            self.options.quantizer(module, matrix.k, smoothing.as_deref())?
+        };
+        if let Some(smoothing) = &smoothing {
+            writer.append(&names[3], &smoothing.iter().flat_map(|factor| factor.to_le_bytes()).collect::<Vec<u8>>())?;
+        }
+        let block_bytes = if quantizer.wants_all_channels() { usize::MAX } else { block_bytes };
         let mut meter = Meter::new(layer.bytes_before, matrix.n);
         for rows in blocks(matrix.n, matrix.k * size_of::<f32>(), block_bytes, 64) {
             let mut weights = vec![0f32; rows.len() * matrix.k];
             self.source.read_rows(layer.tensor, rows.clone(), &mut weights)?;
-            let packed = self.options.method.quantize(&weights, rows.len(), matrix.k, group);
+            if let Some(smoothing) = &smoothing {
+                weights = smooth_weights(&weights, rows.len(), matrix.k, smoothing).map_err(weights_error(module))?;
+            }
+            let packed = quantizer.quantize(&weights, rows.len(), matrix.k, group);
             let packed = packed.map_err(|error| weights_error(module)(shifted(error, rows.start)))?;
             write_packed(writer, &names, &packed)?;
             progress.advance(meter.advance(rows.len()));
         }
         Ok(None)
+    }
+
+    /// Returns the smoothing vector of a module. Modules with the same inputs have the same vector, made from the weights
+    /// of all of them, so that their activations can be quantized once.
+    fn smoothing(&self, module: &str, k: usize, block_bytes: usize) -> Result<Option<Vec<f32>>> {
+        let Some((alpha, calibration)) = self.options.smoothing.zip(self.options.calibration.as_ref()) else {
+            return Ok(None);
+        };
+        let set = calibration.set(module);
+        let mut largest = vec![0f32; k];
+        for layer in self.layers() {
+            let Fate::Packed { module: other, .. } = &layer.fate else { continue };
+            let is_imported = self.source.tensors()[layer.tensor].is_imported;
+            if is_imported || calibration.set(other) != set || layer.shape[1] != k {
+                continue;
+            }
+            for rows in blocks(layer.shape[0], k * size_of::<f32>(), block_bytes, 1) {
+                let mut weights = vec![0f32; rows.len() * k];
+                self.source.read_rows(layer.tensor, rows, &mut weights)?;
+                for row in weights.chunks_exact(k) {
+                    // NaN stays NaN, and the vector's check finds it.
+                    largest.iter_mut().zip(row).for_each(|(largest, weight)| {
+                        if weight.is_nan() || weight.abs() > *largest {
+                            *largest = weight.abs();
+                        }
+                    });
+                }
+            }
+        }
+        let statistics = calibration.statistics(module, k)?;
+        smoothing_vector(&statistics.largest, &largest, 1, k, alpha).map(Some).map_err(weights_error(module))
     }
 
     /// Writes configuration, index and the source's side files.

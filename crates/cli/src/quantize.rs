@@ -2,16 +2,17 @@
 
 use std::fmt::Write;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use anyhow::bail;
 use liquidgemm::Group;
 use liquidgemm_checkpoint::{
-    DequantizedType, Fate, Layer, Method, OpenOptions, Patterns, Plan, QuantizeOptions, Source, open,
+    Calibration, DequantizedType, Fate, Layer, Method, OpenOptions, Patterns, Plan, QuantizeOptions, Source, open,
 };
 use serde_json::{Value, json};
 
 use super::Report;
-use super::models::{EXIT_CODES, Table, json_report, printable, shape};
+use super::models::{EXIT_CODES, Table, json_report, percent, printable, shape};
 use super::progress::Progress;
 use super::units::bytes;
 
@@ -33,7 +34,8 @@ pub(super) struct Arguments {
     #[arg(short, long, required_unless_present = "dry_run")]
     output: Option<PathBuf>,
 
-    /// How codes are chosen: rtn rounds to nearest
+    /// How codes are chosen: rtn rounds to nearest, search minimizes the weights' squared error,
+    /// gptq minimizes the outputs' error and needs --moments with Hessians
     #[arg(long, default_value_t)]
     method: Method,
 
@@ -41,6 +43,14 @@ pub(super) struct Arguments {
     /// [default: 64, or the group of a model that is quantized already]
     #[arg(long)]
     group: Option<Group>,
+
+    /// Calibration file with statistics of the layers' inputs, or a safetensors file of captured inputs
+    #[arg(long, value_name = "FILE")]
+    moments: Option<PathBuf>,
+
+    /// Divide inputs by a smoothing vector, which the output stores, with this exponent from 0 to 1; needs --moments
+    #[arg(long, value_name = "ALPHA")]
+    smooth: Option<f32>,
 
     /// Quantize modules that fit this pattern although they are kept by default, such as "lm_head"
     #[arg(long, value_name = "GLOB")]
@@ -73,6 +83,8 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<Report> {
         method: arguments.method,
         group: arguments.group,
         patterns: Patterns { include: arguments.include.clone(), exclude: arguments.exclude.clone() },
+        calibration: arguments.moments.as_ref().map(Calibration::open).transpose()?.map(Arc::new),
+        smoothing: arguments.smooth,
     };
     let plan = Plan::new(source.as_ref(), &options)?;
     let mut result = described(source.as_ref(), &plan);
@@ -85,10 +97,22 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<Report> {
     let summary = plan.run(output, arguments.force, &Progress::bytes("quantizing"))?;
     result["output"] = json!(output);
     result["resumed_shards"] = json!(summary.resumed_shards);
+    let imports = summary.imports.iter().map(|import| {
+        json!({"module": import.module, "kind": import.kind.name(), "relative_error": import.error})
+    });
+    result["imports"] = json!(imports.collect::<Vec<_>>());
     if arguments.json {
         return Ok(json_report(&result, true));
     }
-    let mut text = totals(source.as_ref(), plan.layers());
+    let mut text = String::new();
+    if !summary.imports.is_empty() {
+        let mut table = Table::new(&["module", "codes", "error"], &[false, false, true]);
+        for import in &summary.imports {
+            table.row([import.module.clone(), import.kind.name().to_owned(), percent(import.error)]);
+        }
+        text.push_str(&table.render());
+    }
+    text.push_str(&totals(source.as_ref(), plan.layers()));
     if summary.resumed_shards > 0 {
         writeln!(text, "resumed    {} shards were there already", summary.resumed_shards)?;
     }

@@ -9,7 +9,7 @@ use liquidgemm::{Group, PackedWeights};
 use rayon::prelude::*;
 
 use super::Imported;
-use crate::method::Method;
+use crate::method::Quantizer;
 
 /// The largest `s` of a pair: `15·s + a ≤ 255`.
 const MOST_S: i32 = 17;
@@ -53,11 +53,11 @@ pub struct ImportOutcome {
     pub error: f64,
 }
 
-/// Packs a matrix in the group `group`. Requantizes by `method` where that is better.
+/// Packs a matrix in the group `group`. Requantizes by `quantizer` where that is better.
 pub(crate) fn pack(
     imported: &Imported,
     group: Group,
-    method: Method,
+    quantizer: &Quantizer,
 ) -> Result<(PackedWeights, ImportKind, f64), liquidgemm::Error> {
     let &Imported { n, k, .. } = imported;
     let (squares, snapped) = match snapped(imported, group)? {
@@ -72,7 +72,7 @@ pub(crate) fn pack(
     };
     let mut values = vec![0f32; n * k];
     values.par_chunks_exact_mut(k).enumerate().for_each(|(channel, row)| imported.dequantize_channel(channel, row));
-    let requantized = method.quantize(&values, n, k, group)?;
+    let requantized = quantizer.quantize(&values, n, k, group)?;
     drop(values);
     let (all_squares, errors) = sums(imported, &requantized);
     match snapped {

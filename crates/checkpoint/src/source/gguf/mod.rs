@@ -12,7 +12,7 @@ use std::str::FromStr;
 
 use half::{bf16, f16};
 use safetensors::tensor::Dtype;
-use serde_json::{Map, Value as Json, json};
+use serde_json::{Map, Value as Json};
 
 pub(crate) use container::MAGIC;
 

@@ -31,6 +31,10 @@ pub(crate) struct OutputTensor {
 
 impl OutputTensor {
     pub(crate) fn bytes(&self) -> u64 {
+        // The other dimensions of an empty tensor may be too large to be multiplied.
+        if self.shape.contains(&0) {
+            return 0;
+        }
         self.shape.iter().map(|&side| side as u64).product::<u64>() * self.dtype.bitsize() as u64 / 8
     }
 }

@@ -102,6 +102,18 @@ fn headers_that_are_no_json_or_describe_impossible_tensors_are_refused() {
 }
 
 #[test]
+fn empty_tensors_with_huge_sides_are_kept_at_once() {
+    let header = r#"{"a.weight":{"dtype":"F32","shape":[4611686018427387904,0],"data_offsets":[0,0]},
+        "b.weight":{"dtype":"F32","shape":[0,4611686018427387904,4],"data_offsets":[0,0]}}"#;
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("model.safetensors");
+    fs::write(&file, with_header(header, 0)).unwrap();
+    let source = open(&file, OpenOptions::default()).unwrap();
+    Plan::new(source.as_ref(), &QuantizeOptions::default()).unwrap().run(&folder.path().join("out"), false, &()).unwrap();
+    assert_eq!(Checkpoint::open(folder.path().join("out")).unwrap().tensors().count(), 2);
+}
+
+#[test]
 fn truncated_and_extended_shards_are_refused() {
     let whole = safetensors_bytes(&llama()[0]);
     for length in [whole.len() - 1, whole.len() / 2, 100] {

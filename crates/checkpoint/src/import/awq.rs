@@ -2,8 +2,8 @@
 //!
 //! | tensor | type | shape | |
 //! |---|---|---|---|
-//! | `P.qweight` | I32 | `[k, ⌈n/8⌉]` | codes along n, in the order of [`ORDER`] |
-//! | `P.qzeros` | I32 | `[groups, ⌈n/8⌉]` | zeros in the same order |
+//! | `P.qweight` | I32 | `[k, n/8]` | codes along n, in the order of [`ORDER`] |
+//! | `P.qzeros` | I32 | `[groups, n/8]` | zeros in the same order |
 //! | `P.scales` | float | `[groups, n]` | |
 //!
 //! A weight is `(code − zero) · scale`.
@@ -37,8 +37,11 @@ pub(super) fn find(parts: &mut Parts<'_>) -> Result<Vec<Found>, Problem> {
         let zeros = parts.required(&module, ".qzeros")?;
         let [groups, n] = parts.matrix_shape(scales)?;
         let [k, _] = parts.matrix_shape(codes)?;
-        parts.expect(codes, &[k, n.div_ceil(CODES)])?;
-        parts.expect(zeros, &[groups, n.div_ceil(CODES)])?;
+        if !n.is_multiple_of(CODES) {
+            return Err(parts.wrong_shape(scales, "[groups, n] with n a multiple of 8"));
+        }
+        parts.expect(codes, &[k, n / CODES])?;
+        parts.expect(zeros, &[groups, n / CODES])?;
         let (zeros, others) = (Some(zeros), Vec::new());
         all.push(Found { module, n, k, groups, codes, scales, zeros, group_index: None, others });
     }
@@ -56,6 +59,6 @@ pub(super) fn zeros(bytes: &[u8], n: usize, groups: usize) -> Vec<u8> {
 }
 
 fn unpacked(bytes: &[u8], n: usize, columns: usize) -> Vec<u8> {
-    let (words, width) = (words(bytes), n.div_ceil(CODES));
+    let (words, width) = (words(bytes), n / CODES);
     matrix(n, columns, |row, column| code(words[column * width + row / CODES], ORDER[row % CODES]))
 }

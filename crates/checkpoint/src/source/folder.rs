@@ -65,7 +65,7 @@ pub(super) fn open(path: &Path) -> Result<Box<dyn Source>> {
     let files = shards.names.iter().map(|name| TensorFile::open(&folder.file(Path::new(name))?));
     let files = files.collect::<Result<Vec<_>>>()?;
     shards.check(&files, path)?;
-    let (side_files, left_out) = side_files::list(&folder)?;
+    let (side_files, left_out) = side_files::list(&folder, &shards.names)?;
     import::wrap(SafetensorsModel::new(path, config, shards.names, files, side_files, left_out)?)
 }
 
@@ -169,7 +169,8 @@ impl SafetensorsModel {
                     let other = shards[place.file].clone();
                     return Err(Problem::Twice { name: tensor.name.clone(), other }.at(file.path()));
                 }
-                if !(tensor.shape.last().unwrap_or(&1) * tensor.dtype.bitsize()).is_multiple_of(8) {
+                let is_empty = tensor.shape.contains(&0);
+                if !is_empty && !(tensor.shape.last().unwrap_or(&1) * tensor.dtype.bitsize()).is_multiple_of(8) {
                     let reason = format!("has rows of {:?} that are no whole bytes, as no known model", tensor.dtype);
                     return Err(Problem::tensor(&tensor.name, reason).at(file.path()));
                 }

@@ -105,14 +105,15 @@ pub struct SourceTensor {
 }
 
 impl SourceTensor {
-    /// Returns the last dimension, or 1 for a scalar.
+    /// Returns the last dimension, 1 for a scalar, or 0 if any dimension is 0.
     pub fn columns(&self) -> usize {
-        self.shape.last().copied().unwrap_or(1)
+        if self.shape.contains(&0) { 0 } else { self.shape.last().copied().unwrap_or(1) }
     }
 
-    /// Returns the product of all dimensions but the last.
+    /// Returns the product of all dimensions but the last, or 0 if any dimension is 0.
     pub fn rows(&self) -> usize {
-        self.shape.iter().rev().skip(1).product()
+        // The other dimensions of an empty tensor may be too large to be multiplied.
+        if self.shape.contains(&0) { 0 } else { self.shape.iter().rev().skip(1).product() }
     }
 
     /// Returns the bytes of one row in the type that it is kept in.

@@ -36,19 +36,20 @@ const WEIGHTS: [&str; 13] = [
 /// Files beside the weights, and the names left out, each with the reason.
 pub(crate) type Found = (Vec<SideFile>, Vec<(String, String)>);
 
-/// Lists the side files of a folder. `config.json` is not among them, because the output's differs.
-pub(crate) fn list(folder: &Folder) -> Result<Found> {
+/// Lists the side files of a folder whose weights are in `shards`.
+/// `config.json` is not among them, because the output's differs.
+pub(crate) fn list(folder: &Folder, shards: &[String]) -> Result<Found> {
     let mut found = Found::default();
-    visit(folder, Path::new(""), 0, &mut found)?;
+    visit(folder, Path::new(""), 0, shards, &mut found)?;
     Ok(found)
 }
 
-fn visit(folder: &Folder, relative: &Path, depth: usize, found: &mut Found) -> Result<()> {
+fn visit(folder: &Folder, relative: &Path, depth: usize, shards: &[String], found: &mut Found) -> Result<()> {
     for name in folder.names(relative)? {
         let path = relative.join(&name);
         let full = folder.path().join(&path);
         let shown = path.display().to_string();
-        if let Some(reason) = left_out(&name, depth) {
+        if let Some(reason) = left_out(&name, depth, shards) {
             // The weights are in the output in another form, and git's own files are of no interest.
             if let Some(reason) = reason {
                 found.1.push((shown, reason.to_owned()));
@@ -60,7 +61,7 @@ fn visit(folder: &Folder, relative: &Path, depth: usize, found: &mut Found) -> R
             if depth + 1 == MOST_DEPTH {
                 found.1.push((shown, format!("more than {MOST_DEPTH} folders deep")));
             } else {
-                visit(folder, &path, depth + 1, found)?;
+                visit(folder, &path, depth + 1, shards, found)?;
             }
         } else if real.is_file() {
             found.0.push(SideFile { name: path, contents: SideContents::CopyOf(real) });
@@ -76,7 +77,7 @@ fn visit(folder: &Folder, relative: &Path, depth: usize, found: &mut Found) -> R
 }
 
 /// Returns whether a name is left out, and the reason if someone could miss the file.
-fn left_out(name: &str, depth: usize) -> Option<Option<&'static str>> {
+fn left_out(name: &str, depth: usize, shards: &[String]) -> Option<Option<&'static str>> {
     let is_top = depth == 0;
     if name.starts_with('.') || (is_top && name == "config.json") {
         return Some(None);
@@ -85,8 +86,8 @@ fn left_out(name: &str, depth: usize) -> Option<Option<&'static str>> {
         return Some(None);
     }
     let extension = Path::new(name).extension().and_then(|extension| extension.to_str())?;
-    if extension == "safetensors" && is_top {
+    if is_top && shards.iter().any(|shard| shard == name) {
         return Some(None);
     }
-    WEIGHTS.contains(&extension).then_some(Some("weights in another format"))
+    WEIGHTS.contains(&extension).then_some(Some("weights that the model does not name, or in another format"))
 }

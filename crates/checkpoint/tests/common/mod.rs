@@ -106,9 +106,10 @@ pub fn contents(folder: &Path) -> BTreeMap<String, Vec<u8>> {
 fn visit(root: &Path, folder: &Path, found: &mut BTreeMap<String, Vec<u8>>) {
     for entry in fs::read_dir(folder).unwrap() {
         let path = entry.unwrap().path();
-        if path.is_dir() {
+        // Do not follow links: they may lead anywhere.
+        if fs::symlink_metadata(&path).unwrap().is_dir() {
             visit(root, &path, found);
-        } else {
+        } else if !path.is_dir() {
             let name = path.strip_prefix(root).unwrap().to_str().unwrap().to_owned();
             found.insert(name, fs::read(&path).unwrap());
         }

@@ -29,6 +29,9 @@ use crate::files::ReadFile;
 /// Bytes of the source that one shard of the output comes from.
 const SHARD_BYTES: u64 = 8 << 30;
 
+/// The most experts of a layer.
+const MOST_EXPERTS: usize = 4096;
+
 /// The type of kept tensors that GGML stores in blocks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum DequantizedType {
@@ -189,7 +192,7 @@ impl Listing {
                 return Ok(None);
             }
             let (rows, size) = (shape[0], self.heads.size);
-            if shape.len() > 2 || rows != heads * size || (shape.len() == 1 && tensor.block.elements() != 1) {
+            if shape.len() > 2 || Some(rows) != heads.checked_mul(size) || (shape.len() == 1 && tensor.block.elements() != 1) {
                 let reason = format!("has the shape {shape:?}, not that of {heads} heads of {size}");
                 return Err(Problem::tensor(&tensor.name, reason));
             }
@@ -211,6 +214,10 @@ impl Listing {
                     let reason = format!("has the shape {shape:?}; experts, rows and columns expected");
                     return Err(Problem::tensor(&tensor.name, reason));
                 };
+                if experts > MOST_EXPERTS {
+                    let reason = format!("has {experts} experts; at most {MOST_EXPERTS} are accepted");
+                    return Err(Problem::tensor(&tensor.name, reason));
+                }
                 for expert in 0..experts {
                     self.push(tensor, format!("{prefix}{expert}{suffix}"), vec![rows, columns], expert * rows, None);
                 }

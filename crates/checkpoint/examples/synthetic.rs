@@ -72,7 +72,10 @@ fn make(folder: &Path, layers: usize) -> Result<(), Box<dyn std::error::Error>> 
             let tensor = format!("model.layers.{layer}.{module}.weight");
             let begin = end;
             end += n * k * 2;
-            header.insert(tensor.clone(), json!({"dtype": "BF16", "shape": [n, k], "data_offsets": [begin, end]}));
+            header.insert(
+                tensor.clone(),
+                json!({"dtype": "BF16", "shape": [n, k], "data_offsets": [begin, end]}),
+            );
             places.insert(tensor, name.clone());
         }
         let header = serde_json::to_vec(&header)?;

@@ -46,15 +46,21 @@ impl Calibration {
             let bad = |reason: String| Problem::Json { reason }.at(path);
             let version = file.metadata().get("version");
             if version.map(String::as_str) != Some(VERSION) {
-                return Err(bad(format!("the calibration has the version {version:?}; {VERSION:?} can be read")));
+                return Err(bad(format!(
+                    "the calibration has the version {version:?}; {VERSION:?} can be read"
+                )));
             }
             let text = file.metadata().get("layers").map_or("", String::as_str);
             let layers = serde_json::from_str(text);
-            let layers = layers.map_err(|error| bad(format!("the metadata \"layers\" are not valid: {error}")))?;
+            let layers =
+                layers.map_err(|error| bad(format!("the metadata \"layers\" are not valid: {error}")))?;
             return Ok(Self { file, layers, tensors, are_captured: false });
         }
-        if let Some(tensor) = tensors.values().find(|tensor| tensor.shape.len() != 2 || !is_weight_type(tensor.dtype)) {
-            let found = format!("is {:?} {:?}; captured inputs are float [tokens, k]", tensor.dtype, tensor.shape);
+        if let Some(tensor) =
+            tensors.values().find(|tensor| tensor.shape.len() != 2 || !is_weight_type(tensor.dtype))
+        {
+            let found =
+                format!("is {:?} {:?}; captured inputs are float [tokens, k]", tensor.dtype, tensor.shape);
             return Err(Problem::tensor(&tensor.name, found).at(path));
         }
         let layers = tensors.keys().map(|name| (name.clone(), name.clone())).collect();

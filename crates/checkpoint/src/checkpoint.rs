@@ -115,7 +115,8 @@ impl Checkpoint {
         let version = own.get("format_version");
         if version.and_then(Value::as_u64) != Some(VERSION.into()) {
             let what = format!("format version {}", version.unwrap_or(&Value::Null));
-            let remedy = "this program reads version 1; quantize the original again, or use another version of it";
+            let remedy =
+                "this program reads version 1; quantize the original again, or use another version of it";
             return Err(Problem::Unsupported { what, remedy }.at(&config_path));
         }
         let shards = shard_names(&folder)?;
@@ -137,8 +138,13 @@ impl Checkpoint {
     }
 
     fn assemble(path: &Path, config: Map<String, Value>, files: Vec<TensorFile>) -> Result<Self> {
-        let mut checkpoint =
-            Self { path: path.to_owned(), config, files: Vec::new(), modules: BTreeMap::new(), tensors: BTreeMap::new() };
+        let mut checkpoint = Self {
+            path: path.to_owned(),
+            config,
+            files: Vec::new(),
+            modules: BTreeMap::new(),
+            tensors: BTreeMap::new(),
+        };
         for (index, file) in files.iter().enumerate() {
             checkpoint.add(index, file).map_err(|problem| problem.at(file.path()))?;
         }
@@ -174,7 +180,8 @@ impl Checkpoint {
                 };
                 let (dtype, shape) = (part.dtype(), matrix.shape(part));
                 if tensor.dtype != dtype || tensor.shape != shape {
-                    let reason = format!("is {:?} {:?}; {dtype:?} {shape:?} expected", tensor.dtype, tensor.shape);
+                    let reason =
+                        format!("is {:?} {:?}; {dtype:?} {shape:?} expected", tensor.dtype, tensor.shape);
                     return Err(Problem::tensor(&name, reason));
                 }
                 *slot = Some(tensor.clone());
@@ -190,7 +197,10 @@ impl Checkpoint {
             let checksum = checksums.remove(name).ok_or_else(missing)?;
             let kept = Kept { file: index, tensor: tensor.clone(), checksum };
             if let Some(other) = self.tensors.insert(name.to_owned(), kept) {
-                return Err(Problem::Twice { name: name.to_owned(), other: format!("shard {}", other.file + 1) });
+                return Err(Problem::Twice {
+                    name: name.to_owned(),
+                    other: format!("shard {}", other.file + 1),
+                });
             }
         }
         match checksums.into_keys().next() {
@@ -224,9 +234,9 @@ impl Checkpoint {
 
     /// Returns the other tensors, sorted by name: name, type, shape and bytes.
     pub fn tensors(&self) -> impl Iterator<Item = (&str, Dtype, &[usize], u64)> {
-        self.tensors.iter().map(|(name, kept)| {
-            (name.as_str(), kept.tensor.dtype, &kept.tensor.shape[..], kept.tensor.bytes)
-        })
+        self.tensors
+            .iter()
+            .map(|(name, kept)| (name.as_str(), kept.tensor.dtype, &kept.tensor.shape[..], kept.tensor.bytes))
     }
 
     /// Reads the weights of a packed module, and checks its checksum and the invariant of every pair.
@@ -301,13 +311,15 @@ impl Checkpoint {
         let permutation: Vec<usize> =
             bytes.as_chunks().0.iter().map(|&bytes| i32::from_le_bytes(bytes) as usize).collect();
         let mut seen = vec![false; k];
-        let is_permutation =
-            permutation.iter().all(|&from| seen.get_mut(from).is_some_and(|seen| !std::mem::replace(seen, true)));
+        let is_permutation = permutation
+            .iter()
+            .all(|&from| seen.get_mut(from).is_some_and(|seen| !std::mem::replace(seen, true)));
         if is_permutation {
             return Ok(Some(permutation));
         }
         let name = Part::InputPermutation.name(module);
-        Err(Problem::tensor(&name, format!("is no permutation of 0 to {}", k - 1)).at(self.files[packed.file].path()))
+        Err(Problem::tensor(&name, format!("is no permutation of 0 to {}", k - 1))
+            .at(self.files[packed.file].path()))
     }
 
     /// Reads a tensor that is not packed, and checks its checksum.
@@ -317,7 +329,8 @@ impl Checkpoint {
     /// - [`CheckpointError::Input`] with [`Problem::Checksum`] if its bytes have changed.
     /// - [`CheckpointError::Io`] if the file can't be read.
     pub fn tensor(&self, name: &str) -> Result<Tensor> {
-        let kept = self.tensors.get(name).ok_or_else(|| CheckpointError::NoTensor { tensor: name.to_owned() })?;
+        let kept =
+            self.tensors.get(name).ok_or_else(|| CheckpointError::NoTensor { tensor: name.to_owned() })?;
         let file = &self.files[kept.file];
         let bytes = file.read_all(&kept.tensor)?;
         let mut hash = Xxh3::new();
@@ -341,7 +354,14 @@ impl Checkpoint {
             Axis::N => ("n", n),
             Axis::K => ("k", k),
         };
-        let bad = |reason| CheckpointError::BadShard { module: module.to_owned(), what, length, rank, world, reason };
+        let bad = |reason| CheckpointError::BadShard {
+            module: module.to_owned(),
+            what,
+            length,
+            rank,
+            world,
+            reason,
+        };
         if rank >= world {
             return Err(bad("ranks are numbered from 0 up to one less than their number"));
         }
@@ -366,7 +386,9 @@ impl Checkpoint {
                     Group::Channel => BRICK_K,
                 };
                 if !part.is_multiple_of(step) && world > 1 {
-                    return Err(bad("a part must be a multiple of the group, or of 64 with one group a channel"));
+                    return Err(bad(
+                        "a part must be a multiple of the group, or of 64 with one group a channel",
+                    ));
                 }
                 if packed.part(Part::InputPermutation).is_some() {
                     return Err(bad("its inputs are permuted, so a part needs inputs of other ranks"));
@@ -399,7 +421,8 @@ impl Checkpoint {
             }
         }
         let scales = self.part(packed, Part::Scales)?.unwrap_or_default();
-        PackedWeights::from_parts(codes, pairs, floats(&scales), n, range.len(), group).map_err(weights_error(module))
+        PackedWeights::from_parts(codes, pairs, floats(&scales), n, range.len(), group)
+            .map_err(weights_error(module))
     }
 
     /// Reads some strips of a packed module as weights of their own.
@@ -433,7 +456,8 @@ impl Checkpoint {
 
     /// Fails unless this is the checksum of a tensor that is not packed.
     pub(crate) fn check_tensor_sum(&self, name: &str, computed: String) -> Result<()> {
-        let kept = self.tensors.get(name).ok_or_else(|| CheckpointError::NoTensor { tensor: name.to_owned() })?;
+        let kept =
+            self.tensors.get(name).ok_or_else(|| CheckpointError::NoTensor { tensor: name.to_owned() })?;
         self.compare_sums(name, kept.file, &kept.checksum, computed)
     }
 
@@ -447,7 +471,8 @@ impl Checkpoint {
 
     /// Reads bytes of a tensor that is not packed.
     pub(crate) fn tensor_bytes(&self, name: &str, offset: u64, bytes: &mut [u8]) -> Result<()> {
-        let kept = self.tensors.get(name).ok_or_else(|| CheckpointError::NoTensor { tensor: name.to_owned() })?;
+        let kept =
+            self.tensors.get(name).ok_or_else(|| CheckpointError::NoTensor { tensor: name.to_owned() })?;
         self.files[kept.file].read(&kept.tensor, offset, bytes)
     }
 
@@ -488,7 +513,8 @@ impl Packed {
 
 /// Parses the entry `liquidgemm` of a shard's metadata.
 pub(crate) fn parse_metadata(text: &str) -> Result<ShardMetadata, Problem> {
-    let bad = |reason: String| Problem::Json { reason: format!("the metadata {METHOD:?} are not valid: {reason}") };
+    let bad =
+        |reason: String| Problem::Json { reason: format!("the metadata {METHOD:?} are not valid: {reason}") };
     let metadata: ShardMetadata = serde_json::from_str(text).map_err(|error| bad(error.to_string()))?;
     if metadata.version != VERSION {
         return Err(bad(format!("version {}; this program reads version {VERSION}", metadata.version)));

@@ -205,7 +205,8 @@ pub(crate) fn difference(reference: &Reader<'_>, other: &Reader<'_>) -> Result<O
 pub fn compare(first: &Model, second: &Model, progress: &dyn Progress) -> Result<Comparison> {
     let (first, second) = (first.readers(), second.readers());
     let weights = |reader: &Reader<'_>| reader.shape().iter().map(|&side| side as u64).product::<u64>();
-    let common: Vec<_> = first.iter().filter_map(|(name, reader)| Some((name, reader, second.get(name)?))).collect();
+    let common: Vec<_> =
+        first.iter().filter_map(|(name, reader)| Some((name, reader, second.get(name)?))).collect();
     progress.begin(common.iter().map(|(_, reader, _)| weights(reader)).sum());
     let mut result = Comparison::default();
     for (name, reference, other) in common {

@@ -202,7 +202,9 @@ pub enum Problem {
     },
 
     /// The contents do not match their checksum.
-    #[error("{name:?} has the checksum {computed}, but {found} was stored: the file is damaged; fetch it again")]
+    #[error(
+        "{name:?} has the checksum {computed}, but {found} was stored: the file is damaged; fetch it again"
+    )]
     Checksum {
         /// The tensor or the module.
         name: String,

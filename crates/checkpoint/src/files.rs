@@ -50,7 +50,9 @@ impl ReadFile {
         let mut bytes = Vec::new();
         let reserved = usize::try_from(length).ok().and_then(|length| bytes.try_reserve_exact(length).ok());
         if reserved.is_none() {
-            return Err(io_error(&self.path, "reserve memory for a tensor")(io::ErrorKind::OutOfMemory.into()));
+            return Err(io_error(&self.path, "reserve memory for a tensor")(
+                io::ErrorKind::OutOfMemory.into(),
+            ));
         }
         bytes.resize(length as usize, 0);
         self.read_at(offset, &mut bytes)?;
@@ -119,7 +121,8 @@ pub(crate) fn read_json(path: &Path) -> Result<Map<String, Value>> {
 
 /// Parses JSON whose top level is an object.
 pub(crate) fn parse_json(bytes: &[u8]) -> Result<Map<String, Value>, Problem> {
-    serde_json::from_slice(bytes).map_err(|error| Problem::Json { reason: format!("not a JSON object: {error}") })
+    serde_json::from_slice(bytes)
+        .map_err(|error| Problem::Json { reason: format!("not a JSON object: {error}") })
 }
 
 /// A folder whose files must not lead out of it.

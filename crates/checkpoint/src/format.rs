@@ -131,7 +131,9 @@ impl Matrix {
         }
         let groups = self.group.count(self.k)?;
         let sizes = brick::codes_bytes(self.n, self.k).zip(brick::pairs_bytes(self.n, groups));
-        if sizes.is_none_or(|(codes, pairs)| codes.checked_add(pairs).is_none_or(|sum| sum > isize::MAX as usize)) {
+        if sizes
+            .is_none_or(|(codes, pairs)| codes.checked_add(pairs).is_none_or(|sum| sum > isize::MAX as usize))
+        {
             return Err(liquidgemm::Error::TooLarge { what: "weight matrix", rows: self.n, columns: self.k });
         }
         Ok(())

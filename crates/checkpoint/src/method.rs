@@ -98,7 +98,10 @@ impl QuantizeOptions {
             Method::Search => {
                 let InputStatistics { mut second_moments, .. } = calibration.statistics(module, k)?;
                 if let Some(smoothing) = smoothing {
-                    second_moments.iter_mut().zip(smoothing).for_each(|(moment, factor)| *moment /= factor * factor);
+                    second_moments
+                        .iter_mut()
+                        .zip(smoothing)
+                        .for_each(|(moment, factor)| *moment /= factor * factor);
                 }
                 Quantizer::Search(Some(second_moments))
             }
@@ -108,7 +111,8 @@ impl QuantizeOptions {
                     None => hessian,
                     Some(smoothing) => {
                         let scaled = hessian.values().iter().enumerate();
-                        let scaled = scaled.map(|(index, value)| value / (smoothing[index / k] * smoothing[index % k]));
+                        let scaled = scaled
+                            .map(|(index, value)| value / (smoothing[index / k] * smoothing[index % k]));
                         Hessian::new(scaled.collect(), k).map_err(weights_error(module))?
                     }
                 })
@@ -147,6 +151,11 @@ impl Quantizer {
                 return PackedWeights::quantize_gptq(weights, n, k, hessian, &options);
             }
         };
-        PackedWeights::quantize_with(weights, n, k, &liquidgemm::QuantizeOptions { method, group, second_moments })
+        PackedWeights::quantize_with(
+            weights,
+            n,
+            k,
+            &liquidgemm::QuantizeOptions { method, group, second_moments },
+        )
     }
 }

@@ -90,7 +90,9 @@ impl<'a> Plan<'a> {
                     if matrix.bytes() + extra >= bytes_before && !tensor.is_imported {
                         Fate::Kept(Kept::NotSmaller)
                     } else {
-                        if let Some(calibration) = options.calibration.as_ref().filter(|_| !tensor.is_imported) {
+                        if let Some(calibration) =
+                            options.calibration.as_ref().filter(|_| !tensor.is_imported)
+                        {
                             calibration.check(module, k, options.method == Method::Gptq)?;
                         }
                         bytes_after = matrix.bytes() + extra;
@@ -118,7 +120,8 @@ impl<'a> Plan<'a> {
         let plan = Self { source, options: options.clone(), layers };
         let outputs = plan.outputs();
         let names = outputs.iter().zip(source.shards());
-        let names = names.flat_map(|(tensors, shard)| tensors.iter().map(move |t| (t.name.as_str(), shard.as_str())));
+        let names =
+            names.flat_map(|(tensors, shard)| tensors.iter().map(move |t| (t.name.as_str(), shard.as_str())));
         check_names(names, source.path())?;
         Ok(plan)
     }
@@ -190,7 +193,8 @@ impl<'a> Plan<'a> {
             Fate::Packed { module, .. } => Some(module.as_str()),
             _ => None,
         });
-        let kept = self.layers.iter().filter(|layer| matches!(&layer.fate, Fate::Kept(kept) if kept.is_linear()));
+        let kept =
+            self.layers.iter().filter(|layer| matches!(&layer.fate, Fate::Kept(kept) if kept.is_linear()));
         let kept = kept.filter_map(|layer| layer.name.strip_suffix(".weight"));
         let mut own = json!({
             "quant_method": METHOD,

@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 
 use crate::checkpoint::is_packed_folder;
 use crate::error::{CheckpointError, Result, io_error, weights_error};
-use crate::files::{read_json, is_plain_name};
+use crate::files::{is_plain_name, read_json};
 use crate::format::Part;
 use crate::import::{self, ImportOutcome};
 use crate::method::{Method, Quantizer};
@@ -116,7 +116,13 @@ impl Plan<'_> {
                     Fate::Dropped => {}
                     Fate::Kept(_) => self.copy(layer, &mut writer, progress)?,
                     Fate::Packed { module, .. } => {
-                        summary.imports.extend(self.pack(layer, module, &mut writer, progress, block_bytes)?);
+                        summary.imports.extend(self.pack(
+                            layer,
+                            module,
+                            &mut writer,
+                            progress,
+                            block_bytes,
+                        )?);
                     }
                 }
             }
@@ -155,7 +161,8 @@ impl Plan<'_> {
         let matrix = matrix_of(layer, group);
         let names = Part::ALL.map(|part| part.name(module));
         // Weights that another quantizer has quantized are taken over without statistics of their inputs.
-        let data_free = if self.options.method == Method::Rtn { Quantizer::Rtn } else { Quantizer::Search(None) };
+        let data_free =
+            if self.options.method == Method::Rtn { Quantizer::Rtn } else { Quantizer::Search(None) };
         if let Some(imported) = self.source.import(layer.tensor)? {
             let (packed, kind, error) =
                 import::pack(&imported, group, &data_free).map_err(weights_error(module))?;
@@ -175,7 +182,10 @@ impl Plan<'_> {
             self.options.quantizer(module, matrix.k, smoothing.as_deref())?
         };
         if let Some(smoothing) = &smoothing {
-            writer.append(&names[3], &smoothing.iter().flat_map(|factor| factor.to_le_bytes()).collect::<Vec<u8>>())?;
+            writer.append(
+                &names[3],
+                &smoothing.iter().flat_map(|factor| factor.to_le_bytes()).collect::<Vec<u8>>(),
+            )?;
         }
         let block_bytes = if quantizer.wants_all_channels() { usize::MAX } else { block_bytes };
         let mut meter = Meter::new(layer.bytes_before, matrix.n);
@@ -183,7 +193,8 @@ impl Plan<'_> {
             let mut weights = vec![0f32; rows.len() * matrix.k];
             self.source.read_rows(layer.tensor, rows.clone(), &mut weights)?;
             if let Some(smoothing) = &smoothing {
-                weights = smooth_weights(&weights, rows.len(), matrix.k, smoothing).map_err(weights_error(module))?;
+                weights = smooth_weights(&weights, rows.len(), matrix.k, smoothing)
+                    .map_err(weights_error(module))?;
             }
             let packed = quantizer.quantize(&weights, rows.len(), matrix.k, group);
             let packed = packed.map_err(|error| weights_error(module)(shifted(error, rows.start)))?;
@@ -271,7 +282,12 @@ fn shifted(error: liquidgemm::Error, first: usize) -> liquidgemm::Error {
 }
 
 /// Cuts rows into blocks of about `bytes`, each a multiple of `multiple` rows but the last.
-fn blocks(rows: usize, row_bytes: usize, bytes: usize, multiple: usize) -> impl Iterator<Item = std::ops::Range<usize>> {
+fn blocks(
+    rows: usize,
+    row_bytes: usize,
+    bytes: usize,
+    multiple: usize,
+) -> impl Iterator<Item = std::ops::Range<usize>> {
     let step = (bytes / row_bytes.max(1) / multiple * multiple).max(multiple);
     (0..rows).step_by(step).map(move |start| start..rows.min(start + step))
 }
@@ -300,7 +316,8 @@ impl Meter {
 /// Checks that the output can have its name.
 fn check_place(output: &Path, source: &Path, force: bool) -> Result<()> {
     let Some(name) = output.file_name() else {
-        let reason = format!("{:?} is no name of a folder; give a path that ends in a name", output.display());
+        let reason =
+            format!("{:?} is no name of a folder; give a path that ends in a name", output.display());
         return Err(CheckpointError::Options { reason });
     };
     if !name.to_str().is_some_and(is_plain_name) {
@@ -311,7 +328,8 @@ fn check_place(output: &Path, source: &Path, force: bool) -> Result<()> {
     let real_parent = fs::canonicalize(parent).map_err(io_error(parent, "open the folder"))?;
     let real_source = fs::canonicalize(source).map_err(io_error(source, "open"))?;
     if real_parent.join(name).starts_with(&real_source) {
-        let reason = format!("the output {} lies in the model's folder; choose another place", output.display());
+        let reason =
+            format!("the output {} lies in the model's folder; choose another place", output.display());
         return Err(CheckpointError::Options { reason });
     }
     match fs::symlink_metadata(output) {
@@ -368,8 +386,10 @@ impl PartialFolder {
         let is_new = names()?.next().is_none();
         // A run that is killed just before its last step leaves a complete folder without the lock.
         if !is_new && !lock_path.exists() && !is_packed_folder(&path) {
-            let reason =
-                format!("{} was not made by this program; remove it or choose another output", path.display());
+            let reason = format!(
+                "{} was not made by this program; remove it or choose another output",
+                path.display()
+            );
             return Err(CheckpointError::Options { reason });
         }
         let lock = File::create(&lock_path).map_err(io_error(&lock_path, "create the file"))?;

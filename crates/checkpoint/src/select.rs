@@ -65,12 +65,16 @@ impl Kept {
 
     /// Returns whether the tensor belongs to a linear layer, which stays in floating point.
     pub fn is_linear(&self) -> bool {
-        matches!(self, Kept::Head | Kept::Router | Kept::TooLong | Kept::NotSmaller | Kept::Excluded | Kept::KeptBefore)
+        matches!(
+            self,
+            Kept::Head | Kept::Router | Kept::TooLong | Kept::NotSmaller | Kept::Excluded | Kept::KeptBefore
+        )
     }
 }
 
 /// Parts of names that are heads.
-const HEADS: [&str; 7] = ["lm_head", "embed_out", "classifier", "score", "cls", "qa_outputs", "vocab_projector"];
+const HEADS: [&str; 7] =
+    ["lm_head", "embed_out", "classifier", "score", "cls", "qa_outputs", "vocab_projector"];
 /// Parts of names that are routers or gates.
 const ROUTERS: [&str; 4] = ["gate", "router", "shared_expert_gate", "wg"];
 /// Parts of names that are embeddings.
@@ -109,7 +113,12 @@ impl<'a> Selection<'a> {
             })
         };
         let is_chosen = source.tensors().iter().any(|tensor| tensor.is_imported);
-        Ok(Self { source, include: compile(&patterns.include)?, exclude: compile(&patterns.exclude)?, is_chosen })
+        Ok(Self {
+            source,
+            include: compile(&patterns.include)?,
+            exclude: compile(&patterns.exclude)?,
+            is_chosen,
+        })
     }
 
     /// Returns the module to quantize, or why the tensor is kept.

@@ -74,8 +74,7 @@ impl ShardWriter {
         #[cfg(unix)]
         builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
         let file = builder.tempfile_in(folder).map_err(io_error(folder, "create a file"))?;
-        let mut writer =
-            Self { file, matrices, tensors: HashMap::new(), order: tensors, header_bytes: 0 };
+        let mut writer = Self { file, matrices, tensors: HashMap::new(), order: tensors, header_bytes: 0 };
         let header = writer.header(|_| "0".repeat(16), |_| "0".repeat(16));
         writer.header_bytes = header.len();
         let mut begin = header.len() as u64;

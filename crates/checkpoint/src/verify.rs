@@ -29,7 +29,11 @@ pub struct Verification {
 ///
 /// # Errors
 /// [`CheckpointError::Io`] if a file can't be read.
-pub fn verify(checkpoint: &Checkpoint, original: Option<&Model>, progress: &dyn Progress) -> Result<Verification> {
+pub fn verify(
+    checkpoint: &Checkpoint,
+    original: Option<&Model>,
+    progress: &dyn Progress,
+) -> Result<Verification> {
     let mut result = Verification::default();
     let modules: Vec<_> = checkpoint.modules().collect();
     let tensors: Vec<_> = checkpoint.tensors().collect();
@@ -42,14 +46,18 @@ pub fn verify(checkpoint: &Checkpoint, original: Option<&Model>, progress: &dyn 
             Err(error) => result.problems.push(reported(error)?),
             Ok(()) => match originals.as_ref().map(|readers| readers.get(module.name)) {
                 None => {}
-                Some(None) => result.problems.push(format!("{}: the original has no such module", module.name)),
+                Some(None) => {
+                    result.problems.push(format!("{}: the original has no such module", module.name))
+                }
                 Some(Some(reader)) => {
                     let own = Reader::packed(checkpoint, *module);
                     match difference(reader, &own) {
                         Ok(Some(found)) => figures = Some(found),
                         Ok(None) => result.problems.push(format!(
                             "{}: the original has the shape {:?}, not {:?}",
-                            module.name, reader.shape(), own.shape()
+                            module.name,
+                            reader.shape(),
+                            own.shape()
                         )),
                         Err(error) => result.problems.push(reported(error)?),
                     }

@@ -74,7 +74,9 @@ fn fuzz_folders() {
         let mut files = [shard.clone(), index.clone().into_bytes(), config.clone().into_bytes()];
         let which = which as usize % files.len();
         files[which] = damage(&files[which], 400, &changes);
-        for (name, bytes) in ["1.safetensors", "model.safetensors.index.json", "config.json"].iter().zip(&files) {
+        for (name, bytes) in
+            ["1.safetensors", "model.safetensors.index.json", "config.json"].iter().zip(&files)
+        {
             fs::write(model.join(name), bytes).unwrap();
         }
         read_model(model);
@@ -89,7 +91,8 @@ fn fuzz_packed_checkpoints() {
     fs::write(&file, safetensors_bytes(&tensors)).unwrap();
     let source = open(&file, OpenOptions::default()).unwrap();
     Plan::new(source.as_ref(), &QuantizeOptions::default()).unwrap().run(&out, false, &()).unwrap();
-    let files = ["model.safetensors", "config.json"].map(|name| (out.join(name), fs::read(out.join(name)).unwrap()));
+    let files =
+        ["model.safetensors", "config.json"].map(|name| (out.join(name), fs::read(out.join(name)).unwrap()));
     bolero::check!().with_type::<(bool, Changes)>().cloned().for_each(|(is_config, changes)| {
         for (index, (path, bytes)) in files.iter().enumerate() {
             let changes = if (index == 1) == is_config { &changes[..] } else { &[] };

@@ -8,7 +8,8 @@ use std::path::Path;
 use common::numbers;
 use half::f16;
 use liquidgemm_checkpoint::{
-    Checkpoint, CheckpointError, DequantizedType, Fate, OpenOptions, Plan, Problem, QuantizeOptions, Source, open,
+    Checkpoint, CheckpointError, DequantizedType, Fate, OpenOptions, Plan, Problem, QuantizeOptions, Source,
+    open,
 };
 use safetensors::Dtype;
 
@@ -176,7 +177,9 @@ fn read(source: &dyn Source, name: &str) -> Vec<f32> {
 
 #[test]
 fn tensors_have_the_names_and_the_order_of_hugging_face() {
-    for (architecture, is_interleaved, class) in [("llama", true, "LlamaForCausalLM"), ("qwen2", false, "Qwen2ForCausalLM")] {
+    for (architecture, is_interleaved, class) in
+        [("llama", true, "LlamaForCausalLM"), ("qwen2", false, "Qwen2ForCausalLM")]
+    {
         let folder = tempfile::tempdir().unwrap();
         let (file, weights) = llama(architecture, is_interleaved);
         let source = open(write(folder.path(), &file), OpenOptions::default()).unwrap();
@@ -186,7 +189,15 @@ fn tensors_have_the_names_and_the_order_of_hugging_face() {
         assert_eq!(read(source.as_ref(), "model.layers.0.mlp.up_proj.weight"), weights.up);
         assert_eq!(read(source.as_ref(), "model.embed_tokens.weight"), weights.embedding);
         let config = source.config();
-        for (key, value) in [("hidden_size", HIDDEN), ("num_attention_heads", HEADS), ("num_key_value_heads", KEYS), ("head_dim", HEAD), ("vocab_size", 64), ("intermediate_size", 256), ("num_hidden_layers", 1)] {
+        for (key, value) in [
+            ("hidden_size", HIDDEN),
+            ("num_attention_heads", HEADS),
+            ("num_key_value_heads", KEYS),
+            ("head_dim", HEAD),
+            ("vocab_size", 64),
+            ("intermediate_size", 256),
+            ("num_hidden_layers", 1),
+        ] {
             assert_eq!(config[key], value, "{key}");
         }
         assert_eq!(config["architectures"][0], class);
@@ -196,7 +207,11 @@ fn tensors_have_the_names_and_the_order_of_hugging_face() {
 
 #[test]
 fn the_output_is_a_hugging_face_folder_with_kept_blocks_dequantized() {
-    for (dequantized, dtype) in [(DequantizedType::F16, Dtype::F16), (DequantizedType::Bf16, Dtype::BF16), (DequantizedType::F32, Dtype::F32)] {
+    for (dequantized, dtype) in [
+        (DequantizedType::F16, Dtype::F16),
+        (DequantizedType::Bf16, Dtype::BF16),
+        (DequantizedType::F32, Dtype::F32),
+    ] {
         let folder = tempfile::tempdir().unwrap();
         let (file, weights) = llama("llama", true);
         let source = open(write(folder.path(), &file), OpenOptions { dequantized }).unwrap();
@@ -209,7 +224,9 @@ fn the_output_is_a_hugging_face_folder_with_kept_blocks_dequantized() {
         assert_eq!((embedding.dtype, &embedding.shape[..]), (dtype, &[64, HIDDEN][..]));
         let bytes: Vec<u8> = match dtype {
             Dtype::F16 => weights.embedding.iter().flat_map(|&x| f16::from_f32(x).to_le_bytes()).collect(),
-            Dtype::BF16 => weights.embedding.iter().flat_map(|&x| half::bf16::from_f32(x).to_le_bytes()).collect(),
+            Dtype::BF16 => {
+                weights.embedding.iter().flat_map(|&x| half::bf16::from_f32(x).to_le_bytes()).collect()
+            }
             _ => weights.embedding.iter().flat_map(|x| x.to_le_bytes()).collect(),
         };
         assert!(embedding.bytes == bytes);
@@ -243,10 +260,16 @@ fn a_byte_level_vocabulary_becomes_a_tokenizer_and_others_are_named() {
     let folder = tempfile::tempdir().unwrap();
     let (file, _) = llama("llama", true);
     let file = file.text("tokenizer.ggml.model", "gpt2").text("tokenizer.ggml.pre", "smollm");
-    let with = file.clone().texts("tokenizer.ggml.tokens", &["a", "b", "ab"]).texts("tokenizer.ggml.merges", &["a b"]);
+    let with = file
+        .clone()
+        .texts("tokenizer.ggml.tokens", &["a", "b", "ab"])
+        .texts("tokenizer.ggml.merges", &["a b"]);
     let with = with.number("tokenizer.ggml.bos_token_id", 1);
     let source = open(write(folder.path(), &with), OpenOptions::default()).unwrap();
-    Plan::new(source.as_ref(), &QuantizeOptions::default()).unwrap().run(&folder.path().join("out"), false, &()).unwrap();
+    Plan::new(source.as_ref(), &QuantizeOptions::default())
+        .unwrap()
+        .run(&folder.path().join("out"), false, &())
+        .unwrap();
     let read = |name: &str| -> serde_json::Value {
         serde_json::from_slice(&fs::read(folder.path().join("out").join(name)).unwrap()).unwrap()
     };
@@ -297,7 +320,9 @@ fn damaged_and_hostile_containers_are_refused() {
     }
     let version = |version: u32| refused(&[&b"GGUF"[..], &version.to_le_bytes(), &bytes[8..]].concat());
     assert!(matches!(version(1), Problem::Unsupported { .. }));
-    assert!(matches!(version(3u32.swap_bytes()), Problem::Unsupported { what, .. } if what.contains("big-endian")));
+    assert!(
+        matches!(version(3u32.swap_bytes()), Problem::Unsupported { what, .. } if what.contains("big-endian"))
+    );
 
     let array = |kind: u32, count: u64| {
         let mut file = good.clone();
@@ -308,7 +333,9 @@ fn damaged_and_hostile_containers_are_refused() {
         assert!(matches!(array(kind, u64::MAX), Problem::Gguf { .. }));
         assert!(matches!(array(kind, 1 << 23), Problem::Gguf { .. }));
     }
-    let shaped = |shape: &[u64], kind: u32| refused(&good.clone().tensor("blk.0.attn_v.weight", shape, kind, vec![0; 64]).bytes());
+    let shaped = |shape: &[u64], kind: u32| {
+        refused(&good.clone().tensor("blk.0.attn_v.weight", shape, kind, vec![0; 64]).bytes())
+    };
     for shape in [&[u64::MAX, u64::MAX][..], &[1 << 32, 1 << 32], &[0, 4], &[], &[1; 5], &[1 << 40]] {
         assert!(matches!(shaped(shape, 0), Problem::Gguf { .. }), "{shape:?}");
     }
@@ -338,7 +365,8 @@ fn damaged_and_hostile_containers_are_refused() {
 fn fuzz_damaged_containers() {
     let (file, _) = llama("llama", true);
     let file = file.text("tokenizer.ggml.model", "gpt2").text("tokenizer.ggml.pre", "qwen2");
-    let file = file.texts("tokenizer.ggml.tokens", &["a", "b"]).texts("tokenizer.ggml.merges", &["a b"]).bytes();
+    let file =
+        file.texts("tokenizer.ggml.tokens", &["a", "b"]).texts("tokenizer.ggml.merges", &["a b"]).bytes();
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("model.gguf");
     bolero::check!().with_type::<Vec<(u16, u8, u8)>>().cloned().for_each(|changes| {

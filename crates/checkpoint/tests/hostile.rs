@@ -5,7 +5,9 @@ mod common;
 use std::fs;
 use std::path::Path;
 
-use common::{Tensor, bf16_tensor, contents, f32_tensor, llama, numbers, safetensors_bytes, write_json, write_llama};
+use common::{
+    Tensor, bf16_tensor, contents, f32_tensor, llama, numbers, safetensors_bytes, write_json, write_llama,
+};
 use liquidgemm_checkpoint::{Checkpoint, CheckpointError, OpenOptions, Plan, Problem, QuantizeOptions, open};
 use serde_json::{Value, json};
 
@@ -109,7 +111,10 @@ fn empty_tensors_with_huge_sides_are_kept_at_once() {
     let file = folder.path().join("model.safetensors");
     fs::write(&file, with_header(header, 0)).unwrap();
     let source = open(&file, OpenOptions::default()).unwrap();
-    Plan::new(source.as_ref(), &QuantizeOptions::default()).unwrap().run(&folder.path().join("out"), false, &()).unwrap();
+    Plan::new(source.as_ref(), &QuantizeOptions::default())
+        .unwrap()
+        .run(&folder.path().join("out"), false, &())
+        .unwrap();
     assert_eq!(Checkpoint::open(folder.path().join("out")).unwrap().tensors().count(), 2);
 }
 
@@ -129,7 +134,8 @@ fn an_index_that_names_missing_files_or_tensors_is_refused() {
     };
     let error = attempt_changed(|model| index(model, json!({"a.weight": "model-00007.safetensors"})));
     assert!(matches!(problem(error), Problem::Missing { name } if name == "model-00007.safetensors"));
-    let error = attempt_changed(|model| index(model, json!({"a.weight": "model-00001-of-00002.safetensors"})));
+    let error =
+        attempt_changed(|model| index(model, json!({"a.weight": "model-00001-of-00002.safetensors"})));
     assert!(matches!(problem(error), Problem::Missing { name } if name.starts_with("a.weight")));
     for bad in [json!({}), json!([]), json!({"a": 1}), json!("x")] {
         let error = attempt_changed(|model| index(model, bad.clone()));
@@ -141,12 +147,23 @@ fn an_index_that_names_missing_files_or_tensors_is_refused() {
 
 #[test]
 fn an_index_cannot_name_files_elsewhere() {
-    let names =
-        ["../outside.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", "config.json", "a\\b.safetensors"];
+    let names = [
+        "../outside.safetensors",
+        "/etc/passwd",
+        "a/b.safetensors",
+        "..",
+        "",
+        "config.json",
+        "a\\b.safetensors",
+    ];
     for name in names {
         let error = attempt_changed(|model| {
-            fs::write(model.parent().unwrap().join("outside.safetensors"), safetensors_bytes(&llama()[0])).unwrap();
-            write_json(&model.join("model.safetensors.index.json"), &json!({"weight_map": {"a.weight": name}}));
+            fs::write(model.parent().unwrap().join("outside.safetensors"), safetensors_bytes(&llama()[0]))
+                .unwrap();
+            write_json(
+                &model.join("model.safetensors.index.json"),
+                &json!({"weight_map": {"a.weight": name}}),
+            );
         });
         assert!(matches!(problem(error), Problem::UnsafeName { name: found } if found == name));
     }
@@ -155,9 +172,15 @@ fn an_index_cannot_name_files_elsewhere() {
 #[test]
 fn a_tensor_in_two_shards_is_refused() {
     let error = attempt_changed(|model| {
-        fs::copy(model.join("model-00001-of-00002.safetensors"), model.join("model-00002-of-00002.safetensors")).unwrap();
-        let map: serde_json::Map<String, Value> =
-            llama()[0].iter().map(|tensor| (tensor.0.clone(), json!("model-00001-of-00002.safetensors"))).collect();
+        fs::copy(
+            model.join("model-00001-of-00002.safetensors"),
+            model.join("model-00002-of-00002.safetensors"),
+        )
+        .unwrap();
+        let map: serde_json::Map<String, Value> = llama()[0]
+            .iter()
+            .map(|tensor| (tensor.0.clone(), json!("model-00001-of-00002.safetensors")))
+            .collect();
         let mut map = map;
         map.insert(llama()[0][0].0.clone(), json!("model-00002-of-00002.safetensors"));
         map.insert(llama()[0][1].0.clone(), json!("model-00001-of-00002.safetensors"));
@@ -218,14 +241,19 @@ fn formats_that_cannot_be_taken_say_why() {
     for (config, expected) in [
         (json!({"quant_method": "mxfp4"}), "MXFP4"),
         (json!({"quant_method": "modelopt", "quant_algo": "NVFP4"}), "NVFP4"),
-        (json!({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}), "floating-point codes"),
+        (
+            json!({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}),
+            "floating-point codes",
+        ),
         (json!({"quant_method": "compressed-tensors", "format": "marlin-24"}), "marlin-24"),
         (json!({"quant_method": "bitsandbytes"}), "bitsandbytes"),
         (json!({"quant_method": "gptq", "bits": 3}), "3"),
         (json!({"quant_method": "awq", "bits": 4, "version": "gemv"}), "gemv"),
         (json!({"quant_method": 7}), "7"),
     ] {
-        let error = attempt_changed(|model| write_json(&model.join("config.json"), &json!({"quantization_config": config})));
+        let error = attempt_changed(|model| {
+            write_json(&model.join("config.json"), &json!({"quantization_config": config}))
+        });
         assert!(error.to_string().contains(expected), "{error}");
     }
 }
@@ -258,14 +286,22 @@ fn damaged_packed_checkpoints_are_refused() {
     assert!(replaced("liquidgemm", "liquidgemm").is_ok());
     assert!(matches!(replaced("\"liquidgemm\"", "\"liquidgeme\""), Err(Problem::Unsupported { .. })));
     assert!(matches!(replaced("version\\\":1", "version\\\":9"), Err(Problem::Json { .. })));
-    assert!(matches!(replaced("\\\"group\\\":\\\"64\\\"", "\\\"group\\\":\\\"65\\\""), Err(Problem::Tensor { .. })));
+    assert!(matches!(
+        replaced("\\\"group\\\":\\\"64\\\"", "\\\"group\\\":\\\"65\\\""),
+        Err(Problem::Tensor { .. })
+    ));
     assert!(matches!(replaced("\\\"k\\\":256", "\\\"k\\\":257"), Err(Problem::Tensor { .. })));
     // Padding hides a smaller k, so only the checksum shows it.
     assert!(matches!(replaced("\\\"k\\\":256", "\\\"k\\\":255"), Err(Problem::Checksum { .. })));
     assert!(matches!(replaced("\\\"n\\\":200", "\\\"n\\\":199"), Err(Problem::Tensor { .. })));
-    assert!(matches!(replaced("0.mlp.up_proj.weight_codes", "0.mlp.up_proj.weight_c0des"), Err(Problem::Missing { .. })));
+    assert!(matches!(
+        replaced("0.mlp.up_proj.weight_codes", "0.mlp.up_proj.weight_c0des"),
+        Err(Problem::Missing { .. })
+    ));
     let config = fs::read_to_string(out.join("config.json")).unwrap();
-    for (from, to) in [("\"format_version\": 1", "\"format_version\": 2"), ("layers.1.mlp.up_proj", "layers.1.mlp.no_proj")] {
+    for (from, to) in
+        [("\"format_version\": 1", "\"format_version\": 2"), ("layers.1.mlp.up_proj", "layers.1.mlp.no_proj")]
+    {
         assert!(config.contains(from));
         fs::write(out.join("config.json"), config.replace(from, to)).unwrap();
         assert!(Checkpoint::open(&out).is_err(), "{to}");
@@ -281,7 +317,12 @@ mod unix {
 
     #[test]
     fn links_out_of_the_folder_are_refused() {
-        for name in ["model-00001-of-00002.safetensors", "tokenizer.json", "config.json", "model.safetensors.index.json"] {
+        for name in [
+            "model-00001-of-00002.safetensors",
+            "tokenizer.json",
+            "config.json",
+            "model.safetensors.index.json",
+        ] {
             let error = attempt_changed(|model| {
                 let outside = model.parent().unwrap().join("outside");
                 fs::rename(model.join(name), &outside).unwrap();
@@ -300,16 +341,23 @@ mod unix {
         let blobs = folder.path().join("blobs");
         fs::create_dir_all(&blobs).unwrap();
         write_llama(&snapshot);
-        for (index, name) in ["model-00001-of-00002.safetensors", "tokenizer.json", "config.json"].iter().enumerate() {
+        for (index, name) in
+            ["model-00001-of-00002.safetensors", "tokenizer.json", "config.json"].iter().enumerate()
+        {
             fs::rename(snapshot.join(name), blobs.join(index.to_string())).unwrap();
             symlink(format!("../../blobs/{index}"), snapshot.join(name)).unwrap();
         }
         symlink("tokenizer.json", snapshot.join("special.json")).unwrap();
         let source = open(&snapshot, OpenOptions::default()).unwrap();
-        Plan::new(source.as_ref(), &QuantizeOptions::default()).unwrap().run(&folder.path().join("out"), false, &()).unwrap();
+        Plan::new(source.as_ref(), &QuantizeOptions::default())
+            .unwrap()
+            .run(&folder.path().join("out"), false, &())
+            .unwrap();
         let files = contents(&folder.path().join("out"));
         assert_eq!(files["tokenizer.json"], files["special.json"]);
-        assert!(!fs::symlink_metadata(folder.path().join("out").join("tokenizer.json")).unwrap().is_symlink());
+        assert!(
+            !fs::symlink_metadata(folder.path().join("out").join("tokenizer.json")).unwrap().is_symlink()
+        );
     }
 
     #[test]

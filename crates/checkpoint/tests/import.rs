@@ -36,7 +36,8 @@ impl Matrix {
         zero: impl Fn(usize, usize) -> u8,
     ) -> Self {
         let groups = k / group;
-        let codes = numbers(n * k, 5).iter().map(|x| ((x * 60.0 + 8.0).round() as i32).clamp(0, 15) as u8).collect();
+        let codes =
+            numbers(n * k, 5).iter().map(|x| ((x * 60.0 + 8.0).round() as i32).clamp(0, 15) as u8).collect();
         let all = || (0..n).flat_map(|channel| (0..groups).map(move |group| (channel, group)));
         Self {
             n,
@@ -75,7 +76,8 @@ impl Matrix {
         let Self { n, k, .. } = *self;
         let groups = self.groups();
         let packed = words(n, k.div_ceil(8), |row, word, i| at(&self.codes, n, k, row, word * 8 + i));
-        let zeros = words(n.div_ceil(8), groups, |word, group, i| at(&self.zeros, n, groups, word * 8 + i, group));
+        let zeros =
+            words(n.div_ceil(8), groups, |word, group, i| at(&self.zeros, n, groups, word * 8 + i, group));
         let mut tensors = vec![
             i32_tensor(&format!("{module}.weight_packed"), &[n, k.div_ceil(8)], &packed),
             f32_tensor(&format!("{module}.weight_scale"), &[n, groups], &self.scales),
@@ -83,7 +85,11 @@ impl Matrix {
         let shape = [n as i64, k as i64].iter().flat_map(|side| side.to_le_bytes()).collect();
         tensors.push((format!("{module}.weight_shape"), safetensors::Dtype::I64, vec![2], shape));
         if with_zeros {
-            tensors.push(i32_tensor(&format!("{module}.weight_zero_point"), &[n.div_ceil(8), groups], &zeros));
+            tensors.push(i32_tensor(
+                &format!("{module}.weight_zero_point"),
+                &[n.div_ceil(8), groups],
+                &zeros,
+            ));
         }
         tensors
     }
@@ -93,7 +99,8 @@ impl Matrix {
         let Self { n, k, .. } = *self;
         let groups = self.groups();
         let codes = words(k / 8, n, |word, row, i| at(&self.codes, n, k, row, word * 8 + i));
-        let zeros = words(groups, n / 8, |group, word, i| at(&self.zeros, n, groups, word * 8 + i, group) - less);
+        let zeros =
+            words(groups, n / 8, |group, word, i| at(&self.zeros, n, groups, word * 8 + i, group) - less);
         let of: Vec<u32> = self.of.iter().map(|&group| group as u32).collect();
         vec![
             i32_tensor(&format!("{module}.qweight"), &[k / 8, n], &codes),
@@ -109,7 +116,8 @@ impl Matrix {
         let Self { n, k, .. } = *self;
         let groups = self.groups();
         let codes = words(k, n / 8, |column, word, i| at(&self.codes, n, k, word * 8 + ORDER[i], column));
-        let zeros = words(groups, n / 8, |group, word, i| at(&self.zeros, n, groups, word * 8 + ORDER[i], group));
+        let zeros =
+            words(groups, n / 8, |group, word, i| at(&self.zeros, n, groups, word * 8 + ORDER[i], group));
         vec![
             i32_tensor(&format!("{module}.qweight"), &[k, n / 8], &codes),
             i32_tensor(&format!("{module}.qzeros"), &[groups, n / 8], &zeros),
@@ -174,8 +182,11 @@ fn check_product(taken: &Taken, matrix: &Matrix, tolerance: f32) {
     let permutation = taken.checkpoint.input_permutation("fc").unwrap();
     let (m, weights) = (3, matrix.weights());
     // Whole numbers with a scale of 1, so that activations lose nothing.
-    let activations: Vec<f32> =
-        numbers(m * k, 11).iter().enumerate().map(|(i, x)| if i % k == 0 { 127.0 } else { (x * 600.0).round() }).collect();
+    let activations: Vec<f32> = numbers(m * k, 11)
+        .iter()
+        .enumerate()
+        .map(|(i, x)| if i % k == 0 { 127.0 } else { (x * 600.0).round() })
+        .collect();
     let ordered: Vec<f32> = match &permutation {
         Some(order) => (0..m * k).map(|i| activations[i / k * k + order[i % k]]).collect(),
         None => activations.clone(),
@@ -187,7 +198,10 @@ fn check_product(taken: &Taken, matrix: &Matrix, tolerance: f32) {
         let (x, w) = (&activations[index / n * k..][..k], &weights[index % n * k..][..k]);
         let terms = || x.iter().zip(w).map(|(x, w)| f64::from(*x) * f64::from(*w));
         let (expected, size) = (terms().sum::<f64>(), terms().map(f64::abs).sum::<f64>());
-        assert!(((f64::from(found) - expected).abs() as f32) <= tolerance * size as f32, "{index}: {found} {expected}");
+        assert!(
+            ((f64::from(found) - expected).abs() as f32) <= tolerance * size as f32,
+            "{index}: {found} {expected}"
+        );
     }
 }
 
@@ -223,7 +237,8 @@ fn one_scale_a_channel_is_taken_over_exactly() {
 #[test]
 fn scales_that_are_multiples_of_one_number_are_taken_over_exactly() {
     // s from 1 to 8 with zeros around the middle: s·z ≤ 128 and s·(15 − z) ≤ 127.
-    let scale = |channel: usize, group: usize| 0.0007 * (channel % 5 + 1) as f32 * ((channel + group) % 8 + 1) as f32;
+    let scale =
+        |channel: usize, group: usize| 0.0007 * (channel % 5 + 1) as f32 * ((channel + group) % 8 + 1) as f32;
     let matrix = Matrix::new([128, 512, 128], scale, |channel, group| ((channel * 3 + group) % 5 + 6) as u8);
     for (tensors, config) in formats(&matrix, false) {
         for group in [None, Some(Group::K(64))] {
@@ -288,7 +303,8 @@ fn parts_that_are_missing_or_have_another_shape_are_errors_and_leave_nothing() {
     let matrix = Matrix::new([128, 256, 128], |_, _| 0.01, |_, _| 8);
     for (tensors, config) in formats(&matrix, true) {
         for index in 0..tensors.len() {
-            let is_optional = ["g_idx", "weight_zero_point"].iter().any(|name| tensors[index].0.ends_with(name));
+            let is_optional =
+                ["g_idx", "weight_zero_point"].iter().any(|name| tensors[index].0.ends_with(name));
             let mut missing = tensors.clone();
             missing.remove(index);
             let mut short = tensors.clone();
@@ -310,12 +326,19 @@ fn parts_that_are_missing_or_have_another_shape_are_errors_and_leave_nothing() {
                 write(&folder.path().join("model"), tensors, config);
                 let before = contents(folder.path());
                 let outcome = open(folder.path().join("model"), OpenOptions::default()).and_then(|source| {
-                    Plan::new(source.as_ref(), &QuantizeOptions::default())?.run(&folder.path().join("out"), false, &())
+                    Plan::new(source.as_ref(), &QuantizeOptions::default())?.run(
+                        &folder.path().join("out"),
+                        false,
+                        &(),
+                    )
                 });
                 // Without its codes, a matrix is only left-over tensors, which are kept.
                 let has_codes = index != 0 || outcome.is_err();
                 if !is_valid && has_codes {
-                    assert!(matches!(outcome, Err(CheckpointError::Input { .. })), "{config} {index}: {outcome:?}");
+                    assert!(
+                        matches!(outcome, Err(CheckpointError::Input { .. })),
+                        "{config} {index}: {outcome:?}"
+                    );
                     assert!(contents(folder.path()) == before);
                 }
             }
@@ -332,7 +355,11 @@ fn a_group_index_that_is_no_order_of_whole_groups_is_an_error() {
         // Only the index is used.
         write(&folder.path().join("model"), matrix.gptq("fc", 1), r#"{"quant_method": "gptq", "bits": 4}"#);
         let outcome = open(folder.path().join("model"), OpenOptions::default()).and_then(|source| {
-            Plan::new(source.as_ref(), &QuantizeOptions::default())?.run(&folder.path().join("out"), false, &())
+            Plan::new(source.as_ref(), &QuantizeOptions::default())?.run(
+                &folder.path().join("out"),
+                false,
+                &(),
+            )
         });
         assert!(matches!(outcome, Err(CheckpointError::Input { .. })), "{outcome:?}");
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);

@@ -5,11 +5,13 @@ mod common;
 use std::fs;
 use std::path::Path;
 
-use common::{Tensor, bf16_values, contents, f32_tensor, llama, numbers, safetensors_bytes, write_json, write_llama};
+use common::{
+    Tensor, bf16_values, contents, f32_tensor, llama, numbers, safetensors_bytes, write_json, write_llama,
+};
 use liquidgemm::{Group, PackedWeights, cpu};
 use liquidgemm_checkpoint::{
-    Axis, Checkpoint, CheckpointError, Method, Model, OpenOptions, Patterns, Plan, Problem, QuantizeOptions, Summary, compare,
-    open, verify,
+    Axis, Checkpoint, CheckpointError, Method, Model, OpenOptions, Patterns, Plan, Problem, QuantizeOptions,
+    Summary, compare, open, verify,
 };
 use safetensors::tensor::Dtype;
 use serde_json::{Value, json};
@@ -52,10 +54,13 @@ const MODULES: [(&str, usize, usize); 6] = [
 
 #[test]
 fn linear_layers_are_packed_as_the_library_packs_them_and_all_else_is_kept() {
-    for (method, library) in [(Method::Rtn, liquidgemm::Method::Rtn), (Method::Search, liquidgemm::Method::Search)] {
+    for (method, library) in
+        [(Method::Rtn, liquidgemm::Method::Rtn), (Method::Search, liquidgemm::Method::Search)]
+    {
         for group in [Group::K(64), Group::K(128), Group::Channel] {
             let Fixture { checkpoint, .. } = fixture(&options(method, Some(group)));
-            let found: Vec<_> = checkpoint.modules().map(|module| (module.name.to_owned(), module.n, module.k)).collect();
+            let found: Vec<_> =
+                checkpoint.modules().map(|module| (module.name.to_owned(), module.n, module.k)).collect();
             let expected: Vec<_> = MODULES.iter().map(|&(name, n, k)| (name.to_owned(), n, k)).collect();
             assert_eq!(found, expected);
             for (name, n, k) in MODULES {
@@ -133,7 +138,10 @@ fn patterns_choose_and_a_pattern_that_fits_nothing_is_an_error() {
         let list = |patterns: &[&str]| patterns.iter().map(|&pattern| pattern.to_owned()).collect();
         let patterns = Patterns { include: list(include), exclude: list(exclude) };
         let plan = Plan::new(source.as_ref(), &QuantizeOptions { patterns, ..Default::default() })?;
-        let packed = plan.layers().iter().filter(|layer| matches!(layer.fate, liquidgemm_checkpoint::Fate::Packed { .. }));
+        let packed = plan
+            .layers()
+            .iter()
+            .filter(|layer| matches!(layer.fate, liquidgemm_checkpoint::Fate::Packed { .. }));
         Ok::<_, CheckpointError>(packed.map(|layer| layer.name.clone()).collect::<Vec<_>>())
     };
     assert_eq!(packed(&[], &[]).unwrap().len(), 6);
@@ -167,11 +175,17 @@ fn ranks_have_the_parts_of_the_whole_by_plain_slicing() {
                     if k % world == 0 && (part % step == 0 || world == 1) {
                         assert!(shard.unwrap() == whole.input_shard(part * rank..part * (rank + 1)).unwrap());
                     } else {
-                        assert!(matches!(shard, Err(CheckpointError::BadShard { .. })), "{name} {world} {group}");
+                        assert!(
+                            matches!(shard, Err(CheckpointError::BadShard { .. })),
+                            "{name} {world} {group}"
+                        );
                     }
                 }
             }
-            assert!(matches!(checkpoint.packed_shard(name, Axis::N, 2, 2), Err(CheckpointError::BadShard { .. })));
+            assert!(matches!(
+                checkpoint.packed_shard(name, Axis::N, 2, 2),
+                Err(CheckpointError::BadShard { .. })
+            ));
         }
         assert!(matches!(checkpoint.packed("lm_head"), Err(CheckpointError::NoModule { .. })));
     }
@@ -215,7 +229,9 @@ fn a_single_file_becomes_a_folder() {
     quantize(&file, &folder.path().join("out"), &options(Method::Rtn, None)).unwrap();
     let checkpoint = Checkpoint::open(folder.path().join("out")).unwrap();
     let rtn = liquidgemm::QuantizeOptions { method: liquidgemm::Method::Rtn, ..Default::default() };
-    assert!(checkpoint.packed("fc").unwrap() == PackedWeights::quantize_with(&weights, 128, 64, &rtn).unwrap());
+    assert!(
+        checkpoint.packed("fc").unwrap() == PackedWeights::quantize_with(&weights, 128, 64, &rtn).unwrap()
+    );
     // A shard alone can be opened as well.
     let shard = Checkpoint::open(folder.path().join("out").join("model.safetensors")).unwrap();
     assert!(shard.packed("fc").unwrap() == checkpoint.packed("fc").unwrap());
@@ -257,7 +273,10 @@ fn fp8_weights_are_multiplied_by_their_scales_and_the_scales_are_dropped() {
             .map(|i| value(codes[i]) * scales[i / k / block[0] * columns + i % k / block[1]])
             .collect();
         let rtn = liquidgemm::QuantizeOptions { method: liquidgemm::Method::Rtn, ..Default::default() };
-        assert!(checkpoint.packed("a").unwrap() == PackedWeights::quantize_with(&weights, n, k, &rtn).unwrap(), "{suffix} {shape:?}");
+        assert!(
+            checkpoint.packed("a").unwrap() == PackedWeights::quantize_with(&weights, n, k, &rtn).unwrap(),
+            "{suffix} {shape:?}"
+        );
         let kept: Vec<&str> = checkpoint.tensors().map(|tensor| tensor.0).collect();
         assert_eq!(kept, ["lm_head.weight", &format!("lm_head.{suffix}")]);
         let own = &checkpoint.config()["quantization_config"];
@@ -295,7 +314,8 @@ fn an_existing_output_is_kept_without_force_and_only_a_packed_one_is_replaced() 
         assert!(matches!(outcome, Err(CheckpointError::Options { .. })), "{outcome:?}");
     }
     // Nothing is left beside the outputs.
-    let mut names: Vec<_> = fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    let mut names: Vec<_> =
+        fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     names.sort();
     assert_eq!(names, ["model", "out", "photos"]);
 }
@@ -308,7 +328,10 @@ fn a_weight_that_is_not_finite_is_an_error_with_its_place_and_leaves_nothing() {
     weights[200 * 64 + 5] = f32::NAN;
     fs::write(&file, safetensors_bytes(&[f32_tensor("fc.weight", &[256, 64], &weights)])).unwrap();
     match quantize(&file, &folder.path().join("out"), &QuantizeOptions::default()) {
-        Err(CheckpointError::Weights { module, error: liquidgemm::Error::NonFiniteWeight { channel: 200, k: 5, .. } }) => {
+        Err(CheckpointError::Weights {
+            module,
+            error: liquidgemm::Error::NonFiniteWeight { channel: 200, k: 5, .. },
+        }) => {
             assert_eq!(module, "fc");
         }
         other => panic!("{other:?}"),
@@ -362,7 +385,8 @@ fn compare_measures_packed_and_original_models_alike() {
     let [model, packed] = ["model", "out"].map(|name| Model::open(folder.path().join(name)).unwrap());
     let found = compare(&model, &packed, &()).unwrap();
     let verified = verify(&checkpoint, Some(&model), &()).unwrap();
-    let verified: Vec<_> = verified.modules.into_iter().map(|(name, difference)| (name, difference.unwrap())).collect();
+    let verified: Vec<_> =
+        verified.modules.into_iter().map(|(name, difference)| (name, difference.unwrap())).collect();
     assert_eq!(found.modules, verified);
     assert_eq!(found.only_in_second, Vec::<String>::new());
     assert_eq!(found.only_in_first.len(), 4);

@@ -95,7 +95,13 @@ fn packed_entries(checkpoint: &Checkpoint) -> Vec<Entry> {
             stored.push_str(", permuted");
         }
         let group = Some(module.group.to_string());
-        Entry { name: module.name.to_owned(), shape: vec![module.n, module.k], stored, group, bytes: module.bytes }
+        Entry {
+            name: module.name.to_owned(),
+            shape: vec![module.n, module.k],
+            stored,
+            group,
+            bytes: module.bytes,
+        }
     });
     let tensors = checkpoint.tensors().map(|(name, dtype, shape, bytes)| Entry {
         name: name.to_owned(),

@@ -7,7 +7,8 @@ use std::sync::Arc;
 use anyhow::bail;
 use liquidgemm::Group;
 use liquidgemm_checkpoint::{
-    Calibration, DequantizedType, Fate, Layer, Method, OpenOptions, Patterns, Plan, QuantizeOptions, Source, open,
+    Calibration, DequantizedType, Fate, Layer, Method, OpenOptions, Patterns, Plan, QuantizeOptions, Source,
+    open,
 };
 use serde_json::{Value, json};
 
@@ -97,9 +98,9 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<Report> {
     let summary = plan.run(output, arguments.force, &Progress::bytes("quantizing"))?;
     result["output"] = json!(output);
     result["resumed_shards"] = json!(summary.resumed_shards);
-    let imports = summary.imports.iter().map(|import| {
-        json!({"module": import.module, "kind": import.kind.name(), "relative_error": import.error})
-    });
+    let imports = summary.imports.iter().map(
+        |import| json!({"module": import.module, "kind": import.kind.name(), "relative_error": import.error}),
+    );
     result["imports"] = json!(imports.collect::<Vec<_>>());
     if arguments.json {
         return Ok(json_report(&result, true));
@@ -151,8 +152,10 @@ fn described(source: &dyn Source, plan: &Plan<'_>) -> Value {
 }
 
 fn table(layers: &[Layer]) -> String {
-    let mut table =
-        Table::new(&["tensor", "shape", "type", "before", "after", ""], &[false, false, false, true, true, false]);
+    let mut table = Table::new(
+        &["tensor", "shape", "type", "before", "after", ""],
+        &[false, false, false, true, true, false],
+    );
     for layer in layers {
         let fate = match &layer.fate {
             Fate::Packed { group, .. } => format!("packed, group {group}"),
@@ -172,8 +175,10 @@ fn table(layers: &[Layer]) -> String {
 }
 
 fn totals(source: &dyn Source, layers: &[Layer]) -> String {
-    let packed: Vec<&Layer> = layers.iter().filter(|layer| matches!(layer.fate, Fate::Packed { .. })).collect();
-    let weights: f64 = packed.iter().map(|layer| layer.shape.iter().map(|&side| side as f64).product::<f64>()).sum();
+    let packed: Vec<&Layer> =
+        layers.iter().filter(|layer| matches!(layer.fate, Fate::Packed { .. })).collect();
+    let weights: f64 =
+        packed.iter().map(|layer| layer.shape.iter().map(|&side| side as f64).product::<f64>()).sum();
     let after: f64 = packed.iter().map(|layer| layer.bytes_after as f64).sum();
     let kept = layers.iter().filter(|layer| matches!(layer.fate, Fate::Kept(_))).count();
     let sum = |of: fn(&Layer) -> u64| layers.iter().map(|layer| of(layer) as f64).sum::<f64>();

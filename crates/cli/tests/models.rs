@@ -9,7 +9,8 @@ use serde_json::Value;
 
 /// Runs the command in a folder. Returns exit code, stdout and stderr.
 fn run(folder: &Path, arguments: &[&str]) -> (i32, String, String) {
-    let output = Command::cargo_bin("liquidgemm").unwrap().args(arguments).current_dir(folder).output().unwrap();
+    let output =
+        Command::cargo_bin("liquidgemm").unwrap().args(arguments).current_dir(folder).output().unwrap();
     let text = |bytes| String::from_utf8(bytes).unwrap();
     (output.status.code().expect("not killed by a signal"), text(output.stdout), text(output.stderr))
 }

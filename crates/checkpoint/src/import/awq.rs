@@ -19,7 +19,8 @@ const ORDER: [usize; CODES] = [0, 4, 1, 5, 2, 6, 3, 7];
 
 /// Checks the configuration.
 pub(super) fn check(config: &Value) -> Result<(), Problem> {
-    let refuse = |what: String| Err(Problem::Unsupported { what, remedy: "quantize the original checkpoint" });
+    let refuse =
+        |what: String| Err(Problem::Unsupported { what, remedy: "quantize the original checkpoint" });
     match config.get("bits").and_then(Value::as_u64) {
         Some(4) => {}
         other => return refuse(format!("AWQ weights with {other:?} bits; 4 expected")),

@@ -38,7 +38,8 @@ pub(super) fn check(config: &Value) -> Result<(), Problem> {
         let bits = weights.and_then(|weights| weights.get("num_bits")).and_then(Value::as_u64);
         let kind = weights.and_then(|weights| weights.get("type")).and_then(Value::as_str).unwrap_or("int");
         if bits != Some(4) || kind != "int" {
-            let what = format!("{name} has weights of type {kind} with {bits:?} bits; int with 4 bits expected");
+            let what =
+                format!("{name} has weights of type {kind} with {bits:?} bits; int with 4 bits expected");
             return refuse(what, remedy);
         }
     }

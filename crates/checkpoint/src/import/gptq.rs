@@ -17,7 +17,8 @@ use crate::error::Problem;
 
 /// Checks the configuration, and returns what is added to stored zeros.
 pub(super) fn check(config: &Value) -> Result<u8, Problem> {
-    let refuse = |what: String| Err(Problem::Unsupported { what, remedy: "quantize the original checkpoint" });
+    let refuse =
+        |what: String| Err(Problem::Unsupported { what, remedy: "quantize the original checkpoint" });
     match config.get("bits").and_then(Value::as_u64) {
         Some(4) => {}
         other => return refuse(format!("GPTQ weights with {other:?} bits; 4 expected")),
@@ -41,7 +42,17 @@ pub(super) fn find(parts: &mut Parts<'_>) -> Result<Vec<Found>, Problem> {
         let k = rows.checked_mul(CODES).ok_or_else(|| parts.wrong_shape(codes, "[k/8, n]"))?;
         parts.expect(codes, &[rows, n])?;
         parts.expect(zeros, &[groups, n.div_ceil(CODES)])?;
-        all.push(Found { module, n, k, groups, codes, scales, zeros: Some(zeros), group_index, others: Vec::new() });
+        all.push(Found {
+            module,
+            n,
+            k,
+            groups,
+            codes,
+            scales,
+            zeros: Some(zeros),
+            group_index,
+            others: Vec::new(),
+        });
     }
     Ok(all)
 }

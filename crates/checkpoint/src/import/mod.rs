@@ -111,7 +111,8 @@ pub(crate) struct Parts<'a> {
 
 impl<'a> Parts<'a> {
     fn new(tensors: &'a [SourceTensor]) -> Self {
-        let by_name = tensors.iter().enumerate().map(|(index, tensor)| (tensor.name.as_str(), index)).collect();
+        let by_name =
+            tensors.iter().enumerate().map(|(index, tensor)| (tensor.name.as_str(), index)).collect();
         Self { tensors, by_name }
     }
 
@@ -141,7 +142,11 @@ impl<'a> Parts<'a> {
     }
 
     fn expect(&self, tensor: usize, shape: &[usize]) -> Result<(), Problem> {
-        if self.shape(tensor) == shape { Ok(()) } else { Err(self.wrong_shape(tensor, &format!("{shape:?}"))) }
+        if self.shape(tensor) == shape {
+            Ok(())
+        } else {
+            Err(self.wrong_shape(tensor, &format!("{shape:?}")))
+        }
     }
 
     fn wrong_shape(&self, tensor: usize, expected: &str) -> Problem {
@@ -219,12 +224,20 @@ impl ImportedModel {
         let mut matrices: HashMap<usize, Found> = HashMap::new();
         let mut absorbed = vec![false; model.tensors().len()];
         for found in found {
-            for (tensor, is_float) in [(Some(found.codes), false), (Some(found.scales), true), (found.zeros, false), (found.group_index, false)] {
+            for (tensor, is_float) in [
+                (Some(found.codes), false),
+                (Some(found.scales), true),
+                (found.zeros, false),
+                (found.group_index, false),
+            ] {
                 let Some(tensor) = tensor else { continue };
                 let info = &model.tensors()[tensor];
                 let fits = if is_float { info.is_readable } else { info.kept == Dtype::I32 };
                 if !fits {
-                    return Err(Problem::tensor(&info.name, format!("has the type {}, which has no place there", info.stored)));
+                    return Err(Problem::tensor(
+                        &info.name,
+                        format!("has the type {}, which has no place there", info.stored),
+                    ));
                 }
             }
             if let Some(index) = found.group_index {
@@ -335,7 +348,9 @@ impl Found {
         let mut imported = Imported { n, k, codes, group, scales, zeros, permutation: None };
         let name = &model.tensors()[self.scales].name;
         if let Some(bad) = imported.scales.iter().find(|scale| !scale.is_finite()) {
-            return Err(Problem::tensor(name, format!("has the scale {bad}; scales must be finite")).at(model.path()));
+            return Err(
+                Problem::tensor(name, format!("has the scale {bad}; scales must be finite")).at(model.path())
+            );
         }
         if let Some(index) = self.group_index {
             let words = model.read_words(index).map_err(|problem| problem.at(model.path()))?;
@@ -343,7 +358,8 @@ impl Found {
                 let name = &model.tensors()[index].name;
                 let order = sorted_columns(&words, groups, group)
                     .map_err(|reason| Problem::tensor(name, reason).at(model.path()))?;
-                imported.codes = words::matrix(n, k, |row, column| imported.codes[row * k + order[column] as usize]);
+                imported.codes =
+                    words::matrix(n, k, |row, column| imported.codes[row * k + order[column] as usize]);
                 imported.permutation = Some(order);
             }
         }
@@ -410,7 +426,9 @@ impl Source for ImportedModel {
         for (row, values) in rows.zip(values.chunks_exact_mut(found.k)) {
             matrix.dequantize_channel(row, &mut sorted);
             match &matrix.permutation {
-                Some(order) => order.iter().zip(&sorted).for_each(|(&to, &value)| values[to as usize] = value),
+                Some(order) => {
+                    order.iter().zip(&sorted).for_each(|(&to, &value)| values[to as usize] = value)
+                }
                 None => values.copy_from_slice(&sorted),
             }
         }

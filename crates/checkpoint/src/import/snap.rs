@@ -71,7 +71,10 @@ pub(crate) fn pack(
         None => (0.0, None),
     };
     let mut values = vec![0f32; n * k];
-    values.par_chunks_exact_mut(k).enumerate().for_each(|(channel, row)| imported.dequantize_channel(channel, row));
+    values
+        .par_chunks_exact_mut(k)
+        .enumerate()
+        .for_each(|(channel, row)| imported.dequantize_channel(channel, row));
     let requantized = quantizer.quantize(&values, n, k, group)?;
     drop(values);
     let (all_squares, errors) = sums(imported, &requantized);

@@ -105,7 +105,10 @@ pub(crate) fn shard_names(folder: &Folder) -> Result<Shards> {
         return Ok(Shards { names: vec![only.clone()], index: None });
     }
     let (what, remedy) = if !weights.is_empty() {
-        (format!("the folder has {} .safetensors files, but no {INDEX}", weights.len()), "fetch the index as well")
+        (
+            format!("the folder has {} .safetensors files, but no {INDEX}", weights.len()),
+            "fetch the index as well",
+        )
     } else if names.iter().any(|name| name.ends_with(".gguf")) {
         ("the folder has no .safetensors file".to_owned(), "give the .gguf file itself")
     } else {
@@ -125,7 +128,8 @@ pub(crate) fn parse_index(index: &Map<String, Value>) -> Result<HashMap<String, 
     }
     map.iter()
         .map(|(tensor, file)| {
-            let file = file.as_str().ok_or_else(|| bad("the index's \"weight_map\" has a value that is no text"))?;
+            let file =
+                file.as_str().ok_or_else(|| bad("the index's \"weight_map\" has a value that is no text"))?;
             if !is_plain_name(file) || !file.ends_with(".safetensors") {
                 return Err(Problem::UnsafeName { name: file.to_owned() });
             }
@@ -170,8 +174,11 @@ impl SafetensorsModel {
                     return Err(Problem::Twice { name: tensor.name.clone(), other }.at(file.path()));
                 }
                 let is_empty = tensor.shape.contains(&0);
-                if !is_empty && !(tensor.shape.last().unwrap_or(&1) * tensor.dtype.bitsize()).is_multiple_of(8) {
-                    let reason = format!("has rows of {:?} that are no whole bytes, as no known model", tensor.dtype);
+                if !is_empty
+                    && !(tensor.shape.last().unwrap_or(&1) * tensor.dtype.bitsize()).is_multiple_of(8)
+                {
+                    let reason =
+                        format!("has rows of {:?} that are no whole bytes, as no known model", tensor.dtype);
                     return Err(Problem::tensor(&tensor.name, reason).at(file.path()));
                 }
                 tensors.push(SourceTensor {
@@ -190,15 +197,18 @@ impl SafetensorsModel {
                 places.push(Place { file: index, tensor: tensor.clone(), scales: None });
             }
         }
-        let mut model = Self { path: path.to_owned(), config, files, shards, tensors, places, side_files, left_out };
+        let mut model =
+            Self { path: path.to_owned(), config, files, shards, tensors, places, side_files, left_out };
         model.find_fp8_scales(&known)?;
         Ok(model)
     }
 
     /// Finds the scales of each fp8 weight, and checks their shapes.
     fn find_fp8_scales(&mut self, known: &HashMap<String, usize>) -> Result<()> {
-        let blocks = self.config.get("quantization_config").and_then(|config| config.get("weight_block_size"));
-        let configured = |axis: usize| blocks.and_then(|blocks| blocks.get(axis)?.as_u64()).map(|side| side as usize);
+        let blocks =
+            self.config.get("quantization_config").and_then(|config| config.get("weight_block_size"));
+        let configured =
+            |axis: usize| blocks.and_then(|blocks| blocks.get(axis)?.as_u64()).map(|side| side as usize);
         let sides = [0, 1].map(|axis| configured(axis).filter(|&side| side > 0).unwrap_or(FP8_BLOCK));
         for weight in 0..self.tensors.len() {
             let tensor = &self.tensors[weight];
@@ -211,7 +221,9 @@ impl SafetensorsModel {
             let block = match self.tensors[scales].shape[..] {
                 [] | [1] | [1, 1] => Some([n, k]),
                 [rows] | [rows, 1] if rows == n => Some([1, k]),
-                [rows, columns] if rows == n.div_ceil(sides[0]) && columns == k.div_ceil(sides[1]) => Some(sides),
+                [rows, columns] if rows == n.div_ceil(sides[0]) && columns == k.div_ceil(sides[1]) => {
+                    Some(sides)
+                }
                 _ => None,
             };
             let reason = match block {
@@ -246,7 +258,8 @@ impl SafetensorsModel {
         if info.kept != Dtype::I32 {
             return Err(Problem::tensor(&info.name, format!("has the type {}; I32 expected", info.stored)));
         }
-        let bytes = self.read_bytes(tensor).map_err(|error| Problem::tensor(&info.name, error.to_string()))?;
+        let bytes =
+            self.read_bytes(tensor).map_err(|error| Problem::tensor(&info.name, error.to_string()))?;
         Ok(bytes.as_chunks().0.iter().map(|&bytes| u32::from_le_bytes(bytes)).collect())
     }
 
@@ -265,7 +278,9 @@ impl SafetensorsModel {
         };
         match sides[..] {
             // Larger sides than this could not be multiplied.
-            [n, k] if (1..=1 << 31).contains(&n) && (1..=1 << 31).contains(&k) => Ok([n as usize, k as usize]),
+            [n, k] if (1..=1 << 31).contains(&n) && (1..=1 << 31).contains(&k) => {
+                Ok([n as usize, k as usize])
+            }
             _ => Err(bad(format!("holds {sides:?}, which is no shape"))),
         }
     }

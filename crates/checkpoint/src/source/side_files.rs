@@ -30,7 +30,19 @@ const MOST_FILES: usize = 10_000;
 
 /// Weights in other formats, which would contradict the packed ones.
 const WEIGHTS: [&str; 13] = [
-    "safetensors", "bin", "pt", "pth", "ckpt", "gguf", "ggml", "h5", "msgpack", "onnx", "ot", "tflite", "pkl",
+    "safetensors",
+    "bin",
+    "pt",
+    "pth",
+    "ckpt",
+    "gguf",
+    "ggml",
+    "h5",
+    "msgpack",
+    "onnx",
+    "ot",
+    "tflite",
+    "pkl",
 ];
 
 /// Files beside the weights, and the names left out, each with the reason.

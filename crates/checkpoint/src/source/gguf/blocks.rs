@@ -71,8 +71,12 @@ pub(crate) fn dequantize(block: BlockType, bytes: &[u8], values: &mut [f32]) {
         BlockType::BF16 => |b, v| v[0] = bf16::from_le_bytes([b[0], b[1]]).to_f32(),
         BlockType::Q4_0 => |b, v| nibbles(&b[2..], v, |q, _| (q as i32 - 8) as f32 * f16_at(b, 0)),
         BlockType::Q4_1 => |b, v| nibbles(&b[4..], v, |q, _| q as f32 * f16_at(b, 0) + f16_at(b, 2)),
-        BlockType::Q5_0 => |b, v| nibbles(&b[6..], v, |q, i| (fifth(b, 2, q, i) as i32 - 16) as f32 * f16_at(b, 0)),
-        BlockType::Q5_1 => |b, v| nibbles(&b[8..], v, |q, i| fifth(b, 4, q, i) as f32 * f16_at(b, 0) + f16_at(b, 2)),
+        BlockType::Q5_0 => {
+            |b, v| nibbles(&b[6..], v, |q, i| (fifth(b, 2, q, i) as i32 - 16) as f32 * f16_at(b, 0))
+        }
+        BlockType::Q5_1 => {
+            |b, v| nibbles(&b[8..], v, |q, i| fifth(b, 4, q, i) as f32 * f16_at(b, 0) + f16_at(b, 2))
+        }
         BlockType::Q8_0 => |b, v| {
             let d = f16_at(b, 0);
             for (value, &q) in v.iter_mut().zip(&b[2..]) {
@@ -169,7 +173,8 @@ mod tests {
         let fifth = 0x0001_8001u32.to_le_bytes();
         dequantize(BlockType::Q5_0, &[&d[..], &fifth, &codes].concat(), &mut values);
         for (i, value) in values.iter().enumerate() {
-            let code = if i < 16 { i as i32 } else { 31 - i as i32 } + if [0, 15, 16].contains(&i) { 16 } else { 0 };
+            let code =
+                if i < 16 { i as i32 } else { 31 - i as i32 } + if [0, 15, 16].contains(&i) { 16 } else { 0 };
             assert_eq!(*value, (code - 16) as f32 * 0.5, "{i}");
         }
         let bytes: Vec<u8> = (0..32u8).map(|i| i.wrapping_sub(16)).collect();
@@ -190,7 +195,8 @@ mod tests {
             let mut values = vec![0.0; block.elements()];
             dequantize(*block, &bytes, &mut values);
             let sum: f64 = values.iter().map(|&value| value as f64).sum();
-            let weighted: f64 = values.iter().enumerate().map(|(i, &value)| value as f64 * (i + 1) as f64).sum();
+            let weighted: f64 =
+                values.iter().enumerate().map(|(i, &value)| value as f64 * (i + 1) as f64).sum();
             assert_eq!((sum, weighted), (case.2, case.3), "{}", case.0);
         }
     }

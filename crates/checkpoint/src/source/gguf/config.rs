@@ -73,7 +73,11 @@ impl Reader<'_> {
     }
 
     /// Makes `config.json`. `largest_rope_factor` is the largest of the factors in `rope_freqs.weight`.
-    pub(crate) fn config(&self, largest_rope_factor: Option<f32>, torch_dtype: &str) -> Result<Map<String, Json>, Problem> {
+    pub(crate) fn config(
+        &self,
+        largest_rope_factor: Option<f32>,
+        torch_dtype: &str,
+    ) -> Result<Map<String, Json>, Problem> {
         let Heads { size, queries, keys } = self.heads()?;
         let has = |name: &str| self.container.tensors.iter().any(|tensor| tensor.name == name);
         let (class, model_type) = match self.family {

@@ -96,7 +96,10 @@ impl Container {
         }
         if !(2..=3).contains(&version) {
             let what = format!("GGUF version {version}");
-            return Err(Problem::Unsupported { what, remedy: "versions 2 and 3 can be read; convert it again" });
+            return Err(Problem::Unsupported {
+                what,
+                remedy: "versions 2 and 3 can be read; convert it again",
+            });
         }
         let tensors = header.count("tensors", MOST_ENTRIES)?;
         let entries = header.count("metadata entries", MOST_ENTRIES)?;
@@ -116,7 +119,9 @@ impl Container {
             Some(value) => value
                 .as_u64()
                 .filter(|alignment| alignment.is_power_of_two() && (8..=1 << 20).contains(alignment))
-                .ok_or_else(|| bad(format!("general.alignment is {value:?}; a power of two from 8 on expected")))?,
+                .ok_or_else(|| {
+                    bad(format!("general.alignment is {value:?}; a power of two from 8 on expected"))
+                })?,
         };
         let data = header.read.next_multiple_of(alignment);
         let tensors = place(tensors, data, alignment, file.length())?;
@@ -242,12 +247,16 @@ impl Header<'_> {
         let name = self.text()?;
         let dimensions = u32::from_le_bytes(self.bytes()?);
         if !(1..=MOST_DIMENSIONS).contains(&dimensions) {
-            return Err(bad(format!("tensor {name:?} has {dimensions} dimensions; 1 to {MOST_DIMENSIONS} expected")));
+            return Err(bad(format!(
+                "tensor {name:?} has {dimensions} dimensions; 1 to {MOST_DIMENSIONS} expected"
+            )));
         }
         let mut shape = Vec::new();
         for _ in 0..dimensions {
             let side = u64::from_le_bytes(self.bytes()?);
-            shape.push(usize::try_from(side).map_err(|_| bad(format!("tensor {name:?} has a side of {side}")))?);
+            shape.push(
+                usize::try_from(side).map_err(|_| bad(format!("tensor {name:?} has a side of {side}")))?,
+            );
         }
         // The file has columns first.
         shape.reverse();
@@ -259,11 +268,14 @@ impl Header<'_> {
         })?;
         let elements = shape.iter().try_fold(1u64, |product, &side| product.checked_mul(side as u64));
         let elements = elements.filter(|&elements| elements > 0 && elements <= i64::MAX as u64 / 4);
-        let elements = elements.ok_or_else(|| bad(format!("tensor {name:?} has the impossible shape {shape:?}")))?;
+        let elements =
+            elements.ok_or_else(|| bad(format!("tensor {name:?} has the impossible shape {shape:?}")))?;
         let columns = shape[shape.len() - 1];
         if !columns.is_multiple_of(block.elements()) {
             let (block, elements) = (block.name(), block.elements());
-            return Err(bad(format!("tensor {name:?} has {columns} columns, no multiple of {block}'s {elements}")));
+            return Err(bad(format!(
+                "tensor {name:?} has {columns} columns, no multiple of {block}'s {elements}"
+            )));
         }
         let bytes = elements / block.elements() as u64 * block.bytes() as u64;
         Ok(Tensor { name, shape, block, offset, bytes })

@@ -103,9 +103,17 @@ impl GgufModel {
         let path = file.path().to_owned();
         let at = |problem: Problem| problem.at(&path);
         let container = Container::read(&file).map_err(at)?;
-        if container.metadata.get("split.count").and_then(|count| count.as_u64()).is_some_and(|count| count > 1) {
+        if container
+            .metadata
+            .get("split.count")
+            .and_then(|count| count.as_u64())
+            .is_some_and(|count| count > 1)
+        {
             let what = "one part of a GGUF model in several files".to_owned();
-            return Err(at(Problem::Unsupported { what, remedy: "join the parts with llama.cpp's `llama-gguf-split --merge`" }));
+            return Err(at(Problem::Unsupported {
+                what,
+                remedy: "join the parts with llama.cpp's `llama-gguf-split --merge`",
+            }));
         }
         let family = Family::of(&container).map_err(at)?;
         let reader = Reader { container: &container, family };
@@ -116,12 +124,17 @@ impl GgufModel {
         let mut left_out = Vec::new();
         for tensor in &container.tensors {
             let unknown = || Problem::Gguf {
-                reason: format!("tensor {:?} is not known in the architecture {}", tensor.name, family.prefix()),
+                reason: format!(
+                    "tensor {:?} is not known in the architecture {}",
+                    tensor.name,
+                    family.prefix()
+                ),
             };
             let target = target(family, &tensor.name).ok_or_else(unknown).map_err(at)?;
             if target == Target::InConfig {
                 rope_factor = Some(largest(&file, tensor)?);
-                left_out.push((tensor.name.clone(), "its factors are `rope_scaling` in config.json".to_owned()));
+                left_out
+                    .push((tensor.name.clone(), "its factors are `rope_scaling` in config.json".to_owned()));
             } else {
                 listing.add(tensor, target).map_err(at)?;
             }
@@ -192,7 +205,10 @@ impl Listing {
                 return Ok(None);
             }
             let (rows, size) = (shape[0], self.heads.size);
-            if shape.len() > 2 || Some(rows) != heads.checked_mul(size) || (shape.len() == 1 && tensor.block.elements() != 1) {
+            if shape.len() > 2
+                || Some(rows) != heads.checked_mul(size)
+                || (shape.len() == 1 && tensor.block.elements() != 1)
+            {
                 let reason = format!("has the shape {shape:?}, not that of {heads} heads of {size}");
                 return Err(Problem::tensor(&tensor.name, reason));
             }
@@ -219,7 +235,13 @@ impl Listing {
                     return Err(Problem::tensor(&tensor.name, reason));
                 }
                 for expert in 0..experts {
-                    self.push(tensor, format!("{prefix}{expert}{suffix}"), vec![rows, columns], expert * rows, None);
+                    self.push(
+                        tensor,
+                        format!("{prefix}{expert}{suffix}"),
+                        vec![rows, columns],
+                        expert * rows,
+                        None,
+                    );
                 }
             }
             Target::InConfig => {}
@@ -253,9 +275,9 @@ impl Listing {
             shard: 0,
             is_readable: true,
             scales_of: None,
-                    is_imported: false,
-                    imported_group: None,
-                    permuted: false,
+            is_imported: false,
+            imported_group: None,
+            permuted: false,
         });
     }
 }
@@ -362,7 +384,8 @@ impl Source for GgufModel {
                 for (bytes, &value) in bytes.chunks_exact_mut(2).zip(&values) {
                     let rounded = f16::from_f32(value);
                     if value.is_finite() && !rounded.is_finite() {
-                        let reason = format!("has the value {value}, beyond f16; keep tensors as bf16 or f32");
+                        let reason =
+                            format!("has the value {value}, beyond f16; keep tensors as bf16 or f32");
                         return Err(Problem::tensor(&info.name, reason).at(self.path()));
                     }
                     bytes.copy_from_slice(&rounded.to_le_bytes());

@@ -150,7 +150,10 @@ mod tests {
     fn names_become_those_of_hugging_face() {
         let name = |family, name| target(family, name).unwrap();
         let same = |name: &str| Target::Same(name.to_owned());
-        assert_eq!(name(Family::Llama, "blk.12.ffn_down.weight"), same("model.layers.12.mlp.down_proj.weight"));
+        assert_eq!(
+            name(Family::Llama, "blk.12.ffn_down.weight"),
+            same("model.layers.12.mlp.down_proj.weight")
+        );
         assert_eq!(name(Family::Qwen2, "blk.0.attn_v.bias"), same("model.layers.0.self_attn.v_proj.bias"));
         assert_eq!(
             name(Family::Llama, "blk.3.attn_q.weight"),
@@ -160,8 +163,12 @@ mod tests {
             name(Family::Mixtral, "blk.1.ffn_up_exps.weight"),
             Target::Experts("model.layers.1.block_sparse_moe.experts.".into(), ".w3.weight")
         );
-        assert_eq!(name(Family::Qwen3Moe, "blk.1.ffn_gate_inp.weight"), same("model.layers.1.mlp.gate.weight"));
-        for unknown in ["blk.x.attn_q.weight", "blk.01.attn_q.weight", "blk.0.attn_q", "blk.0.foo.weight", ""] {
+        assert_eq!(
+            name(Family::Qwen3Moe, "blk.1.ffn_gate_inp.weight"),
+            same("model.layers.1.mlp.gate.weight")
+        );
+        for unknown in ["blk.x.attn_q.weight", "blk.01.attn_q.weight", "blk.0.attn_q", "blk.0.foo.weight", ""]
+        {
             assert_eq!(target(Family::Llama, unknown), None, "{unknown}");
         }
     }

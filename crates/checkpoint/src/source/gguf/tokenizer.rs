@@ -32,7 +32,8 @@ pub(crate) fn derive(reader: &Reader<'_>) -> Derived {
             {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false},
         ]})
     };
-    let byte_level = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
+    let byte_level =
+        json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
     let (normalizer, pre_tokenizer, ignore_merges) = match text("pre") {
         "gpt-2" => (Json::Null, byte_level, false),
         "smollm" => {
@@ -43,7 +44,8 @@ pub(crate) fn derive(reader: &Reader<'_>) -> Derived {
         "llama-bpe" => (Json::Null, split(LLAMA_3), true),
         other => return Err(format!("the pre-tokenizer {other:?} is not known; {take}")),
     };
-    let texts = |key: &str| -> Option<Vec<&str>> { metadata(key)?.as_array()?.iter().map(Value::as_text).collect() };
+    let texts =
+        |key: &str| -> Option<Vec<&str>> { metadata(key)?.as_array()?.iter().map(Value::as_text).collect() };
     let (Some(tokens), Some(merges)) = (texts("tokens"), texts("merges")) else {
         return Err(format!("its tokens or merges are missing; {take}"));
     };
@@ -62,7 +64,8 @@ pub(crate) fn derive(reader: &Reader<'_>) -> Derived {
             }));
         }
     }
-    let decoder = json!({"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true});
+    let decoder =
+        json!({"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true});
     let tokenizer = json!({
         "version": "1.0", "truncation": null, "padding": null, "added_tokens": added,
         "normalizer": normalizer, "pre_tokenizer": pre_tokenizer, "post_processor": post_processor(reader, &tokens), "decoder": decoder,

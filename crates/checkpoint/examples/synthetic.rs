@@ -1,10 +1,10 @@
 //! Quantizes a synthetic LLaMA-2-70B checkpoint, and reports time and the largest memory in use.
 //!
 //! ```text
-//! cargo run --release -p liquidgemm-checkpoint --example synthetic -- FOLDER [LAYERS]
+//! cargo run --release -p liquidgemm-checkpoint --example synthetic -- FOLDER [LAYERS] [METHOD]
 //! ```
 //!
-//! LAYERS is the number of layers, 80 by default. Each takes 1.7 GB in bf16 and 0.5 GB packed.
+//! LAYERS is the number of layers, 80 by default. Each takes 1.7 GB in bf16 and 0.5 GB packed. METHOD is rtn or search.
 //! The weights are pseudo-random, so that quantizing them takes its usual time.
 
 use std::collections::BTreeMap;
@@ -13,7 +13,7 @@ use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use liquidgemm_checkpoint::{Checkpoint, OpenOptions, Plan, Progress, QuantizeOptions, open};
+use liquidgemm_checkpoint::{Checkpoint, Method, OpenOptions, Plan, Progress, QuantizeOptions, open};
 use serde_json::{Map, json};
 
 /// Linear layers of LLaMA-2-70B: name, n, k.
@@ -31,13 +31,14 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut arguments = std::env::args().skip(1);
     let folder = PathBuf::from(arguments.next().ok_or("give a folder to work in")?);
     let layers: usize = arguments.next().map_or(Ok(80), |text| text.parse())?;
+    let method: Method = arguments.next().map_or(Ok(Method::default()), |text| text.parse())?;
     let (model, output) = (folder.join("model"), folder.join("packed"));
     if !model.exists() {
         make(&model, layers)?;
     }
     let start = Instant::now();
     let source = open(&model, OpenOptions::default())?;
-    let plan = Plan::new(source.as_ref(), &QuantizeOptions::default())?;
+    let plan = Plan::new(source.as_ref(), &QuantizeOptions { method, ..Default::default() })?;
     let summary = plan.run(&output, true, &Lines)?;
     println!(
         "{} modules, {:.2} GB -> {:.2} GB in {:.0} s; largest memory in use {}",

@@ -29,7 +29,7 @@ use liquidgemm::{Backend, Error};
 
 /// W4A8 matrix multiplication for NVIDIA Hopper: 4-bit weights, 8-bit activations, exact integer accumulation
 #[derive(Parser)]
-#[command(version)]
+#[command(name = "liquidgemm", version)]
 struct Arguments {
     #[command(subcommand)]
     command: Command,

@@ -116,7 +116,7 @@ fn errors_are_one_line_with_the_remedy_and_invalid_arguments_exit_with_2() {
         (&["quantize", "model", "-o", "x", "--include", "lm_haed"], "lm_haed"),
         (&["quantize", "model", "-o", "x", "--method", "gptq"], "calibration"),
         (&["verify", "model"], "quantize"),
-        (&["inspect", "model/config.json"], "safetensors"),
+        (&["inspect", "model/config.json"], "of another kind"),
     ] {
         let (code, report, errors) = run(folder, arguments);
         assert_eq!((code, report.as_str()), (1, ""), "{arguments:?}");
@@ -145,6 +145,7 @@ fn completions_and_man_pages_know_every_subcommand() {
     for shell in ["bash", "elvish", "fish", "powershell", "zsh"] {
         let (code, script, errors) = run(folder.path(), &["completions", shell]);
         assert_eq!((code, errors.as_str()), (0, ""));
+        assert!(script.contains("liquidgemm") && !script.contains("liquidgemm-cli"), "{shell}");
         for subcommand in ["quantize", "inspect", "verify", "compare"] {
             assert!(script.contains(subcommand), "{shell}: {subcommand}");
         }

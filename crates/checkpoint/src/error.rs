@@ -122,7 +122,9 @@ pub enum Problem {
     },
 
     /// A file is longer than any valid one.
-    #[error("{what} of {bytes} bytes is beyond the limit of {limit}: the file is damaged, or of another kind than expected")]
+    #[error(
+        "{what} of {bytes} bytes is beyond the limit of {limit}: the file is damaged, or of another kind than expected"
+    )]
     TooLong {
         /// What is too long.
         what: &'static str,

@@ -110,11 +110,12 @@ impl<'a> Plan<'a> {
                 fate,
             });
         }
-        for index in 0..layers.len() {
-            let Some(weight) = source.tensors()[index].scales_of else { continue };
-            if matches!(layers[weight].fate, Fate::Packed { .. }) {
-                layers[index].fate = Fate::Dropped;
-                layers[index].bytes_after = 0;
+        let packed: Vec<bool> =
+            layers.iter().map(|layer| matches!(layer.fate, Fate::Packed { .. })).collect();
+        for (layer, tensor) in layers.iter_mut().zip(source.tensors()) {
+            if tensor.scales_of.is_some_and(|weight| packed[weight]) {
+                layer.fate = Fate::Dropped;
+                layer.bytes_after = 0;
             }
         }
         let plan = Self { source, options: options.clone(), layers };

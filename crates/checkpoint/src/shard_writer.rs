@@ -134,8 +134,8 @@ impl ShardWriter {
         matrix_checksum: impl Fn(&str) -> String,
     ) -> Vec<u8> {
         let of_matrix = |name: &str| {
-            let owners = Part::ALL.iter().filter_map(|part| name.strip_suffix(part.suffix()));
-            owners.into_iter().any(|module| self.matrices.contains_key(module))
+            let mut owners = Part::ALL.iter().filter_map(|part| name.strip_suffix(part.suffix()));
+            owners.any(|module| self.matrices.contains_key(module))
         };
         let matrices = self.matrices.iter().map(|(module, matrix)| {
             let Matrix { n, k, group } = *matrix;

@@ -177,11 +177,10 @@ fn a_tensor_in_two_shards_is_refused() {
             model.join("model-00002-of-00002.safetensors"),
         )
         .unwrap();
-        let map: serde_json::Map<String, Value> = llama()[0]
+        let mut map: serde_json::Map<String, Value> = llama()[0]
             .iter()
             .map(|tensor| (tensor.0.clone(), json!("model-00001-of-00002.safetensors")))
             .collect();
-        let mut map = map;
         map.insert(llama()[0][0].0.clone(), json!("model-00002-of-00002.safetensors"));
         map.insert(llama()[0][1].0.clone(), json!("model-00001-of-00002.safetensors"));
         write_json(&model.join("model.safetensors.index.json"), &json!({"weight_map": map}));

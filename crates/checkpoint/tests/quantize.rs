@@ -452,8 +452,8 @@ mod killed {
             .unwrap();
         let partial = path("out.partial");
         let has = |prefix: &str| {
-            let names = fs::read_dir(&partial).into_iter().flatten().flatten();
-            names.into_iter().any(|entry| entry.file_name().to_string_lossy().starts_with(prefix))
+            let mut names = fs::read_dir(&partial).into_iter().flatten().flatten();
+            names.any(|entry| entry.file_name().to_string_lossy().starts_with(prefix))
         };
         while !(has("model-00001") && has(".liquidgemm-shard-")) {
             assert!(victim.try_wait().unwrap().is_none(), "it ended by itself");

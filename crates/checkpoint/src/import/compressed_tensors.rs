@@ -46,7 +46,7 @@ pub(super) fn check(config: &Value) -> Result<(), Problem> {
     Ok(())
 }
 
-pub(super) fn find(model: &SafetensorsModel, parts: &mut Parts<'_>) -> Result<Vec<Found>, Problem> {
+pub(super) fn find(model: &SafetensorsModel, parts: &Parts<'_>) -> Result<Vec<Found>, Problem> {
     let mut all = Vec::new();
     for (module, codes) in parts.with_suffix(".weight_packed") {
         let scales = parts.required(&module, ".weight_scale")?;

@@ -30,7 +30,7 @@ pub(super) fn check(config: &Value) -> Result<u8, Problem> {
     }
 }
 
-pub(super) fn find(parts: &mut Parts<'_>) -> Result<Vec<Found>, Problem> {
+pub(super) fn find(parts: &Parts<'_>) -> Result<Vec<Found>, Problem> {
     let mut all = Vec::new();
     for (module, codes) in parts.with_suffix(".qweight") {
         let scales = parts.required(&module, ".scales")?;

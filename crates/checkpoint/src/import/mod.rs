@@ -215,11 +215,11 @@ enum Origin {
 
 impl ImportedModel {
     fn new(model: SafetensorsModel, format: Format) -> Result<Self, Problem> {
-        let mut parts = Parts::new(model.tensors());
+        let parts = Parts::new(model.tensors());
         let found = match format {
-            Format::CompressedTensors => compressed_tensors::find(&model, &mut parts)?,
-            Format::Gptq { .. } => gptq::find(&mut parts)?,
-            Format::Awq => awq::find(&mut parts)?,
+            Format::CompressedTensors => compressed_tensors::find(&model, &parts)?,
+            Format::Gptq { .. } => gptq::find(&parts)?,
+            Format::Awq => awq::find(&parts)?,
         };
         let mut matrices: HashMap<usize, Found> = HashMap::new();
         let mut absorbed = vec![false; model.tensors().len()];
@@ -292,10 +292,10 @@ impl Found {
     /// Describes the matrix as one tensor.
     fn described(&self, model: &SafetensorsModel, format: Format) -> Result<SourceTensor, Problem> {
         let group = self.group();
-        let imported_group = match () {
-            () if self.groups == 1 => Some(Group::Channel),
-            () if group.is_multiple_of(BRICK_K) => Some(Group::K(group)),
-            () => None,
+        let imported_group = if self.groups == 1 {
+            Some(Group::Channel)
+        } else {
+            group.is_multiple_of(BRICK_K).then_some(Group::K(group))
         };
         let method = match format {
             Format::CompressedTensors => "int4",

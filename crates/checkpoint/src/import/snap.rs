@@ -136,6 +136,16 @@ impl Part {
     }
 }
 
+/// A channel with snapped scales.
+struct Snapped {
+    codes: Vec<u8>,
+    /// One for each group of the output.
+    pairs: Vec<(u8, u8)>,
+    /// `s1`.
+    scale: f32,
+    is_exact: bool,
+}
+
 /// Keeps the codes, and snaps the scales of each channel to multiples of one number.
 /// Returns the weights and whether they are exact, or `None` if the format can't have the codes.
 fn snapped(imported: &Imported, group: Group) -> Result<Option<(PackedWeights, bool)>, liquidgemm::Error> {
@@ -150,7 +160,7 @@ fn snapped(imported: &Imported, group: Group) -> Result<Option<(PackedWeights, b
         _ => return Ok(None),
     };
     let out_groups = group.count(k)?;
-    let channels: Option<Vec<(Vec<u8>, Vec<(u8, u8)>, f32, bool)>> = (0..n)
+    let channels: Option<Vec<Snapped>> = (0..n)
         .into_par_iter()
         .map(|channel| {
             let codes = &imported.codes[channel * k..][..k];
@@ -180,17 +190,17 @@ fn snapped(imported: &Imported, group: Group) -> Result<Option<(PackedWeights, b
                 let pair = (s as u8, (ZERO - (part.zero + shift) * s) as u8);
                 out_pairs.extend(std::iter::repeat_n(pair, finer.min(out_groups - out_pairs.len())));
             }
-            Some((shifted, out_pairs, scale as f32, is_exact))
+            Some(Snapped { codes: shifted, pairs: out_pairs, scale: scale as f32, is_exact })
         })
         .collect();
     let Some(channels) = channels else { return Ok(None) };
     let mut codes = Vec::with_capacity(n * k);
     let (mut pairs, mut scales, mut is_exact) = (Vec::new(), Vec::new(), true);
-    for (channel_codes, channel_pairs, scale, exact) in channels {
-        codes.extend(channel_codes);
-        pairs.extend(channel_pairs);
-        scales.push(scale);
-        is_exact &= exact;
+    for channel in channels {
+        codes.extend(channel.codes);
+        pairs.extend(channel.pairs);
+        scales.push(channel.scale);
+        is_exact &= channel.is_exact;
     }
     let weights = PackedWeights::pack(&codes, &pairs, scales, n, k, group)?;
     Ok(Some((weights, is_exact)))

@@ -119,7 +119,8 @@ fn modules_with_the_same_inputs_share_a_smoothing_vector_and_keep_their_weights(
         assert_eq!(verified.problems, Vec::<String>::new());
         for (module, difference) in verified.modules {
             let relative = difference.unwrap().relative;
-            assert!((0.01..0.2).contains(&relative), "{method}, {module}: {relative}");
+            // GPTQ raises the weights' error for the outputs'. A wrong vector would give an error near 1.
+            assert!((0.01..0.5).contains(&relative), "{method}, {module}: {relative}");
         }
     }
 }

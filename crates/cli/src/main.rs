@@ -1,5 +1,5 @@
 //! The command `liquidgemm`: arguments, exit codes and what the subcommands share. Each subcommand is a file.
-//! The computations are in the library `liquidgemm`, the measurements in `liquidgemm-bench`.
+//! The computations are in the library `liquidgemm`, the measurements in `liquidgemm-bench`, whole models in `liquidgemm-checkpoint`.
 //!
 //! Exit codes: 0 for success; 1 for a failure (one line on stderr) or a result that is not bit-exact;
 //! 2 for invalid arguments.
@@ -8,24 +8,30 @@
 #[cfg(feature = "bench")]
 mod bench;
 mod check;
+mod compare;
+mod completions;
 mod demo;
 #[cfg(feature = "estimate")]
 mod estimate;
 mod info;
+mod inspect;
 mod layer;
+mod models;
 mod progress;
+mod quantize;
 mod timing;
 mod units;
+mod verify;
 
 use std::io::Write;
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand, ValueEnum};
+use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
 use liquidgemm::{Backend, Error};
 
 /// W4A8 matrix multiplication for NVIDIA Hopper: 4-bit weights, 8-bit activations, exact integer accumulation
 #[derive(Parser)]
-#[command(version)]
+#[command(name = "liquidgemm", version)]
 struct Arguments {
     #[command(subcommand)]
     command: Command,
@@ -35,10 +41,16 @@ struct Arguments {
 enum Command {
     #[cfg(feature = "bench")]
     Bench(bench::Arguments),
+    Compare(compare::Arguments),
+    Completions(completions::CompletionArguments),
     Demo(demo::Arguments),
     #[cfg(feature = "estimate")]
     Estimate(estimate::Arguments),
     Info(info::Arguments),
+    Inspect(inspect::Arguments),
+    Man(completions::ManArguments),
+    Quantize(quantize::Arguments),
+    Verify(verify::Arguments),
 }
 
 /// The choice of a backend.
@@ -86,10 +98,16 @@ fn main() -> ExitCode {
     let outcome = match Arguments::parse().command {
         #[cfg(feature = "bench")]
         Command::Bench(arguments) => bench::run(&arguments),
+        Command::Compare(arguments) => compare::run(&arguments),
+        Command::Completions(arguments) => completions::completions(&arguments, Arguments::command()),
         Command::Demo(arguments) => demo::run(&arguments),
         #[cfg(feature = "estimate")]
         Command::Estimate(arguments) => estimate::run(&arguments),
         Command::Info(arguments) => info::run(&arguments),
+        Command::Inspect(arguments) => inspect::run(&arguments),
+        Command::Man(arguments) => completions::man(&arguments, Arguments::command()),
+        Command::Quantize(arguments) => quantize::run(&arguments),
+        Command::Verify(arguments) => verify::run(&arguments),
     };
     match outcome {
         Ok(report) => {

@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
+use super::models::printable;
+
 /// Time until progress is shown.
 const PATIENCE: Duration = Duration::from_secs(1);
 
@@ -22,6 +24,13 @@ impl Progress {
             what,
             style,
         )
+    }
+
+    /// Starts a bar for work that goes through the bytes of a model. The work itself says how many there are.
+    pub(super) fn bytes(what: &'static str) -> Self {
+        let style = ProgressStyle::with_template("{msg} {wide_bar} {percent:>3} %  {eta} left")
+            .expect("the template is valid");
+        Self::start(ProgressBar::with_draw_target(Some(0), ProgressDrawTarget::hidden()), what, style)
     }
 
     /// Starts a spinner for work whose progress is unknown.
@@ -49,6 +58,20 @@ impl Progress {
     /// Reports one finished step.
     pub(super) fn step(&self) {
         self.0.inc(1);
+    }
+}
+
+impl liquidgemm_checkpoint::Progress for Progress {
+    fn begin(&self, bytes: u64) {
+        self.0.set_length(bytes);
+    }
+
+    fn item(&self, name: &str) {
+        self.0.set_message(printable(name));
+    }
+
+    fn advance(&self, bytes: u64) {
+        self.0.inc(bytes);
     }
 }
 

@@ -1,0 +1,475 @@
+//! Models that other quantizers have quantized to four bits. Each format is a file; the rest is common.
+//!
+//! | file | |
+//! |---|---|
+//! | `compressed_tensors.rs`, `gptq.rs`, `awq.rs` | where a format keeps codes, scales and zeros |
+//! | `words.rs` | codes in 32-bit words |
+//! | `snap.rs` | takes codes, scales and zeros to packed weights |
+
+mod awq;
+mod compressed_tensors;
+mod gptq;
+mod snap;
+mod words;
+
+use std::collections::HashMap;
+use std::ops::Range;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use half::f16;
+use liquidgemm::Group;
+use liquidgemm_format::brick::BRICK_K;
+use safetensors::tensor::Dtype;
+use serde_json::{Map, Value};
+
+pub(crate) use snap::pack;
+pub use snap::{ImportKind, ImportOutcome};
+
+use crate::error::{Problem, Result};
+use crate::source::{SafetensorsModel, SideFile, Source, SourceTensor};
+
+/// Codes, scales and zeros of a matrix that another quantizer has quantized.
+///
+/// The weight of (`channel`, `column`) is `(code − zero) · scale` of its group.
+#[derive(Clone, Debug)]
+pub struct Imported {
+    /// Output channels.
+    pub n: usize,
+    /// Columns.
+    pub k: usize,
+    /// Codes, 0 to 15, row-major `[n, k]`.
+    pub codes: Vec<u8>,
+    /// Columns in a group. The last group may be shorter.
+    pub group: usize,
+    /// Scales, row-major `[n, groups]`.
+    pub scales: Vec<f32>,
+    /// Zeros, 0 to 16, row-major `[n, groups]`.
+    pub zeros: Vec<u8>,
+    /// If the columns were sorted by group: the activation that each column multiplies.
+    pub permutation: Option<Vec<i32>>,
+}
+
+impl Imported {
+    /// Returns the groups of a channel.
+    pub fn groups(&self) -> usize {
+        self.k.div_ceil(self.group)
+    }
+
+    /// Writes the weights of a channel, in the order of the columns.
+    pub(crate) fn dequantize_channel(&self, channel: usize, values: &mut [f32]) {
+        let groups = self.groups();
+        for (column, value) in values.iter_mut().enumerate() {
+            let group = channel * groups + column / self.group;
+            let code = i32::from(self.codes[channel * self.k + column]) - i32::from(self.zeros[group]);
+            *value = code as f32 * self.scales[group];
+        }
+    }
+}
+
+/// The formats.
+#[derive(Clone, Copy, Debug)]
+enum Format {
+    CompressedTensors,
+    Gptq {
+        /// Added to stored zeros.
+        more: u8,
+    },
+    Awq,
+}
+
+/// A matrix in one of the formats: its sizes, and the indices of its tensors.
+pub(crate) struct Found {
+    module: String,
+    n: usize,
+    k: usize,
+    groups: usize,
+    codes: usize,
+    scales: usize,
+    zeros: Option<usize>,
+    group_index: Option<usize>,
+    others: Vec<usize>,
+}
+
+impl Found {
+    fn tensors(&self) -> impl Iterator<Item = usize> {
+        let required = [self.codes, self.scales].into_iter().chain(self.zeros).chain(self.group_index);
+        required.chain(self.others.iter().copied())
+    }
+
+    /// Returns the columns in a group.
+    fn group(&self) -> usize {
+        self.k.div_ceil(self.groups)
+    }
+}
+
+/// The tensors of a model by name.
+pub(crate) struct Parts<'a> {
+    tensors: &'a [SourceTensor],
+    by_name: HashMap<&'a str, usize>,
+}
+
+impl<'a> Parts<'a> {
+    fn new(tensors: &'a [SourceTensor]) -> Self {
+        let by_name =
+            tensors.iter().enumerate().map(|(index, tensor)| (tensor.name.as_str(), index)).collect();
+        Self { tensors, by_name }
+    }
+
+    /// Returns the modules that have a tensor with this suffix, and its index.
+    fn with_suffix(&self, suffix: &str) -> Vec<(String, usize)> {
+        let modules = self.tensors.iter().enumerate();
+        modules.filter_map(|(index, t)| Some((t.name.strip_suffix(suffix)?.to_owned(), index))).collect()
+    }
+
+    fn optional(&self, module: &str, suffix: &str) -> Option<usize> {
+        self.by_name.get(format!("{module}{suffix}").as_str()).copied()
+    }
+
+    fn required(&self, module: &str, suffix: &str) -> Result<usize, Problem> {
+        self.optional(module, suffix).ok_or_else(|| Problem::Missing { name: format!("{module}{suffix}") })
+    }
+
+    fn shape(&self, tensor: usize) -> &'a [usize] {
+        &self.tensors[tensor].shape
+    }
+
+    fn matrix_shape(&self, tensor: usize) -> Result<[usize; 2], Problem> {
+        match *self.shape(tensor) {
+            [rows, columns] if rows > 0 && columns > 0 => Ok([rows, columns]),
+            _ => Err(self.wrong_shape(tensor, "a matrix")),
+        }
+    }
+
+    fn expect(&self, tensor: usize, shape: &[usize]) -> Result<(), Problem> {
+        if self.shape(tensor) == shape {
+            Ok(())
+        } else {
+            Err(self.wrong_shape(tensor, &format!("{shape:?}")))
+        }
+    }
+
+    fn wrong_shape(&self, tensor: usize, expected: &str) -> Problem {
+        let reason = format!("has the shape {:?}; {expected} expected", self.shape(tensor));
+        Problem::tensor(&self.tensors[tensor].name, reason)
+    }
+}
+
+/// Returns the model, read through the importer of its format if another quantizer has quantized it.
+pub(crate) fn wrap(model: SafetensorsModel) -> Result<Box<dyn Source>> {
+    let path = model.path().to_owned();
+    let config = model.config().get("quantization_config").cloned().unwrap_or(Value::Null);
+    let format = match format_of(&config).map_err(|problem| problem.at(&path))? {
+        None => return Ok(Box::new(model)),
+        Some(format) => format,
+    };
+    let imported = ImportedModel::new(model, format).map_err(|problem| problem.at(&path))?;
+    Ok(Box::new(imported))
+}
+
+/// Returns the format of a model with this `quantization_config`, or `None` if its weights are floating-point numbers.
+fn format_of(config: &Value) -> Result<Option<Format>, Problem> {
+    let remedy = "quantize the original checkpoint";
+    let refuse = |what: &str| Err(Problem::Unsupported { what: what.to_owned(), remedy });
+    let Some(method) = config.get("quant_method") else { return Ok(None) };
+    match method.as_str() {
+        Some("fp8") => Ok(None),
+        Some("compressed-tensors") => {
+            let is_fp8 = config.get("format").and_then(Value::as_str) == Some("float-quantized");
+            if is_fp8 {
+                return Ok(None);
+            }
+            compressed_tensors::check(config).map(|()| Some(Format::CompressedTensors))
+        }
+        Some("gptq") => gptq::check(config).map(|more| Some(Format::Gptq { more })),
+        Some("awq") => awq::check(config).map(|()| Some(Format::Awq)),
+        Some("liquidgemm") => refuse("this model is packed already"),
+        Some("mxfp4") => refuse(
+            "MXFP4 weights are floating-point codes (e2m1), which no integer scale maps to the packed format's integers",
+        ),
+        Some("modelopt") => refuse(
+            "NVFP4 and other ModelOpt weights are floating-point codes, which no integer scale maps to the packed \
+             format's integers",
+        ),
+        _ => refuse(&format!("the model is quantized by {method}")),
+    }
+}
+
+/// A model whose matrices another quantizer has quantized. Each matrix `P` appears as one tensor, `P.weight`.
+struct ImportedModel {
+    model: SafetensorsModel,
+    format: Format,
+    tensors: Vec<SourceTensor>,
+    /// Parallel to `tensors`.
+    origins: Vec<Origin>,
+    /// The matrix that was read last: rows of it are read one block after another.
+    last: Mutex<Option<(usize, Arc<Imported>)>>,
+}
+
+enum Origin {
+    /// A tensor of the model.
+    Same(usize),
+    /// A matrix of the format.
+    Matrix(Found),
+}
+
+impl ImportedModel {
+    fn new(model: SafetensorsModel, format: Format) -> Result<Self, Problem> {
+        let parts = Parts::new(model.tensors());
+        let found = match format {
+            Format::CompressedTensors => compressed_tensors::find(&model, &parts)?,
+            Format::Gptq { .. } => gptq::find(&parts)?,
+            Format::Awq => awq::find(&parts)?,
+        };
+        let mut matrices: HashMap<usize, Found> = HashMap::new();
+        let mut absorbed = vec![false; model.tensors().len()];
+        for found in found {
+            for (tensor, is_float) in [
+                (Some(found.codes), false),
+                (Some(found.scales), true),
+                (found.zeros, false),
+                (found.group_index, false),
+            ] {
+                let Some(tensor) = tensor else { continue };
+                let info = &model.tensors()[tensor];
+                let fits = if is_float { info.is_readable } else { info.kept == Dtype::I32 };
+                if !fits {
+                    return Err(Problem::tensor(
+                        &info.name,
+                        format!("has the type {}, which has no place there", info.stored),
+                    ));
+                }
+            }
+            if let Some(index) = found.group_index {
+                parts.expect(index, &[found.k])?;
+            }
+            // The last group may be shorter, but no group is empty.
+            if found.groups == 0 || found.groups > found.k || (found.groups - 1) * found.group() >= found.k {
+                let reason = format!("has {} groups for {} columns", found.groups, found.k);
+                return Err(Problem::tensor(&model.tensors()[found.scales].name, reason));
+            }
+            for tensor in found.tensors() {
+                if std::mem::replace(&mut absorbed[tensor], true) {
+                    return Err(Problem::tensor(&model.tensors()[tensor].name, "belongs to two matrices"));
+                }
+            }
+            matrices.insert(found.codes, found);
+        }
+        let (mut tensors, mut origins) = (Vec::new(), Vec::new());
+        // Where each tensor of the model has gone.
+        let mut places = vec![None; absorbed.len()];
+        for (index, tensor) in model.tensors().iter().enumerate() {
+            if let Some(found) = matrices.remove(&index) {
+                tensors.push(found.described(&model, format)?);
+                origins.push(Origin::Matrix(found));
+            } else if !absorbed[index] {
+                places[index] = Some(tensors.len());
+                tensors.push(tensor.clone());
+                origins.push(Origin::Same(index));
+            }
+        }
+        for tensor in &mut tensors {
+            tensor.scales_of = tensor.scales_of.and_then(|weight| places[weight]);
+        }
+        Ok(Self { model, format, tensors, origins, last: Mutex::new(None) })
+    }
+
+    /// Reads a matrix, or returns the one that was read last.
+    fn matrix(&self, tensor: usize, found: &Found) -> Result<Arc<Imported>> {
+        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, matrix)) = last.as_ref().filter(|(index, _)| *index == tensor) {
+            return Ok(Arc::clone(matrix));
+        }
+        // Two matrices at a time would need twice the memory.
+        *last = None;
+        let matrix = Arc::new(found.read(&self.model, self.format)?);
+        *last = Some((tensor, Arc::clone(&matrix)));
+        Ok(matrix)
+    }
+}
+
+impl Found {
+    /// Describes the matrix as one tensor.
+    fn described(&self, model: &SafetensorsModel, format: Format) -> Result<SourceTensor, Problem> {
+        let group = self.group();
+        let imported_group = if self.groups == 1 {
+            Some(Group::Channel)
+        } else {
+            group.is_multiple_of(BRICK_K).then_some(Group::K(group))
+        };
+        let method = match format {
+            Format::CompressedTensors => "int4",
+            Format::Gptq { .. } => "GPTQ",
+            Format::Awq => "AWQ",
+        };
+        let group_name = if self.groups == 1 { "channel".to_owned() } else { group.to_string() };
+        let permuted = match self.group_index {
+            // Without codes that can be taken over, the columns return to the order of the activations.
+            Some(index) => imported_group.is_some() && !is_sorted(&model.read_words(index)?, group),
+            None => false,
+        };
+        Ok(SourceTensor {
+            name: format!("{}.weight", self.module),
+            shape: vec![self.n, self.k],
+            stored: format!("{method} g{group_name}"),
+            stored_bytes: self.tensors().map(|tensor| model.tensors()[tensor].stored_bytes).sum(),
+            kept: Dtype::F16,
+            shard: model.tensors()[self.codes].shard,
+            is_readable: true,
+            scales_of: None,
+            is_imported: true,
+            imported_group,
+            permuted,
+        })
+    }
+
+    /// Reads the matrix, with its columns sorted by group.
+    fn read(&self, model: &SafetensorsModel, format: Format) -> Result<Imported> {
+        let (n, k, groups, group) = (self.n, self.k, self.groups, self.group());
+        let codes = model.read_bytes(self.codes)?;
+        let zeros = self.zeros.map(|zeros| model.read_bytes(zeros)).transpose()?;
+        let scales = model.read_all(self.scales)?;
+        let (codes, zeros, scales) = match format {
+            Format::CompressedTensors => {
+                let zeros = zeros.map(|zeros| compressed_tensors::zeros(&zeros, n, groups));
+                (compressed_tensors::codes(&codes, n, k), zeros, scales)
+            }
+            Format::Gptq { more } => {
+                let zeros = zeros.map(|zeros| gptq::zeros(&zeros, n, groups, more));
+                (gptq::codes(&codes, n, k), zeros, transposed(&scales, groups, n))
+            }
+            Format::Awq => {
+                let zeros = zeros.map(|zeros| awq::zeros(&zeros, n, groups));
+                (awq::codes(&codes, n, k), zeros, transposed(&scales, groups, n))
+            }
+        };
+        // Symmetric codes have their zero in the middle.
+        let zeros = zeros.unwrap_or_else(|| vec![8; n * groups]);
+        let mut imported = Imported { n, k, codes, group, scales, zeros, permutation: None };
+        let name = &model.tensors()[self.scales].name;
+        if let Some(bad) = imported.scales.iter().find(|scale| !scale.is_finite()) {
+            return Err(
+                Problem::tensor(name, format!("has the scale {bad}; scales must be finite")).at(model.path())
+            );
+        }
+        if let Some(index) = self.group_index {
+            let words = model.read_words(index).map_err(|problem| problem.at(model.path()))?;
+            if !is_sorted(&words, group) {
+                let name = &model.tensors()[index].name;
+                let order = sorted_columns(&words, groups, group)
+                    .map_err(|reason| Problem::tensor(name, reason).at(model.path()))?;
+                imported.codes =
+                    words::matrix(n, k, |row, column| imported.codes[row * k + order[column] as usize]);
+                imported.permutation = Some(order);
+            }
+        }
+        Ok(imported)
+    }
+}
+
+/// Returns whether column c belongs to group c / group, for all columns.
+fn is_sorted(groups: &[u32], group: usize) -> bool {
+    groups.iter().enumerate().all(|(column, &of)| of as usize == column / group)
+}
+
+/// Returns the columns in the order of their groups. Every group must have its number of columns.
+fn sorted_columns(of: &[u32], groups: usize, group: usize) -> Result<Vec<i32>, String> {
+    let mut order: Vec<i32> = (0..of.len() as i32).collect();
+    order.sort_by_key(|&column| of[column as usize]);
+    for (place, &column) in order.iter().enumerate() {
+        let found = of[column as usize] as usize;
+        if found != place / group || found >= groups {
+            return Err(format!("gives the groups other numbers of columns than {group}"));
+        }
+    }
+    Ok(order)
+}
+
+/// Transposes `[rows, columns]`.
+fn transposed(values: &[f32], rows: usize, columns: usize) -> Vec<f32> {
+    words::matrix(columns, rows, |column, row| values[row * columns + column])
+}
+
+impl Source for ImportedModel {
+    fn path(&self) -> &Path {
+        self.model.path()
+    }
+
+    fn format(&self) -> String {
+        let format = match self.format {
+            Format::CompressedTensors => "compressed-tensors",
+            Format::Gptq { .. } => "GPTQ",
+            Format::Awq => "AWQ",
+        };
+        format!("{}, {format}", self.model.format())
+    }
+
+    fn config(&self) -> &Map<String, Value> {
+        self.model.config()
+    }
+
+    fn tensors(&self) -> &[SourceTensor] {
+        &self.tensors
+    }
+
+    fn shards(&self) -> &[String] {
+        self.model.shards()
+    }
+
+    fn read_rows(&self, tensor: usize, rows: Range<usize>, values: &mut [f32]) -> Result<()> {
+        let found = match &self.origins[tensor] {
+            Origin::Same(inner) => return self.model.read_rows(*inner, rows, values),
+            Origin::Matrix(found) => found,
+        };
+        let matrix = self.matrix(tensor, found)?;
+        let mut sorted = vec![0.0; found.k];
+        for (row, values) in rows.zip(values.chunks_exact_mut(found.k)) {
+            matrix.dequantize_channel(row, &mut sorted);
+            match &matrix.permutation {
+                Some(order) => {
+                    order.iter().zip(&sorted).for_each(|(&to, &value)| values[to as usize] = value)
+                }
+                None => values.copy_from_slice(&sorted),
+            }
+        }
+        Ok(())
+    }
+
+    fn read_kept(&self, tensor: usize, rows: Range<usize>, bytes: &mut [u8]) -> Result<()> {
+        if let Origin::Same(inner) = self.origins[tensor] {
+            return self.model.read_kept(inner, rows, bytes);
+        }
+        let mut values = vec![0.0; rows.len() * self.tensors[tensor].columns()];
+        self.read_rows(tensor, rows, &mut values)?;
+        for (bytes, value) in bytes.chunks_exact_mut(2).zip(values) {
+            let rounded = f16::from_f32(value);
+            if !rounded.is_finite() {
+                let reason = format!("has the value {value}, beyond f16; do not exclude it");
+                return Err(Problem::tensor(&self.tensors[tensor].name, reason).at(self.path()));
+            }
+            bytes.copy_from_slice(&rounded.to_le_bytes());
+        }
+        Ok(())
+    }
+
+    fn import(&self, tensor: usize) -> Result<Option<Arc<Imported>>> {
+        match &self.origins[tensor] {
+            Origin::Matrix(found) if self.tensors[tensor].imported_group.is_some() => {
+                Ok(Some(self.matrix(tensor, found)?))
+            }
+            _ => Ok(None),
+        }
+    }
+
+    fn side_files(&self) -> &[SideFile] {
+        self.model.side_files()
+    }
+
+    fn left_out(&self) -> &[(String, String)] {
+        self.model.left_out()
+    }
+
+    fn fingerprint(&self) -> String {
+        self.model.fingerprint()
+    }
+}

@@ -1,0 +1,246 @@
+//! Takes another quantizer's codes to packed weights.
+//!
+//! The packed format represents `(q − z)·S` of a group exactly if `S = s·s1`, with an integer `s` and one `s1` for the channel,
+//! and if the pair `s`, `a = 128 − z·s` keeps the invariant. With one group a channel, `s = 1` and `s1 = S` always do.
+//! Otherwise `s1` is chosen so that the scales lie near its multiples, and each scale becomes the nearest one.
+//! If requantizing the weights gives a smaller error, that is taken.
+
+use liquidgemm::{Group, PackedWeights};
+use rayon::prelude::*;
+
+use super::Imported;
+use crate::method::Quantizer;
+
+/// The largest `s` of a pair: `15·s + a ≤ 255`.
+const MOST_S: i32 = 17;
+/// The value of `q·s + a` that represents the weight 0.
+const ZERO: i32 = 128;
+/// The quotients of the largest scale and `s1` that are tried between two integers.
+const STEPS: usize = 16;
+/// A relative deviation of this much is the rounding of f32.
+const ROUNDING: f64 = 1.0 / (1 << 22) as f64;
+
+/// How a matrix was taken over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ImportKind {
+    /// Every weight is that of the source, up to the rounding of one f32 product.
+    Exact,
+    /// The codes are those of the source, the scales the nearest that the packed format has.
+    Snapped,
+    /// The weights were quantized again.
+    Requantized,
+}
+
+impl ImportKind {
+    /// Returns the word for reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            ImportKind::Exact => "exact",
+            ImportKind::Snapped => "snapped",
+            ImportKind::Requantized => "requantized",
+        }
+    }
+}
+
+/// The outcome of taking over a matrix.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ImportOutcome {
+    /// The module.
+    pub module: String,
+    /// How it was taken over.
+    pub kind: ImportKind,
+    /// `‖packed − source‖ / ‖source‖` of the weights.
+    pub error: f64,
+}
+
+/// Packs a matrix in the group `group`. Requantizes by `quantizer` where that is better.
+pub(crate) fn pack(
+    imported: &Imported,
+    group: Group,
+    quantizer: &Quantizer,
+) -> Result<(PackedWeights, ImportKind, f64), liquidgemm::Error> {
+    let &Imported { n, k, .. } = imported;
+    let (squares, snapped) = match snapped(imported, group)? {
+        Some((weights, is_exact)) => {
+            let (squares, errors) = sums(imported, &weights);
+            if is_exact {
+                return Ok((weights, ImportKind::Exact, ratio(errors, squares)));
+            }
+            (squares, Some((weights, errors)))
+        }
+        None => (0.0, None),
+    };
+    let mut values = vec![0f32; n * k];
+    values
+        .par_chunks_exact_mut(k)
+        .enumerate()
+        .for_each(|(channel, row)| imported.dequantize_channel(channel, row));
+    let requantized = quantizer.quantize(&values, n, k, group)?;
+    drop(values);
+    let (all_squares, errors) = sums(imported, &requantized);
+    match snapped {
+        Some((weights, snapped_errors)) if snapped_errors <= errors => {
+            Ok((weights, ImportKind::Snapped, ratio(snapped_errors, squares)))
+        }
+        _ => Ok((requantized, ImportKind::Requantized, ratio(errors, all_squares))),
+    }
+}
+
+fn ratio(errors: f64, squares: f64) -> f64 {
+    if errors == 0.0 { 0.0 } else { (errors / squares).sqrt() }
+}
+
+/// Returns the sums of squares of the source's weights and of the packed weights' errors.
+fn sums(imported: &Imported, packed: &PackedWeights) -> (f64, f64) {
+    let k = imported.k;
+    let values = packed.dequantize();
+    let rows: Vec<[f64; 2]> = values
+        .par_chunks_exact(k)
+        .enumerate()
+        .map(|(channel, values)| {
+            let mut source = vec![0f32; k];
+            imported.dequantize_channel(channel, &mut source);
+            source.iter().zip(values).fold([0.0; 2], |[squares, errors], (&source, &value)| {
+                let (source, error) = (f64::from(source), f64::from(value) - f64::from(source));
+                [squares + source * source, errors + error * error]
+            })
+        })
+        .collect();
+    // In the order of the channels, so that the sum does not depend on the number of threads.
+    rows.iter().fold((0.0, 0.0), |(squares, errors), row| (squares + row[0], errors + row[1]))
+}
+
+/// One group of a channel.
+struct Part {
+    scale: f64,
+    zero: i32,
+    /// The smallest and the largest code.
+    range: (i32, i32),
+    /// Σ (code − zero)².
+    weight: f64,
+}
+
+impl Part {
+    /// Returns what is added to the codes so that the pair with this `s` keeps the invariant: the smallest such shift.
+    fn shift(&self, s: i32) -> Option<i32> {
+        // 0 ≤ a = 128 − (zero + shift)·s ≤ 255 − 15·s, and all codes stay within 0 to 15.
+        let least = (-self.range.0).max(-((127 - 15 * s).div_euclid(s)) - self.zero);
+        let most = (15 - self.range.1).min(ZERO / s - self.zero);
+        (least <= most).then(|| 0.clamp(least, most))
+    }
+
+    /// Returns the valid `s` nearest to `ratio`.
+    fn nearest(&self, ratio: f64) -> Option<i32> {
+        let wanted = (ratio.round() as i32).clamp(1, MOST_S);
+        (1..=wanted).rev().find(|&s| self.shift(s).is_some())
+    }
+}
+
+/// A channel with snapped scales.
+struct Snapped {
+    codes: Vec<u8>,
+    /// One for each group of the output.
+    pairs: Vec<(u8, u8)>,
+    /// `s1`.
+    scale: f32,
+    is_exact: bool,
+}
+
+/// Keeps the codes, and snaps the scales of each channel to multiples of one number.
+/// Returns the weights and whether they are exact, or `None` if the format can't have the codes.
+fn snapped(imported: &Imported, group: Group) -> Result<Option<(PackedWeights, bool)>, liquidgemm::Error> {
+    let &Imported { n, k, group: columns, .. } = imported;
+    let groups = imported.groups();
+    // Groups of the output may be a part of the source's.
+    let finer = match group {
+        Group::Channel if groups == 1 => 1,
+        Group::K(group) if columns.is_multiple_of(group) || (groups == 1 && group <= columns) => {
+            if groups == 1 { k.div_ceil(group) } else { columns / group }
+        }
+        _ => return Ok(None),
+    };
+    let out_groups = group.count(k)?;
+    let channels: Option<Vec<Snapped>> = (0..n)
+        .into_par_iter()
+        .map(|channel| {
+            let codes = &imported.codes[channel * k..][..k];
+            let parts: Vec<Part> = (0..groups)
+                .map(|group| {
+                    let codes = &codes[group * columns..k.min((group + 1) * columns)];
+                    let zero = i32::from(imported.zeros[channel * groups + group]);
+                    let squares = codes.iter().map(|&code| f64::from((i32::from(code) - zero).pow(2)));
+                    let extremes = codes.iter().fold((15, 0), |(least, most), &code| {
+                        (i32::min(least, code.into()), i32::max(most, code.into()))
+                    });
+                    let scale = f64::from(imported.scales[channel * groups + group]);
+                    Part { scale, zero, range: extremes, weight: squares.sum() }
+                })
+                .collect();
+            let (scale, pairs) = snap_channel(&parts)?;
+            let is_exact = parts.iter().zip(&pairs).all(|(part, &s)| {
+                part.weight == 0.0 || (scale * f64::from(s) - part.scale).abs() <= part.scale * ROUNDING
+            });
+            let mut shifted = codes.to_vec();
+            let mut out_pairs = Vec::with_capacity(out_groups);
+            for (group, (part, &s)) in parts.iter().zip(&pairs).enumerate() {
+                let shift = part.shift(s)?;
+                for code in &mut shifted[group * columns..k.min((group + 1) * columns)] {
+                    *code = (i32::from(*code) + shift) as u8;
+                }
+                let pair = (s as u8, (ZERO - (part.zero + shift) * s) as u8);
+                out_pairs.extend(std::iter::repeat_n(pair, finer.min(out_groups - out_pairs.len())));
+            }
+            Some(Snapped { codes: shifted, pairs: out_pairs, scale: scale as f32, is_exact })
+        })
+        .collect();
+    let Some(channels) = channels else { return Ok(None) };
+    let mut codes = Vec::with_capacity(n * k);
+    let (mut pairs, mut scales, mut is_exact) = (Vec::new(), Vec::new(), true);
+    for channel in channels {
+        codes.extend(channel.codes);
+        pairs.extend(channel.pairs);
+        scales.push(channel.scale);
+        is_exact &= channel.is_exact;
+    }
+    let weights = PackedWeights::pack(&codes, &pairs, scales, n, k, group)?;
+    Ok(Some((weights, is_exact)))
+}
+
+/// Returns `s1` and the `s` of each group, with the smallest error, or `None` if a scale is negative or no pair fits.
+fn snap_channel(parts: &[Part]) -> Option<(f64, Vec<i32>)> {
+    if parts.iter().any(|part| part.scale < 0.0) {
+        return None;
+    }
+    // Groups without a weight other than 0 take any scale.
+    let used = || parts.iter().filter(|part| part.weight > 0.0 && part.scale > 0.0);
+    let largest = used().map(|part| part.scale).fold(0.0, f64::max);
+    if largest == 0.0 {
+        // A scale of 0 makes every weight 0, whatever the codes are.
+        let pairs = parts.iter().map(|part| part.nearest(1.0)).collect::<Option<Vec<_>>>()?;
+        return Some((0.0, pairs));
+    }
+    if parts.iter().any(|part| part.weight > 0.0 && part.scale == 0.0) {
+        return None;
+    }
+    let mut best: Option<(f64, f64, Vec<i32>)> = None;
+    for step in STEPS..=MOST_S as usize * STEPS {
+        let base = largest * STEPS as f64 / step as f64;
+        let choose = |part: &Part| part.nearest(if part.weight > 0.0 { part.scale / base } else { 1.0 });
+        let pairs = parts.iter().map(choose).collect::<Option<Vec<_>>>()?;
+        // The base with the least squares for these multiples.
+        let products = parts.iter().zip(&pairs).fold([0.0; 2], |[top, bottom], (part, &s)| {
+            let s = f64::from(s);
+            [top + part.weight * s * part.scale, bottom + part.weight * s * s]
+        });
+        let base = f64::from((products[0] / products[1]) as f32);
+        let error: f64 = parts
+            .iter()
+            .zip(&pairs)
+            .map(|(part, &s)| part.weight * (f64::from(s) * base - part.scale).powi(2))
+            .sum();
+        if best.as_ref().is_none_or(|(least, ..)| error < *least) {
+            best = Some((error, base, pairs));
+        }
+    }
+    best.map(|(_, base, pairs)| (base, pairs))
+}

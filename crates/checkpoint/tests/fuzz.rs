@@ -1,0 +1,151 @@
+//! Fuzz targets of the readers of safetensors folders, packed checkpoints and imported models: damaged files are errors,
+//! or they are read, and nothing panics. `gguf.rs` has the target of GGUF.
+//!
+//! By default each runs for some seconds.
+//! `BOLERO_RANDOM_TEST_TIME_MS=600000 BOLERO_RANDOM_ITERATIONS=1000000000` makes it run for ten minutes.
+
+mod common;
+
+use std::fs;
+use std::path::Path;
+
+use common::{Tensor, bf16_tensor, f32_tensor, i32_tensor, safetensors_bytes, write_json};
+use liquidgemm_checkpoint::{Axis, Checkpoint, OpenOptions, Plan, QuantizeOptions, open, verify};
+use serde_json::json;
+
+/// Changes of a file: position, kind, byte.
+type Changes = Vec<(u16, u8, u8)>;
+
+/// Applies changes, most of them to the first `header` bytes.
+fn damage(bytes: &[u8], header: usize, changes: &[(u16, u8, u8)]) -> Vec<u8> {
+    let mut bytes = bytes.to_vec();
+    for &(position, change, byte) in changes {
+        let at = position as usize % bytes.len().min(header).max(1);
+        match change % 6 {
+            0 if at < bytes.len() => bytes[at] = byte,
+            1 if at < bytes.len() => bytes[at] ^= 1 << (byte % 8),
+            2 => {
+                // Keep the length that the header states, so that its contents are reached.
+                bytes.insert(at, byte);
+                bytes.pop();
+            }
+            3 => bytes.truncate(bytes.len().saturating_sub(byte as usize)),
+            // A digit, a quote or a bracket, as in the header.
+            _ if at < bytes.len() => bytes[at] = b"0123456789\"{}[],:"[byte as usize % 17],
+            _ => {}
+        }
+    }
+    bytes
+}
+
+/// Opens and plans a model, and reads every tensor that can be read.
+fn read_model(path: &Path) {
+    let Ok(source) = open(path, OpenOptions::default()) else { return };
+    Plan::new(source.as_ref(), &QuantizeOptions::default()).map(drop).ok();
+    for (index, tensor) in source.tensors().iter().enumerate() {
+        let mut bytes = vec![0; tensor.rows() * tensor.kept_row_bytes()];
+        // Imported weights may not fit the type that they are kept in.
+        source.read_kept(index, 0..tensor.rows(), &mut bytes).ok();
+        if tensor.is_readable {
+            let mut values = vec![0.0; tensor.rows() * tensor.columns()];
+            source.read_rows(index, 0..tensor.rows(), &mut values).ok();
+        }
+        source.import(index).map(drop).ok();
+    }
+}
+
+#[test]
+fn fuzz_folders() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = folder.path();
+    let shards: [Vec<Tensor>; 2] = [
+        vec![
+            ("a.weight".to_owned(), safetensors::Dtype::F8_E4M3, vec![65, 66], vec![0x31; 65 * 66]),
+            f32_tensor("a.weight_scale_inv", &[1, 1], &[0.5]),
+        ],
+        vec![bf16_tensor("b.weight", &[3, 70], 1), bf16_tensor("b.bias", &[3], 2)],
+    ];
+    let shard = safetensors_bytes(&shards[0]);
+    fs::write(model.join("2.safetensors"), safetensors_bytes(&shards[1])).unwrap();
+    let index = json!({"weight_map": {"a.weight": "1.safetensors", "b.weight": "2.safetensors"}}).to_string();
+    let config = json!({"model_type": "x", "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}});
+    let config = config.to_string();
+    bolero::check!().with_type::<(u8, Changes)>().cloned().for_each(|(which, changes)| {
+        let mut files = [shard.clone(), index.clone().into_bytes(), config.clone().into_bytes()];
+        let which = which as usize % files.len();
+        files[which] = damage(&files[which], 400, &changes);
+        for (name, bytes) in
+            ["1.safetensors", "model.safetensors.index.json", "config.json"].iter().zip(&files)
+        {
+            fs::write(model.join(name), bytes).unwrap();
+        }
+        read_model(model);
+    });
+}
+
+#[test]
+fn fuzz_packed_checkpoints() {
+    let folder = tempfile::tempdir().unwrap();
+    let (file, out) = (folder.path().join("a.safetensors"), folder.path().join("out"));
+    let tensors = [bf16_tensor("a.weight", &[130, 140], 1), bf16_tensor("a.bias", &[130], 2)];
+    fs::write(&file, safetensors_bytes(&tensors)).unwrap();
+    let source = open(&file, OpenOptions::default()).unwrap();
+    Plan::new(source.as_ref(), &QuantizeOptions::default()).unwrap().run(&out, false, &()).unwrap();
+    let files =
+        ["model.safetensors", "config.json"].map(|name| (out.join(name), fs::read(out.join(name)).unwrap()));
+    bolero::check!().with_type::<(bool, Changes)>().cloned().for_each(|(is_config, changes)| {
+        for (index, (path, bytes)) in files.iter().enumerate() {
+            let changes = if (index == 1) == is_config { &changes[..] } else { &[] };
+            fs::write(path, damage(bytes, 900, changes)).unwrap();
+        }
+        let Ok(checkpoint) = Checkpoint::open(&out) else { return };
+        verify(&checkpoint, None, &()).unwrap();
+        for module in checkpoint.modules() {
+            checkpoint.packed(module.name).map(drop).ok();
+            checkpoint.linear(module.name).map(drop).ok();
+            checkpoint.packed_shard(module.name, Axis::N, 1, 2).map(drop).ok();
+            checkpoint.packed_shard(module.name, Axis::K, 0, 2).map(drop).ok();
+        }
+    });
+}
+
+#[test]
+fn fuzz_imported_models() {
+    let words = |count: usize| (0..count as u32).map(|i| i.wrapping_mul(2_654_435_761)).collect::<Vec<_>>();
+    let gptq = vec![
+        i32_tensor("a.qweight", &[16, 64], &words(16 * 64)),
+        i32_tensor("a.qzeros", &[2, 8], &words(16)),
+        f32_tensor("a.scales", &[2, 64], &[0.5; 128]),
+        i32_tensor("a.g_idx", &[128], &(0..128).map(|i| i % 2).collect::<Vec<_>>()),
+    ];
+    let awq = vec![
+        i32_tensor("a.qweight", &[128, 8], &words(128 * 8)),
+        i32_tensor("a.qzeros", &[2, 8], &words(16)),
+        f32_tensor("a.scales", &[2, 64], &[0.5; 128]),
+    ];
+    let shape = [64i64, 128].iter().flat_map(|side| side.to_le_bytes()).collect();
+    let int4 = vec![
+        i32_tensor("a.weight_packed", &[64, 16], &words(64 * 16)),
+        f32_tensor("a.weight_scale", &[64, 2], &[0.5; 128]),
+        ("a.weight_shape".to_owned(), safetensors::Dtype::I64, vec![2], shape),
+        i32_tensor("a.weight_zero_point", &[8, 2], &words(16)),
+    ];
+    let models = [
+        (safetensors_bytes(&gptq), json!({"quant_method": "gptq", "bits": 4})),
+        (safetensors_bytes(&awq), json!({"quant_method": "awq", "bits": 4})),
+        (
+            safetensors_bytes(&int4),
+            json!({
+                "quant_method": "compressed-tensors", "format": "pack-quantized",
+                "config_groups": {"group_0": {"weights": {"num_bits": 4, "type": "int"}}},
+            }),
+        ),
+    ];
+    let folder = tempfile::tempdir().unwrap();
+    bolero::check!().with_type::<(u8, Changes)>().cloned().for_each(|(which, changes)| {
+        let (bytes, config) = &models[which as usize % models.len()];
+        write_json(&folder.path().join("config.json"), &json!({"quantization_config": config}));
+        fs::write(folder.path().join("model.safetensors"), damage(bytes, 500, &changes)).unwrap();
+        read_model(folder.path());
+    });
+}

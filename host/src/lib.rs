@@ -9,6 +9,8 @@
 //! | task | start at |
 //! |---|---|
 //! | quantize weights offline | [`PackedWeights::quantize`] |
+//! | quantize them by another method, or with calibration data | [`PackedWeights::quantize_with`], `PackedWeights::quantize_gptq` |
+//! | measure what quantization costs | [`PackedWeights::output_error`] |
 //! | pack the codes of another quantizer | [`PackedWeights::pack`] |
 //! | save and load weights | [`PackedWeights::save`], [`PackedWeights::load`] |
 //! | quantize activations at run time | [`QuantizedActivations::quantize`] |
@@ -79,6 +81,10 @@ pub use output::{Output, OutputType};
 pub use packed::{Group, PackedWeights, UnpackedCodes};
 pub use plan::{Algorithm, GroupedPlan, GroupedProblem, Plan, Skinny, TileConfig, Tiled, TwoLaunches};
 pub use problem::Problem;
+#[cfg(feature = "gptq")]
+pub use quantize::{GptqOptions, Hessian, HessianBuilder};
+pub use quantize::{InputStatistics, InputStatisticsBuilder, smoothing_auto, smoothing_vector};
+pub use quantize::{Inputs, Method, OutputError, QuantizeOptions};
 
 /// The activation function of a gated operation.
 pub use liquidgemm_format::activations::Gate;

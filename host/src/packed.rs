@@ -163,7 +163,7 @@ impl PackedWeights {
     pub fn from_parts(
         codes: Vec<u8>,
         pairs: Vec<u8>,
-        channel_scales: Vec<f32>,
+        mut channel_scales: Vec<f32>,
         n: usize,
         k: usize,
         group: Group,
@@ -174,7 +174,8 @@ impl PackedWeights {
         check_length("channel scales", "[n]", n, channel_scales.len())?;
         check_finite("channel scale", &channel_scales)?;
         check_pairs(&pairs, sizes)?;
-        Ok(Self::assemble(codes, pairs, channel_scales, n, k, group))
+        channel_scales.resize(brick::strips(n) * BRICK_CHANNELS, 0.0);
+        Ok(Self { n, k, group, codes, pairs, channel_scales })
     }
 
     /// Packs the codes and pairs of another quantizer, such as GPTQ or a search for the smallest error.
@@ -212,23 +213,10 @@ impl PackedWeights {
         packer.for_each_strip(|channels, mut strip| {
             for (row, channel) in channels.enumerate() {
                 let pairs = &pairs[channel * groups..][..groups];
-                strip.write_channel(row, &codes[channel * k..][..k], pairs);
+                strip.write_channel(row, channel_scales[channel], &codes[channel * k..][..k], pairs);
             }
         });
-        Ok(packer.finish(channel_scales))
-    }
-
-    /// Assembles parts that are known to be valid.
-    fn assemble(
-        codes: Vec<u8>,
-        pairs: Vec<u8>,
-        mut channel_scales: Vec<f32>,
-        n: usize,
-        k: usize,
-        group: Group,
-    ) -> Self {
-        channel_scales.resize(brick::strips(n) * BRICK_CHANNELS, 0.0);
-        Self { n, k, group, codes, pairs, channel_scales }
+        Ok(packer.finish())
     }
 
     /// Returns the number of output channels.
@@ -417,6 +405,8 @@ pub(crate) struct Packer {
     sizes: PackedSizes,
     codes: Vec<u8>,
     pairs: Vec<u8>,
+    /// f32 `[64 · strips]`, zeros where nothing is written yet.
+    channel_scales: Vec<f32>,
 }
 
 /// One strip of a [`Packer`].
@@ -426,13 +416,17 @@ pub(crate) struct PackerStrip<'a> {
     codes: &'a mut [[u8; CODE_BYTES]],
     /// `[groups, 128]`.
     pairs: &'a mut [[u8; PAIR_BYTES]],
+    /// `[64]`.
+    channel_scales: &'a mut [f32],
 }
 
 impl Packer {
     /// Allocates `[n, k]` weights.
     pub(crate) fn new(n: usize, k: usize, group: Group) -> Result<Self, Error> {
         let sizes = PackedSizes::new(n, k, group)?;
-        Ok(Self { n, k, group, sizes, codes: vec![0; sizes.codes], pairs: vec![0; sizes.pairs] })
+        let (codes, pairs) = (vec![0; sizes.codes], vec![0; sizes.pairs]);
+        let channel_scales = vec![0.0; brick::strips(n) * BRICK_CHANNELS];
+        Ok(Self { n, k, group, sizes, codes, pairs, channel_scales })
     }
 
     /// Calls `fill(channels, strip)` for every strip, in parallel.
@@ -442,27 +436,33 @@ impl Packer {
         let (n, k_blocks, sizes) = (self.n, brick::k_blocks(self.k), self.sizes);
         let codes = self.codes.as_chunks_mut().0.par_chunks_mut(k_blocks);
         let pairs = self.pairs.as_chunks_mut().0.par_chunks_mut(sizes.groups);
-        codes.zip(pairs).enumerate().for_each(|(strip, (codes, pairs))| {
-            let first = strip * BRICK_CHANNELS;
-            let real = BRICK_CHANNELS.min(n - first);
-            for pairs in &mut *pairs {
-                for row in real..BRICK_CHANNELS {
-                    write_pair(pairs, row, PADDING_PAIR);
+        let channel_scales = self.channel_scales.par_chunks_mut(BRICK_CHANNELS);
+        codes.zip(pairs).zip(channel_scales).enumerate().for_each(
+            |(strip, ((codes, pairs), channel_scales))| {
+                let first = strip * BRICK_CHANNELS;
+                let real = BRICK_CHANNELS.min(n - first);
+                for pairs in &mut *pairs {
+                    for row in real..BRICK_CHANNELS {
+                        write_pair(pairs, row, PADDING_PAIR);
+                    }
                 }
-            }
-            fill(first..first + real, PackerStrip { group_blocks: sizes.group_blocks, codes, pairs });
-        });
+                let group_blocks = sizes.group_blocks;
+                fill(first..first + real, PackerStrip { group_blocks, codes, pairs, channel_scales });
+            },
+        );
     }
 
     /// Returns the weights. All real channels must have been written.
-    pub(crate) fn finish(self, channel_scales: Vec<f32>) -> PackedWeights {
-        PackedWeights::assemble(self.codes, self.pairs, channel_scales, self.n, self.k, self.group)
+    pub(crate) fn finish(self) -> PackedWeights {
+        let Self { n, k, group, codes, pairs, channel_scales, .. } = self;
+        PackedWeights { n, k, group, codes, pairs, channel_scales }
     }
 }
 
 impl PackerStrip<'_> {
-    /// Writes channel `row` of the strip: its `k` codes, their padding, and the pair of every group.
-    pub(crate) fn write_channel(&mut self, row: usize, codes: &[u8], pairs: &[(u8, u8)]) {
+    /// Writes channel `row` of the strip: its scale, its `k` codes, their padding, and the pair of every group.
+    pub(crate) fn write_channel(&mut self, row: usize, scale: f32, codes: &[u8], pairs: &[(u8, u8)]) {
+        self.channel_scales[row] = scale;
         for (to, &pair) in self.pairs.iter_mut().zip(pairs) {
             write_pair(to, row, pair);
         }

@@ -148,10 +148,10 @@ fn packed(
             codes.clear();
             pairs.clear();
             append(channel, &mut codes, &mut pairs);
-            strip.write_channel(row, &codes, &pairs);
+            strip.write_channel(row, channel_scales[channel], &codes, &pairs);
         }
     });
-    Ok(packer.finish(channel_scales))
+    Ok(packer.finish())
 }
 
 /// Checks that a range is not empty, and that it begins and ends at multiples or at the end.

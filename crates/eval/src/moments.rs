@@ -219,14 +219,22 @@ impl Sums {
         Ok(())
     }
 
-    fn finish(self) -> Moments {
+    fn finish(mut self) -> Moments {
+        let k = self.squares.len();
         let scale = 1.0 / self.tokens.max(1) as f64;
         Moments {
             tokens: self.tokens,
             mean_square: self.squares.iter().map(|square| (square * scale) as f32).collect(),
             absmax: self.absmax,
-            hessian: self.products.map(|mut sums| {
-                sums.iter_mut().for_each(|sum| *sum = (f64::from(*sum) * scale) as f32);
+            hessian: self.products.take().map(|mut sums| {
+                for row in 0..k {
+                    for column in 0..=row {
+                        // The product is symmetric but for its rounding.
+                        let value = (f64::from(sums[row * k + column]) * scale) as f32;
+                        sums[row * k + column] = value;
+                        sums[column * k + row] = value;
+                    }
+                }
                 sums
             }),
         }

@@ -4,8 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
 
-use candle_core::Tensor;
-use liquidgemm::{Backend, Group, PackedWeights};
+use liquidgemm::{Backend, GptqOptions, Group, Hessian, PackedWeights, QuantizeOptions};
 
 use crate::layers::{A8, Linear, W4A8};
 use crate::model::{LinearWeights, Model};
@@ -19,11 +18,17 @@ pub enum Method {
     A8,
     /// The paper's recipe: round to nearest.
     Rtn,
+    /// A search for the pairs with the smallest error of the weights, without data.
+    Search,
+    /// The same, weighted by the second moments of the inputs.
+    Weighted,
+    /// GPTQ, with the Hessian of the inputs.
+    Gptq,
 }
 
 impl Method {
     /// All methods.
-    pub const ALL: [Method; 2] = [Method::A8, Method::Rtn];
+    pub const ALL: [Method; 5] = [Method::A8, Method::Rtn, Method::Search, Method::Weighted, Method::Gptq];
 }
 
 impl fmt::Display for Method {
@@ -31,6 +36,9 @@ impl fmt::Display for Method {
         f.pad(match self {
             Method::A8 => "a8",
             Method::Rtn => "rtn",
+            Method::Search => "search",
+            Method::Weighted => "weighted",
+            Method::Gptq => "gptq",
         })
     }
 }
@@ -39,8 +47,10 @@ impl FromStr for Method {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let found = Method::ALL.into_iter().find(|method| method.to_string() == text);
-        found.ok_or_else(|| format!("unknown method {text:?}; known are {}", Method::ALL.map(|m| m.to_string()).join(", ")))
+        Method::ALL.into_iter().find(|method| method.to_string() == text).ok_or_else(|| {
+            let known = Method::ALL.map(|method| method.to_string()).join(", ");
+            format!("unknown method {text:?}; known are {known}")
+        })
     }
 }
 
@@ -58,12 +68,12 @@ pub struct Recipe {
 impl Recipe {
     /// Returns whether the recipe needs second moments.
     pub fn needs_calibration(&self) -> bool {
-        self.smooth.is_some()
+        self.smooth.is_some() || matches!(self.method, Method::Weighted | Method::Gptq)
     }
 
     /// Returns whether the recipe needs the full matrix of second moments.
     pub fn needs_hessian(&self) -> bool {
-        false
+        self.method == Method::Gptq
     }
 
     /// Makes all linear layers of a model.
@@ -92,35 +102,84 @@ impl Recipe {
         &self,
         layer: &LinearWeights,
         smoothing: Option<Vec<f32>>,
-        _calibration: Option<&Calibration>,
+        calibration: Option<&Calibration>,
         backend: &Arc<Backend>,
     ) -> Result<Box<dyn Linear>, Error> {
+        if self.method == Method::A8 {
+            return Ok(Box::new(A8::new(layer, smoothing)?));
+        }
         let (n, k) = layer.shape();
         let failed = |source| Error::Layer { layer: layer.name.clone(), source };
-        let weights = |weight: &Tensor| weight.flatten_all()?.to_vec1::<f32>();
-        let smoothed = || -> Result<Vec<f32>, Error> {
-            let weights = weights(&layer.weight)?;
-            match &smoothing {
-                None => Ok(weights),
-                Some(factors) => liquidgemm::smooth_weights(&weights, n, k, factors).map_err(failed),
-            }
-        };
+        let mut weights = layer.weight.flatten_all()?.to_vec1::<f32>()?;
+        if let Some(factors) = &smoothing {
+            weights = liquidgemm::smooth_weights(&weights, n, k, factors).map_err(failed)?;
+        }
+        let options = |method, second_moments| QuantizeOptions { method, group: self.group, second_moments };
         let packed = match self.method {
-            Method::A8 => return Ok(Box::new(A8::new(layer, smoothing)?)),
-            Method::Rtn => PackedWeights::quantize(&smoothed()?, n, k, self.group),
+            Method::A8 => unreachable!("returned above"),
+            Method::Rtn => {
+                PackedWeights::quantize_with(&weights, n, k, &options(liquidgemm::Method::Rtn, None))
+            }
+            Method::Search => {
+                PackedWeights::quantize_with(&weights, n, k, &options(liquidgemm::Method::Search, None))
+            }
+            Method::Weighted => {
+                let mut moments = self.moments(layer, calibration)?.mean_square.clone();
+                for (moment, factor) in moments.iter_mut().zip(smoothing.iter().flatten()) {
+                    *moment /= factor * factor;
+                }
+                let options = options(liquidgemm::Method::Search, Some(&moments[..]));
+                PackedWeights::quantize_with(&weights, n, k, &options)
+            }
+            Method::Gptq => {
+                let hessian = self.hessian(layer, smoothing.as_deref(), calibration)?;
+                let options = GptqOptions { group: self.group, ..GptqOptions::default() };
+                PackedWeights::quantize_gptq(&weights, n, k, &hessian, &options)
+            }
         };
         let packed = packed.map_err(failed)?;
         Ok(Box::new(W4A8::new(&layer.name, packed, layer.bias.as_ref(), smoothing, Arc::clone(backend))?))
     }
 
-    /// Returns the moments of a layer.
-    fn moments<'a>(&self, layer: &str, calibration: Option<&'a Calibration>) -> Result<&'a Moments, Error> {
-        calibration.and_then(|calibration| calibration.layer(layer)).ok_or_else(|| Error::MissingCalibration {
-            method: self.to_string(),
-            needed: "second moments",
-            layer: layer.to_owned(),
-            hint: "",
-        })
+    /// Returns the Hessian of a layer's inputs after they were divided by the smoothing vector.
+    fn hessian(
+        &self,
+        layer: &LinearWeights,
+        smoothing: Option<&[f32]>,
+        calibration: Option<&Calibration>,
+    ) -> Result<Hessian, Error> {
+        let Some(hessian) = &self.moments(layer, calibration)?.hessian else {
+            return Err(self.missing(layer, "the Hessian", " --hessian"));
+        };
+        let (_, k) = layer.shape();
+        let mut values = hessian.clone();
+        if let Some(factors) = smoothing {
+            for (row, by) in values.chunks_exact_mut(k).zip(factors) {
+                row.iter_mut().zip(factors).for_each(|(value, factor)| *value /= by * factor);
+            }
+        }
+        Hessian::new(values, k).map_err(|source| Error::Layer { layer: layer.name.clone(), source })
+    }
+
+    fn missing(&self, layer: &LinearWeights, needed: &'static str, hint: &'static str) -> Error {
+        Error::MissingCalibration { method: self.to_string(), needed, layer: layer.name.clone(), hint }
+    }
+
+    /// Returns the moments of a layer, with a vector for each of its channels.
+    fn moments<'a>(
+        &self,
+        layer: &LinearWeights,
+        calibration: Option<&'a Calibration>,
+    ) -> Result<&'a Moments, Error> {
+        let moments = calibration
+            .and_then(|calibration| calibration.layer(&layer.name))
+            .ok_or_else(|| self.missing(layer, "second moments", ""))?;
+        let (actual, (_, k)) = (moments.mean_square.len(), layer.shape());
+        if actual != k {
+            let name = format!("{}.mean_square", layer.name);
+            return Err(Error::TensorShape { name, actual: vec![actual], expected: vec![k] });
+        }
+        Ok(moments)
     }
 
     /// Returns the smoothing vector of each input, at the number of its first layer.
@@ -136,13 +195,8 @@ impl Recipe {
         let mut vectors = vec![None; model.layers.len()];
         let Some(alpha) = self.smooth else { return Ok(vectors) };
         for (number, layer) in model.layers.iter().enumerate().filter(|(number, layer)| layer.input == *number) {
-            let absmax = &self.moments(&layer.name, calibration)?.absmax;
-            let (_, k) = layer.shape();
-            if absmax.len() != k {
-                let (actual, expected) = (vec![absmax.len()], vec![k]);
-                return Err(Error::TensorShape { name: format!("{}.absmax", layer.name), actual, expected });
-            }
-            let mut weights = vec![0.0f32; k];
+            let absmax = &self.moments(layer, calibration)?.absmax;
+            let mut weights = vec![0.0f32; absmax.len()];
             for sharing in model.layers.iter().filter(|sharing| sharing.input == number) {
                 let max = sharing.weight.abs()?.max(0)?.to_vec1::<f32>()?;
                 weights.iter_mut().zip(max).for_each(|(weight, max)| *weight = weight.max(max));

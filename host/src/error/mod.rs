@@ -230,6 +230,73 @@ pub enum Error {
         value: f32,
     },
 
+    /// A second moment, or a diagonal element of a Hessian, is negative or not finite.
+    #[error("the second moment of input channel {k} is {value}; it must be finite and not negative")]
+    InvalidMoment {
+        /// Input channel (position along K).
+        k: usize,
+        /// The value found.
+        value: f32,
+    },
+
+    /// An element of a Hessian is NaN or infinite, or differs from its mirror image.
+    #[error(
+        "element ({row}, {column}) of the Hessian is {value}; \
+         all elements must be finite and the matrix symmetric"
+    )]
+    InvalidHessian {
+        /// Row of the element.
+        row: usize,
+        /// Column of the element.
+        column: usize,
+        /// The value found.
+        value: f32,
+    },
+
+    /// A Hessian has no Cholesky factor, even damped.
+    #[error(
+        "the Hessian is not positive definite at input channel {k} with a damping of {damping}; \
+         accumulate it from the layer's inputs, or increase the damping"
+    )]
+    HessianNotPositive {
+        /// Input channel (position along K) where the factorization failed.
+        k: usize,
+        /// The damping, as a fraction of the mean of the diagonal.
+        damping: f32,
+    },
+
+    /// A damping of a Hessian is negative or not finite.
+    #[error("the damping is {value}; it must be finite and not negative")]
+    InvalidDamping {
+        /// The value found.
+        value: f32,
+    },
+
+    /// Moments were given to a method that does not use them.
+    #[error("the method {method} does not use second moments; leave them out, or choose search")]
+    UnusedMoments {
+        /// The method.
+        method: crate::Method,
+    },
+
+    /// A text is not a method.
+    #[error("{text:?} is no quantization method; write \"rtn\" or \"search\"")]
+    UnknownMethod {
+        /// The text.
+        text: String,
+    },
+
+    /// An exponent of smoothing is out of range.
+    #[error("the smoothing exponent alpha is {value}; it must be from 0 to 1")]
+    InvalidAlpha {
+        /// The value found.
+        value: f32,
+    },
+
+    /// Statistics of activations without a single token.
+    #[error("there are no activations to take statistics of; add one token at least")]
+    NoTokens,
+
     /// The group size is not a positive multiple of 64.
     #[error(
         "a group of {group} is not possible; use a positive multiple of {BRICK_K}, or \"channel\" for one group a channel"

@@ -7,8 +7,12 @@
 
 #[cfg(feature = "bench")]
 mod bench;
+#[cfg(feature = "eval")]
+mod calibrate;
 mod check;
 mod demo;
+#[cfg(feature = "eval")]
+mod eval;
 mod info;
 mod layer;
 mod progress;
@@ -33,7 +37,11 @@ struct Arguments {
 enum Command {
     #[cfg(feature = "bench")]
     Bench(bench::Arguments),
+    #[cfg(feature = "eval")]
+    Calibrate(calibrate::Arguments),
     Demo(demo::Arguments),
+    #[cfg(feature = "eval")]
+    Eval(Box<eval::Arguments>),
     Info(info::Arguments),
 }
 
@@ -82,7 +90,11 @@ fn main() -> ExitCode {
     let outcome = match Arguments::parse().command {
         #[cfg(feature = "bench")]
         Command::Bench(arguments) => bench::run(&arguments),
+        #[cfg(feature = "eval")]
+        Command::Calibrate(arguments) => calibrate::run(&arguments),
         Command::Demo(arguments) => demo::run(&arguments),
+        #[cfg(feature = "eval")]
+        Command::Eval(arguments) => eval::run(&arguments),
         Command::Info(arguments) => info::run(&arguments),
     };
     match outcome {

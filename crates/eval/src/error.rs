@@ -89,7 +89,9 @@ pub enum Error {
         expected: Vec<usize>,
     },
     /// A token that the model has no embedding for.
-    #[error("token {token} is outside the model's vocabulary of {vocabulary}: tokenizer and model do not fit")]
+    #[error(
+        "token {token} is outside the model's vocabulary of {vocabulary}: tokenizer and model do not fit"
+    )]
     TokenOutOfRange {
         /// The token.
         token: u32,
@@ -115,7 +117,9 @@ pub enum Error {
         needed: usize,
     },
     /// A method needs calibration that is not there.
-    #[error("{method} needs {needed} of layer {layer}, which the calibration does not have; run `liquidgemm calibrate`{hint}")]
+    #[error(
+        "{method} needs {needed} of layer {layer}, which the calibration does not have; run `liquidgemm calibrate`{hint}"
+    )]
     MissingCalibration {
         /// The method.
         method: String,

@@ -79,7 +79,11 @@ impl Task {
                 let mut tokens = model.tokens(text)?;
                 tokens.truncate(limit);
                 if tokens.len() < 2 {
-                    return Err(Error::TextTooShort { what: "the text".into(), found: tokens.len(), needed: 2 });
+                    return Err(Error::TextTooShort {
+                        what: "the text".into(),
+                        found: tokens.len(),
+                        needed: 2,
+                    });
                 }
                 // The last window may be shorter, but one token predicts nothing.
                 let windows = tokens.chunks(window.max(2)).filter(|window| window.len() > 1);
@@ -140,7 +144,8 @@ fn score_encoder(
         progress.step();
         for (layers, cosines) in variants.iter().zip(&mut cosines) {
             let embedding = encoder.embed(sentence, *layers)?;
-            cosines.push(float.iter().zip(&embedding).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>());
+            cosines
+                .push(float.iter().zip(&embedding).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>());
             progress.step();
         }
     }
@@ -234,7 +239,8 @@ struct Position {
 }
 
 fn compare_position(float: &[f32], other: &[f32], next: usize) -> Position {
-    let ([float_best, other_best], [float_sum, other_sum]) = ([best(float), best(other)], [float, other].map(log_sum));
+    let ([float_best, other_best], [float_sum, other_sum]) =
+        ([best(float), best(other)], [float, other].map(log_sum));
     let divergence = float
         .iter()
         .zip(other)

@@ -6,6 +6,7 @@
 //! | make its linear layers by some method | [`Recipe::layers`] |
 //! | compare them with the float run | [`evaluate::score`], [`evaluate::layer_errors`] |
 //! | record second moments of the layers' inputs | [`evaluate::calibrate`], [`Calibration`] |
+//! | write figures as a table or a page | [`report`] |
 //! | texts that ship with the crate | [`texts`] |
 //!
 //! Models are sentence encoders of the BERT family, and causal language models of the LLaMA and Qwen2 families.
@@ -19,6 +20,7 @@ pub mod model;
 mod moments;
 mod ops;
 mod recipe;
+pub mod report;
 mod source;
 pub mod texts;
 mod tokenizer;
@@ -27,7 +29,7 @@ pub use error::{Error, SUPPORTED};
 pub use files::write;
 pub use model::Model;
 pub use moments::{Calibration, Moments, Recorder};
-pub use recipe::{Method, Recipe};
+pub use recipe::{Method, Recipe, Smooth};
 
 /// Where a longer computation reports how far it is.
 pub trait Progress {

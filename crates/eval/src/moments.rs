@@ -38,6 +38,13 @@ pub struct Moments {
     pub hessian: Option<Vec<f32>>,
 }
 
+impl Moments {
+    fn without_hessian(&self) -> Self {
+        let Self { tokens, mean_square, absmax, hessian: _ } = self;
+        Self { tokens: *tokens, mean_square: mean_square.clone(), absmax: absmax.clone(), hessian: None }
+    }
+}
+
 /// The moments of a model's layers, by name.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Calibration {
@@ -53,6 +60,19 @@ impl Calibration {
     /// Returns the layers' names and moments, by name.
     pub fn layers(&self) -> impl Iterator<Item = (&str, &Moments)> {
         self.layers.iter().map(|(name, moments)| (name.as_str(), moments.as_ref()))
+    }
+
+    /// Forgets the matrices, and keeps what each channel has.
+    pub fn drop_hessians(&mut self) {
+        let mut small: Vec<(Arc<Moments>, Arc<Moments>)> = Vec::new();
+        for moments in self.layers.values_mut() {
+            let known = small
+                .iter()
+                .find(|(large, _)| Arc::ptr_eq(large, moments))
+                .map(|(_, small)| Arc::clone(small));
+            let without = known.unwrap_or_else(|| Arc::new(moments.without_hessian()));
+            small.push((std::mem::replace(moments, Arc::clone(&without)), without));
+        }
     }
 
     /// Writes the file, or leaves an existing one as it was.
@@ -86,7 +106,8 @@ impl Calibration {
             let view = TensorView::new(Dtype::F32, shape.clone(), bytes).expect("the shape fits the values");
             (name.as_str(), view)
         });
-        let tokens: BTreeMap<&str, u64> = sets.iter().map(|(name, moments)| (*name, moments.tokens)).collect();
+        let tokens: BTreeMap<&str, u64> =
+            sets.iter().map(|(name, moments)| (*name, moments.tokens)).collect();
         let json = |map: serde_json::Result<String>| map.expect("names and numbers are valid JSON");
         let metadata = HashMap::from([
             ("format".to_owned(), FORMAT.to_owned()),
@@ -120,18 +141,25 @@ impl Calibration {
 
     fn parse(bytes: &[u8], metadata: &HashMap<String, String>) -> Result<Self, String> {
         if metadata.get("version").is_none_or(|version| version != VERSION) {
-            return Err(format!("its version is {:?}, this program reads {VERSION:?}", metadata.get("version")));
+            return Err(format!(
+                "its version is {:?}, this program reads {VERSION:?}",
+                metadata.get("version")
+            ));
         }
         let json = |key: &str| metadata.get(key).map_or("", String::as_str);
-        let names: BTreeMap<String, String> =
-            serde_json::from_str(json("layers")).map_err(|error| format!("the metadata `layers`: {error}"))?;
-        let tokens: BTreeMap<String, u64> =
-            serde_json::from_str(json("tokens")).map_err(|error| format!("the metadata `tokens`: {error}"))?;
+        let names: BTreeMap<String, String> = serde_json::from_str(json("layers"))
+            .map_err(|error| format!("the metadata `layers`: {error}"))?;
+        let tokens: BTreeMap<String, u64> = serde_json::from_str(json("tokens"))
+            .map_err(|error| format!("the metadata `tokens`: {error}"))?;
         let file = SafeTensors::deserialize(bytes).map_err(|error| error.to_string())?;
         let tensor = |name: &str, shape: &[usize]| {
             let view = file.tensor(name).map_err(|error| format!("tensor {name}: {error}"))?;
             if view.dtype() != Dtype::F32 || view.shape() != shape {
-                return Err(format!("tensor {name} is {:?} {:?}, expected F32 {shape:?}", view.dtype(), view.shape()));
+                return Err(format!(
+                    "tensor {name} is {:?} {:?}, expected F32 {shape:?}",
+                    view.dtype(),
+                    view.shape()
+                ));
             }
             let values: Vec<f32> =
                 view.data().as_chunks().0.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect();
@@ -143,9 +171,15 @@ impl Calibration {
         let mut sets: BTreeMap<&str, Arc<Moments>> = BTreeMap::new();
         for (name, &tokens) in &tokens {
             let key = |what: &str| format!("{name}.{what}");
-            let view = file.tensor(&key("mean_square")).map_err(|error| format!("{}: {error}", key("mean_square")))?;
+            let view = file
+                .tensor(&key("mean_square"))
+                .map_err(|error| format!("{}: {error}", key("mean_square")))?;
             let &[k] = view.shape() else {
-                return Err(format!("tensor {} has shape {:?}, expected one dimension", key("mean_square"), view.shape()));
+                return Err(format!(
+                    "tensor {} has shape {:?}, expected one dimension",
+                    key("mean_square"),
+                    view.shape()
+                ));
             };
             let has_hessian = file.tensor(&key("hessian")).is_ok();
             let moments = Moments {
@@ -157,7 +191,8 @@ impl Calibration {
             sets.insert(name, Arc::new(moments));
         }
         let layers = names.iter().map(|(layer, set)| {
-            let moments = sets.get(set.as_str()).ok_or_else(|| format!("layer {layer} has no moments {set}"))?;
+            let moments =
+                sets.get(set.as_str()).ok_or_else(|| format!("layer {layer} has no moments {set}"))?;
             Ok((layer.clone(), Arc::clone(moments)))
         });
         Ok(Self { layers: layers.collect::<Result<_, String>>()? })
@@ -198,7 +233,12 @@ struct Sums {
 
 impl Sums {
     fn new(k: usize, hessian: bool) -> Self {
-        Self { tokens: 0, squares: vec![0.0; k], absmax: vec![0.0; k], products: hessian.then(|| vec![0.0; k * k]) }
+        Self {
+            tokens: 0,
+            squares: vec![0.0; k],
+            absmax: vec![0.0; k],
+            products: hessian.then(|| vec![0.0; k * k]),
+        }
     }
 
     /// Adds inputs `[tokens, k]`.

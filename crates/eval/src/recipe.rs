@@ -4,7 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
 
-use liquidgemm::{Backend, GptqOptions, Group, Hessian, PackedWeights, QuantizeOptions};
+use liquidgemm::{Backend, GptqOptions, Group, Hessian, InputStatistics, PackedWeights, QuantizeOptions};
 
 use crate::layers::{A8, Linear, W4A8};
 use crate::model::{LinearWeights, Model};
@@ -54,6 +54,34 @@ impl FromStr for Method {
     }
 }
 
+/// How inputs are smoothed: divided by a vector that the weights are multiplied by (arXiv 2211.10438).
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Smooth {
+    /// By `max|x|^α / max|w|^(1 − α)`.
+    Alpha(f32),
+    /// By the exponent with the smallest expected error, chosen for each input.
+    Auto,
+}
+
+impl fmt::Display for Smooth {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Smooth::Alpha(alpha) => alpha.fmt(f),
+            Smooth::Auto => f.pad("auto"),
+        }
+    }
+}
+
+impl FromStr for Smooth {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let alpha = text.parse().ok().filter(|alpha| (0.0..=1.0).contains(alpha)).map(Smooth::Alpha);
+        let auto = (text == "auto").then_some(Smooth::Auto);
+        alpha.or(auto).ok_or_else(|| format!("{text:?} is neither a number from 0 to 1 nor \"auto\""))
+    }
+}
+
 /// How the layers of a model are made.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Recipe {
@@ -61,8 +89,8 @@ pub struct Recipe {
     pub method: Method,
     /// The weights that share a pair. [`Method::A8`] has no groups.
     pub group: Group,
-    /// The exponent of SmoothQuant, or `None` for no smoothing.
-    pub smooth: Option<f32>,
+    /// Whether inputs are smoothed, and how.
+    pub smooth: Option<Smooth>,
 }
 
 impl Recipe {
@@ -185,32 +213,40 @@ impl Recipe {
     /// Returns the smoothing vector of each input, at the number of its first layer.
     ///
     /// Layers with the same input share one vector, so that it can be folded into what comes before.
-    /// `s = max|x|^α / max|w|^(1 − α)` for each channel (Xiao et al., arXiv 2211.10438),
-    /// with the maximum of `|w|` over all of these layers.
+    /// It is that of their weights stacked.
     fn smoothing(
         &self,
         model: &Model,
         calibration: Option<&Calibration>,
     ) -> Result<Vec<Option<Vec<f32>>>, Error> {
         let mut vectors = vec![None; model.layers.len()];
-        let Some(alpha) = self.smooth else { return Ok(vectors) };
-        for (number, layer) in model.layers.iter().enumerate().filter(|(number, layer)| layer.input == *number) {
-            let absmax = &self.moments(layer, calibration)?.absmax;
-            let mut weights = vec![0.0f32; absmax.len()];
+        let Some(smooth) = self.smooth else { return Ok(vectors) };
+        for (number, layer) in
+            model.layers.iter().enumerate().filter(|(number, layer)| layer.input == *number)
+        {
+            let moments = self.moments(layer, calibration)?;
+            let mut weights = Vec::new();
             for sharing in model.layers.iter().filter(|sharing| sharing.input == number) {
-                let max = sharing.weight.abs()?.max(0)?.to_vec1::<f32>()?;
-                weights.iter_mut().zip(max).for_each(|(weight, max)| *weight = weight.max(max));
+                weights.extend(sharing.weight.flatten_all()?.to_vec1::<f32>()?);
             }
-            vectors[number] = Some(absmax.iter().zip(&weights).map(|(&x, &w)| factor(x, w, alpha)).collect());
+            let k = layer.shape().1;
+            let n = weights.len() / k;
+            let vector = match smooth {
+                Smooth::Alpha(alpha) => liquidgemm::smoothing_vector(&moments.absmax, &weights, n, k, alpha),
+                Smooth::Auto => {
+                    let statistics = InputStatistics {
+                        second_moments: moments.mean_square.clone(),
+                        largest: moments.absmax.clone(),
+                    };
+                    liquidgemm::smoothing_auto(&statistics, &weights, n, k, self.group)
+                        .map(|(vector, _)| vector)
+                }
+            };
+            let failed = |source| Error::Layer { layer: layer.name.clone(), source };
+            vectors[number] = Some(vector.map_err(failed)?);
         }
         Ok(vectors)
     }
-}
-
-/// Returns `x^α / w^(1 − α)`, or 1 for a channel that is always zero or that no weight uses.
-fn factor(x: f32, w: f32, alpha: f32) -> f32 {
-    let factor = x.powf(alpha) / w.powf(1.0 - alpha);
-    if x > 0.0 && w > 0.0 && factor.is_normal() { factor } else { 1.0 }
 }
 
 /// Writes `rtn g64`, `rtn channel`, `a8`, and with smoothing `rtn g64 smooth 0.5`.
@@ -222,6 +258,6 @@ impl fmt::Display for Recipe {
             Group::K(group) => write!(f, " g{group}")?,
             Group::Channel => write!(f, " channel")?,
         }
-        self.smooth.map_or(Ok(()), |alpha| write!(f, " smooth {alpha}"))
+        self.smooth.map_or(Ok(()), |smooth| write!(f, " smooth {smooth}"))
     }
 }

@@ -30,8 +30,9 @@ impl Source {
         }
         let config = path.join("config.json");
         let files = list(path)?;
-        let with_extension =
-            |extension: &str| files.iter().filter(move |file| file.extension().is_some_and(|e| e == extension));
+        let with_extension = |extension: &str| {
+            files.iter().filter(move |file| file.extension().is_some_and(|e| e == extension))
+        };
         if config.is_file() {
             return Self::open_folder(path, &config, with_extension("safetensors"));
         }

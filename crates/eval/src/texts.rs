@@ -33,6 +33,28 @@ pub fn calibration(network: &Network) -> String {
     }
 }
 
+/// A text's name for reports.
+pub struct Name {
+    sentences: &'static str,
+    book: &'static str,
+}
+
+/// The names of the texts of [`evaluation`].
+pub const EVALUATION_NAME: Name = Name { sentences: "200 sentences", book: "Persuasion (J. Austen)" };
+/// The names of the texts of [`calibration`].
+pub const CALIBRATION_NAME: Name =
+    Name { sentences: "128 other sentences", book: "Sense and Sensibility (J. Austen)" };
+
+impl Name {
+    /// Returns the name of the text for such a model.
+    pub fn of(&self, network: &Network) -> &'static str {
+        match network {
+            Network::Encoder(_) => self.sentences,
+            Network::Causal(_) => self.book,
+        }
+    }
+}
+
 fn unpack(bytes: &[u8]) -> String {
     let mut text = String::new();
     GzDecoder::new(bytes).read_to_string(&mut text).expect("the asset is valid");

@@ -40,11 +40,15 @@ fn of_gguf(source: &Source) -> Result<Tokenizer, Error> {
     }
     let model = source.gguf_text("tokenizer.ggml.model")?;
     if model != "gpt2" {
-        return Err(none(format!("its tokenizer is of type {model:?}; only gpt2, byte-level BPE, can be read")));
+        return Err(none(format!(
+            "its tokenizer is of type {model:?}; only gpt2, byte-level BPE, can be read"
+        )));
     }
     let split = source.gguf_text("tokenizer.ggml.pre").unwrap_or("default");
     let pre_tokenizer = pre_tokenizer(split)
-        .ok_or_else(|| none(format!("its text is split by {split:?}; known are {}", KNOWN_SPLITS.join(", "))))?
+        .ok_or_else(|| {
+            none(format!("its text is split by {split:?}; known are {}", KNOWN_SPLITS.join(", ")))
+        })?
         .map_err(refused)?;
 
     let tokens = texts(source, "tokenizer.ggml.tokens")?;
@@ -83,7 +87,8 @@ fn pre_tokenizer(name: &str) -> Option<tokenizers::Result<PreTokenizerWrapper>> 
     };
     let by_pattern = |pattern: &str| {
         let pattern = SplitPattern::Regex(pattern.to_owned());
-        Split::new(pattern, SplitDelimiterBehavior::Isolated, false).map(|split| then_bytes(split.into(), false))
+        Split::new(pattern, SplitDelimiterBehavior::Isolated, false)
+            .map(|split| then_bytes(split.into(), false))
     };
     match name {
         "default" | "gpt-2" => Some(Ok(bytes(true))),
@@ -97,7 +102,8 @@ fn pre_tokenizer(name: &str) -> Option<tokenizers::Result<PreTokenizerWrapper>> 
 /// Returns a list of texts of the metadata.
 fn texts<'a>(source: &'a Source, key: &str) -> Result<Vec<&'a str>, Error> {
     let list = source.gguf_list(key)?;
-    let texts: Option<Vec<&str>> = list.iter().map(|value| value.to_string().ok().map(String::as_str)).collect();
+    let texts: Option<Vec<&str>> =
+        list.iter().map(|value| value.to_string().ok().map(String::as_str)).collect();
     texts.ok_or_else(|| Error::MissingSetting { key: key.to_owned() })
 }
 

@@ -195,14 +195,20 @@ impl Sizes {
         let heads = source.size("num_attention_heads")?;
         let d = or_size("head_dim", hidden / heads)?;
         // Newer configurations keep everything about rotary positions in one object.
-        let rope = if config["rope_parameters"].is_object() { &config["rope_parameters"] } else { &config["rope_scaling"] };
+        let rope = if config["rope_parameters"].is_object() {
+            &config["rope_parameters"]
+        } else {
+            &config["rope_scaling"]
+        };
         let base = config["rope_theta"].as_f64().or_else(|| rope["rope_theta"].as_f64()).unwrap_or(10_000.0);
         let mut frequencies = frequencies(base, d);
         match rope["rope_type"].as_str().or_else(|| rope["type"].as_str()) {
             None | Some("default") => {}
             Some("llama3") => {
                 let number = |key: &str| {
-                    rope[key].as_f64().ok_or_else(|| Error::MissingSetting { key: format!("rope_scaling.{key}") })
+                    rope[key]
+                        .as_f64()
+                        .ok_or_else(|| Error::MissingSetting { key: format!("rope_scaling.{key}") })
                 };
                 let scaling = Llama3Scaling {
                     factor: number("factor")?,
@@ -268,9 +274,18 @@ impl Sizes {
 
     fn check(&self) -> Result<(), Error> {
         let unless = |ok: bool, setting: &'static str, value: usize, supported: &'static str| {
-            if ok { Ok(()) } else { Err(Error::UnsupportedSetting { setting, value: value.to_string(), supported }) }
+            if ok {
+                Ok(())
+            } else {
+                Err(Error::UnsupportedSetting { setting, value: value.to_string(), supported })
+            }
         };
-        unless(self.heads.is_multiple_of(self.kv_heads), "number of key-value heads", self.kv_heads, "a divisor of the number of heads")?;
+        unless(
+            self.heads.is_multiple_of(self.kv_heads),
+            "number of key-value heads",
+            self.kv_heads,
+            "a divisor of the number of heads",
+        )?;
         unless(self.d > 0 && self.d.is_multiple_of(2), "channels of a head", self.d, "a positive even number")
     }
 }

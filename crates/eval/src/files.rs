@@ -12,7 +12,12 @@ use crate::Error;
 pub(crate) fn write_with(path: &Path, write: impl FnOnce(&Path) -> io::Result<()>) -> Result<(), Error> {
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let attempt = || {
-        let temporary = tempfile::NamedTempFile::new_in(folder)?;
+        let mut builder = tempfile::Builder::new();
+        builder.prefix(".liquidgemm-");
+        // By default only the owner can read a temporary file.
+        #[cfg(unix)]
+        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+        let temporary = builder.tempfile_in(folder)?;
         write(temporary.path())?;
         temporary.as_file().sync_all()?;
         temporary.persist(path)?;

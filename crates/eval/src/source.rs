@@ -30,7 +30,7 @@ impl Source {
         }
         let config = path.join("config.json");
         let files = list(path)?;
-        let with_extension = |extension: &str| {
+        let with_extension = |extension: &'static str| {
             files.iter().filter(move |file| file.extension().is_some_and(|e| e == extension))
         };
         if config.is_file() {

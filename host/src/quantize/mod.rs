@@ -162,6 +162,7 @@ impl PackedWeights {
             let mut codes = vec![0u8; k];
             let mut pairs = Vec::with_capacity(k.div_ceil(group_k));
             let mut int8_weight = vec![0i8; k];
+            let mut search = search::PairSearch::default();
             for channel in channels {
                 widen(&weights[channel * k..][..k], &mut row);
                 pairs.clear();
@@ -170,7 +171,8 @@ impl PackedWeights {
                         rtn::quantize_channel(&row, group_k, &mut int8_weight, &mut codes, &mut pairs)
                     }
                     Method::Search => {
-                        search::quantize_channel(&row, second_moments, group_k, &mut codes, &mut pairs)
+                        let (codes, pairs) = (&mut codes, &mut pairs);
+                        search::quantize_channel(&row, second_moments, group_k, &mut search, codes, pairs)
                     }
                 };
                 strip.write_channel(channel % BRICK_CHANNELS, scale, &codes, &pairs);

@@ -46,13 +46,18 @@ fn quantize_group(int8_weight: &[i8], codes: &mut [u8]) -> (u8, u8) {
         let w = i32::from(w);
         (min.min(w), max.max(w))
     });
-    let s = round_ratio(max - min, MAX_CODE).max(1);
-    // If s is 1 and min is above 112, 128 + min leaves no room for the code 15.
-    let a = (ZERO + min).min(255 - MAX_CODE * s);
+    let (s, a) = pair(min, max);
     for (code, &w) in codes.iter_mut().zip(int8_weight) {
         *code = round_ratio(i32::from(w) + ZERO - a, s).min(MAX_CODE) as u8;
     }
     (s as u8, a as u8)
+}
+
+/// Returns the pair of a group of int8 weights with these extremes.
+pub(super) fn pair(min: i32, max: i32) -> (i32, i32) {
+    let s = round_ratio(max - min, MAX_CODE).max(1);
+    // If s is 1 and min is above 112, 128 + min leaves no room for the code 15.
+    (s, (ZERO + min).min(255 - MAX_CODE * s))
 }
 
 /// Returns `numerator / denominator`, rounded to the nearest integer, ties up. `numerator` is not negative.

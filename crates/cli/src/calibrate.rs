@@ -53,6 +53,11 @@ pub(super) struct Arguments {
 }
 
 pub(super) fn run(arguments: &Arguments) -> anyhow::Result<Report> {
+    // In a thread of the pool, so that no small operation waits for the pool to wake up.
+    rayon::scope(|_| run_in_pool(arguments))
+}
+
+fn run_in_pool(arguments: &Arguments) -> anyhow::Result<Report> {
     let progress = Stages::default();
     let mut calibration = match (&arguments.inputs, &arguments.model) {
         (Some(inputs), _) => progress.spinner("reading", || Calibration::load(inputs))?,

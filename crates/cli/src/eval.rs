@@ -83,6 +83,11 @@ const LAYER_TOKENS: usize = 2048;
 const TABLE_LAYERS: usize = 10;
 
 pub(super) fn run(arguments: &Arguments) -> anyhow::Result<Report> {
+    // In a thread of the pool, so that no small operation waits for the pool to wake up.
+    rayon::scope(|_| run_in_pool(arguments))
+}
+
+fn run_in_pool(arguments: &Arguments) -> anyhow::Result<Report> {
     let backend = Arc::new(arguments.place.open()?);
     let mut evaluations = Vec::new();
     for path in &arguments.models {

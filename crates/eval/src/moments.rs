@@ -5,8 +5,8 @@
 //! - `L.absmax`, f32 `[k]`: the largest magnitude of each channel,
 //! - `L.hessian`, f32 `[k, k]`, if it was asked for: `E[x xᵀ]`.
 //!
-//! Layers with the same input share one set. The metadata have `format` and `version`, the number of tokens,
-//! and under `layers` a JSON object from each layer's name to the name of the set.
+//! Layers with the same input share one set. The metadata have a JSON object under `liquidgemm-calibration`:
+//! `version`, `tokens` with the number of tokens of each set, and `layers` with the name of each layer's set.
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap};
@@ -23,7 +23,17 @@ use crate::model::{Layers, LinearWeights};
 use crate::{Error, files};
 
 const FORMAT: &str = "liquidgemm-calibration";
-const VERSION: &str = "1";
+const VERSION: u32 = 1;
+
+/// The metadata of a calibration file.
+#[derive(serde::Deserialize)]
+struct Content {
+    version: u32,
+    /// For each set its number of tokens.
+    tokens: BTreeMap<String, u64>,
+    /// For each layer its set.
+    layers: BTreeMap<String, String>,
+}
 
 /// The second moments of a layer's inputs.
 #[derive(Clone, Debug, PartialEq)]
@@ -108,13 +118,9 @@ impl Calibration {
         });
         let tokens: BTreeMap<&str, u64> =
             sets.iter().map(|(name, moments)| (*name, moments.tokens)).collect();
-        let json = |map: serde_json::Result<String>| map.expect("names and numbers are valid JSON");
-        let metadata = HashMap::from([
-            ("format".to_owned(), FORMAT.to_owned()),
-            ("version".to_owned(), VERSION.to_owned()),
-            ("tokens".to_owned(), json(serde_json::to_string(&tokens))),
-            ("layers".to_owned(), json(serde_json::to_string(&names))),
-        ]);
+        let content = serde_json::json!({ "version": VERSION, "tokens": tokens, "layers": names });
+        // One entry, because the order of several in the file would be random.
+        let metadata = HashMap::from([(FORMAT.to_owned(), content.to_string())]);
         files::write_with(path, |temporary| {
             safetensors::serialize_to_file(views, Some(metadata), temporary).map_err(std::io::Error::other)
         })
@@ -130,27 +136,18 @@ impl Calibration {
         let bytes = fs::read(path).map_err(Error::read(path))?;
         let invalid = |reason: String| Error::invalid(path, reason);
         let (_, header) = SafeTensors::read_metadata(&bytes).map_err(|error| invalid(error.to_string()))?;
-        match header.metadata().as_ref().and_then(|metadata| metadata.get("format")) {
-            Some(format) if format == FORMAT => {
-                let metadata = header.metadata().clone().unwrap_or_default();
-                Self::parse(&bytes, &metadata).map_err(invalid)
-            }
-            _ => Self::of_captured(path, &bytes),
+        match header.metadata().as_ref().and_then(|metadata| metadata.get(FORMAT)) {
+            Some(content) => Self::parse(&bytes, content).map_err(invalid),
+            None => Self::of_captured(path, &bytes),
         }
     }
 
-    fn parse(bytes: &[u8], metadata: &HashMap<String, String>) -> Result<Self, String> {
-        if metadata.get("version").is_none_or(|version| version != VERSION) {
-            return Err(format!(
-                "its version is {:?}, this program reads {VERSION:?}",
-                metadata.get("version")
-            ));
+    fn parse(bytes: &[u8], content: &str) -> Result<Self, String> {
+        let Content { version, tokens, layers: names } =
+            serde_json::from_str(content).map_err(|error| format!("the metadata {FORMAT}: {error}"))?;
+        if version != VERSION {
+            return Err(format!("its version is {version}, this program reads {VERSION}"));
         }
-        let json = |key: &str| metadata.get(key).map_or("", String::as_str);
-        let names: BTreeMap<String, String> = serde_json::from_str(json("layers"))
-            .map_err(|error| format!("the metadata `layers`: {error}"))?;
-        let tokens: BTreeMap<String, u64> = serde_json::from_str(json("tokens"))
-            .map_err(|error| format!("the metadata `tokens`: {error}"))?;
         let file = SafeTensors::deserialize(bytes).map_err(|error| error.to_string())?;
         let tensor = |name: &str, shape: &[usize]| {
             let view = file.tensor(name).map_err(|error| format!("tensor {name}: {error}"))?;

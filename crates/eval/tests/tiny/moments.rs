@@ -57,7 +57,7 @@ fn files_bring_everything_back() {
         // Saving what was read writes the same bytes.
         let again = folder.path().join("again.safetensors");
         Calibration::load(&file).unwrap().save(&again).unwrap();
-        assert_eq!(std::fs::read(&file).unwrap(), std::fs::read(&again).unwrap());
+        assert!(std::fs::read(&file).unwrap() == std::fs::read(&again).unwrap());
     }
     let mut files = std::fs::read_dir(folder.path()).unwrap();
     assert_eq!(files.by_ref().count(), 2, "a temporary file was left behind");

@@ -105,7 +105,7 @@ fn activations_alone_lose_little_with_and_without_smoothing() {
         let norm = |values: &mut dyn Iterator<Item = f32>| values.map(|x| x * x).sum::<f32>().sqrt();
         let error = norm(&mut y.iter().zip(&float).map(|(y, float)| y - float));
         let error = error / norm(&mut float.iter().copied());
-        assert!(error > 0.0 && error < 0.02, "{error}");
+        assert!(error > 0.0 && error < 0.05, "{error}");
     }
 }
 

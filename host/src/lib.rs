@@ -83,7 +83,7 @@ pub use plan::{Algorithm, GroupedPlan, GroupedProblem, Plan, Skinny, TileConfig,
 pub use problem::Problem;
 #[cfg(feature = "gptq")]
 pub use quantize::{GptqOptions, Hessian, HessianBuilder};
-pub use quantize::{InputStatistics, InputStatisticsBuilder, smoothing_auto, smoothing_vector};
+pub use quantize::{InputStatistics, InputStatisticsBuilder, rotate, smoothing_auto, smoothing_vector};
 pub use quantize::{Inputs, Method, OutputError, QuantizeOptions};
 
 /// The activation function of a gated operation.
@@ -98,6 +98,6 @@ pub use liquidgemm_format::{
 };
 
 /// Compiles and runs the examples in the README.
-#[cfg(all(doctest, feature = "files", feature = "gpu"))]
+#[cfg(all(doctest, feature = "files", feature = "gptq", feature = "gpu"))]
 #[doc = include_str!("../../README.md")]
 struct Readme;

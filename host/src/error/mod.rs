@@ -230,8 +230,11 @@ pub enum Error {
         value: f32,
     },
 
-    /// A second moment, or a diagonal element of a Hessian, is negative or not finite.
-    #[error("the second moment of input channel {k} is {value}; it must be finite and not negative")]
+    /// A second moment, a diagonal element of a Hessian, or a largest magnitude is negative or not finite.
+    #[error(
+        "the second moment or largest magnitude of input channel {k} is {value}; \
+         it must be finite and not negative"
+    )]
     InvalidMoment {
         /// Input channel (position along K).
         k: usize,
@@ -291,6 +294,15 @@ pub enum Error {
     InvalidAlpha {
         /// The value found.
         value: f32,
+    },
+
+    /// A rotation whose block is no power of two, or does not divide k.
+    #[error("a rotation in blocks of {block} is not possible; use a power of two that divides k = {k}")]
+    InvalidRotation {
+        /// The block requested.
+        block: usize,
+        /// Elements in a row.
+        k: usize,
     },
 
     /// Statistics of activations without a single token.

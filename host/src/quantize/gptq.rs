@@ -1,13 +1,16 @@
 //! GPTQ (arXiv 2210.17323) onto the two-level grid: columns are quantized one after another, and the error of each
 //! is fed back to the columns that follow, in the proportions that the Hessian of the inputs gives.
 //!
-//! Groups are taken in the order of their inputs' second moments, the largest first, and so are the columns of a group:
-//! errors of early columns find the most columns that can make up for them. Groups stay whole,
-//! so this order is no concern of the product.
+//! The columns of a group are taken in the order of their inputs' second moments, the largest first:
+//! errors of early columns find the most columns that can make up for them.
+//! Groups stay where they are, so this order is no concern of the product.
 //! The pair of a group is searched when its turn comes, on the weights as the feedback has left them.
+//! An error in column `j` costs `1 / U[j, j]²`, where `U` is the factor of the inverse Hessian; the search weighs errors so.
 //! If a channel has one group only, its scale and its pair are searched before the first column.
 //!
 //! A strip of 64 channels is one task. Its weights lie `[k, 64]`, so that a column is contiguous.
+
+use std::ops::Range;
 
 use liquidgemm_format::brick::{BRICK_CHANNELS, BRICK_K};
 use ndarray::linalg::general_mat_mul;
@@ -87,28 +90,19 @@ impl PackedWeights {
 struct Order {
     /// The original column at each place.
     columns: Vec<usize>,
-    /// Number of each group, and its places.
-    groups: Vec<(usize, std::ops::Range<usize>)>,
+    /// The places of each group.
+    groups: Vec<Range<usize>>,
 }
 
 impl Order {
-    /// Sorts groups by their mean moment and the columns of each by their moments, the largest first.
+    /// Sorts the columns of each group by their moments, the largest first.
     fn new(moments: &[f32], group_k: usize) -> Self {
-        let mean = |moments: &[f32]| {
-            moments.iter().map(|&moment| f64::from(moment)).sum::<f64>() / moments.len() as f64
-        };
-        let means: Vec<f64> = moments.chunks(group_k).map(mean).collect();
-        let mut numbers: Vec<usize> = (0..means.len()).collect();
-        let ord: i32 = std::env::var("ORD").map_or(3, |v| v.parse().unwrap());
-        if ord & 1 != 0 { numbers.sort_by(|&one, &other| means[other].total_cmp(&means[one]));}
-        let mut columns = Vec::with_capacity(moments.len());
-        let mut groups = Vec::with_capacity(numbers.len());
-        for number in numbers {
-            let first = columns.len();
-            columns.extend(number * group_k..((number + 1) * group_k).min(moments.len()));
-            groups.push((number, first..columns.len()));
-            if ord & 2 != 0 { columns[first..].sort_by(|&one, &other| moments[other].total_cmp(&moments[one]));}
+        let k = moments.len();
+        let mut columns: Vec<usize> = (0..k).collect();
+        for group in columns.chunks_mut(group_k) {
+            group.sort_by(|&one, &other| moments[other].total_cmp(&moments[one]));
         }
+        let groups = (0..k).step_by(group_k).map(|first| first..(first + group_k).min(k)).collect();
         Self { columns, groups }
     }
 }
@@ -143,8 +137,8 @@ impl Feedback {
         let (k, groups) = (self.order.columns.len(), self.order.groups.len());
         let channels = rows.len() / k;
         let mut search = PairSearch::default();
-        // Missing channels of the last strip stay 0.
-        let mut weights = vec![0f32; k * BRICK_CHANNELS];
+        // Weights in units of their channel's scale. Missing channels of the last strip stay 0.
+        let mut targets = vec![0f32; k * BRICK_CHANNELS];
         let mut scales = [0f32; BRICK_CHANNELS];
         let mut pairs = [(1i32, ZERO); BRICK_CHANNELS];
         let mut row = vec![0f32; k];
@@ -157,8 +151,10 @@ impl Feedback {
                 let (scale, found) = search.scale_and_pair(&row, scales[channel], Some(&self.losses));
                 (scales[channel], pairs[channel]) = (scale, (found.s, found.a));
             }
-            for (place, &weight) in row.iter().enumerate() {
-                weights[place * BRICK_CHANNELS + channel] = weight;
+            if scales[channel] > 0.0 {
+                for (place, &weight) in row.iter().enumerate() {
+                    targets[place * BRICK_CHANNELS + channel] = weight / scales[channel];
+                }
             }
         }
 
@@ -168,35 +164,34 @@ impl Feedback {
             scales: scales[..channels].to_vec(),
         };
         let mut errors = [0f32; BLOCK * BRICK_CHANNELS];
-        for (group, places) in &self.order.groups {
-            for channel in 0..channels {
+        for (group, places) in self.order.groups.iter().enumerate() {
+            for (channel, pair) in pairs.iter_mut().enumerate().take(channels) {
                 if groups > 1 {
-                    let of_channel = weights[places.start * BRICK_CHANNELS..places.end * BRICK_CHANNELS]
+                    let of_channel = targets[places.start * BRICK_CHANNELS..places.end * BRICK_CHANNELS]
                         .iter()
                         .skip(channel)
                         .step_by(BRICK_CHANNELS)
                         .copied();
-                    let found = search.group(of_channel, scales[channel], Some(&self.losses[places.clone()]));
-                    pairs[channel] = (found.s, found.a);
+                    let found = search.group(of_channel, 1.0, Some(&self.losses[places.clone()]));
+                    *pair = (found.s, found.a);
                 }
-                let (s, a) = pairs[channel];
-                quantized.pairs[channel * groups + group] = (s as u8, a as u8);
+                quantized.pairs[channel * groups + group] = (pair.0 as u8, pair.1 as u8);
             }
             let mut first = places.start;
             while first < places.end {
                 let end = (first + BLOCK).min(places.end);
                 let (block, behind) =
-                    weights[first * BRICK_CHANNELS..].split_at_mut((end - first) * BRICK_CHANNELS);
+                    targets[first * BRICK_CHANNELS..].split_at_mut((end - first) * BRICK_CHANNELS);
                 for place in first..end {
                     let (column, later) =
                         block[(place - first) * BRICK_CHANNELS..].split_at_mut(BRICK_CHANNELS);
                     let factor = &self.factor[place * k..][..end];
                     let error: &mut [f32; BRICK_CHANNELS] = &mut errors.as_chunks_mut().0[place - first];
                     for channel in 0..channels {
-                        let ((s, a), scale) = (pairs[channel], scales[channel]);
-                        let code = nearest_code(column[channel] / scale, s, a);
-                        let back = (i32::from(code) * s + a - ZERO) as f32 * scale;
+                        let (s, a) = pairs[channel];
+                        let code = nearest_code(column[channel], s, a);
                         quantized.codes[channel * k + self.order.columns[place]] = code;
+                        let back = (i32::from(code) * s + a - ZERO) as f32;
                         error[channel] = (column[channel] - back) / factor[place];
                     }
                     for (later, &factor) in

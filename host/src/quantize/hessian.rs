@@ -7,8 +7,9 @@ use ndarray::linalg::general_mat_mul;
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, s};
 use rayon::prelude::*;
 
+use crate::activations::check_smoothing;
 use crate::check::{check_k, check_length, checked_elements};
-use crate::{Error, Float};
+use crate::{Error, Float, rotate};
 
 /// Rows and columns of a block of a factorization.
 const BLOCK: usize = 128;
@@ -60,6 +61,51 @@ impl Hessian {
     /// Returns its diagonal, E\[x²\] of each input channel: `[k]`.
     pub fn second_moments(&self) -> Vec<f32> {
         self.values.iter().step_by(self.k + 1).copied().collect()
+    }
+
+    /// Returns the Hessian of the inputs divided by a smoothing vector, `[k]`.
+    ///
+    /// # Errors
+    /// - [`Error::ShapeMismatch`] for another length, [`Error::InvalidSmoothing`] for a factor
+    ///   that is not finite and positive.
+    /// - [`Error::InvalidHessian`] if an element exceeds f32.
+    pub fn smoothed(&self, smoothing: &[f32]) -> Result<Self, Error> {
+        check_smoothing(smoothing, self.k)?;
+        let mut values = self.values.clone();
+        values.par_chunks_exact_mut(self.k).zip(smoothing).for_each(|(row, &of_row)| {
+            for (value, &of_column) in row.iter_mut().zip(smoothing) {
+                // Rounded once, so that the matrix stays symmetric.
+                *value = (f64::from(*value) / (f64::from(of_row) * f64::from(of_column))) as f32;
+            }
+        });
+        Self::new(values, self.k)
+    }
+
+    /// Returns the Hessian of the inputs rotated in blocks of `block` ([`rotate`](crate::rotate)).
+    ///
+    /// # Errors
+    /// - [`Error::InvalidRotation`] if the block is no power of two or does not divide k.
+    /// - [`Error::InvalidHessian`] if an element exceeds f32.
+    pub fn rotated(&self, block: usize) -> Result<Self, Error> {
+        let k = self.k;
+        let mut half = self.values.clone();
+        rotate(&mut half, k, block)?;
+        let mut values = vec![0f32; k * k];
+        values.par_chunks_exact_mut(k).enumerate().for_each(|(row, to)| {
+            for (to, half) in to.iter_mut().zip(half.iter().skip(row).step_by(k)) {
+                *to = *half;
+            }
+        });
+        rotate(&mut values, k, block)?;
+        // The two halves differ by rounding; the lower one counts.
+        for row in 0..k {
+            for column in 0..row {
+                values[column * k + row] = values[row * k + column];
+            }
+            // The diagonal is a mean of squares.
+            values[row * k + row] = values[row * k + row].max(0.0);
+        }
+        Self::new(values, k)
     }
 
     /// Returns `Σ d H dᵀ` over the rows `d` of `[rows, k]`.

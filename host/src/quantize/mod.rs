@@ -13,6 +13,7 @@
 //! | `hessian.rs` | accumulates the Hessian, and factorizes it |
 //! | `statistics.rs` | second moments and largest magnitudes of inputs |
 //! | `smoothing.rs` | smoothing vectors |
+//! | `rotation.rs` | rotates input channels by Hadamard matrices |
 //! | `output_error.rs` | measures the error of packed weights |
 
 #[cfg(feature = "gptq")]
@@ -20,6 +21,7 @@ mod gptq;
 #[cfg(feature = "gptq")]
 mod hessian;
 mod output_error;
+mod rotation;
 mod rtn;
 mod search;
 mod smoothing;
@@ -40,6 +42,7 @@ pub use gptq::GptqOptions;
 #[cfg(feature = "gptq")]
 pub use hessian::{Hessian, HessianBuilder};
 pub use output_error::{Inputs, OutputError};
+pub use rotation::rotate;
 pub use smoothing::{smoothing_auto, smoothing_vector};
 pub use statistics::{InputStatistics, InputStatisticsBuilder};
 

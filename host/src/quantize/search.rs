@@ -4,7 +4,11 @@
 //! For a pair `(s, a)` the best code of each weight is the nearest one, so only pairs are searched:
 //! 1. `s` starts where the 16 codes just cover the group, goes up while that helps, then down while that helps.
 //!    A smaller `s` clips the group's ends, but is finer between them.
-//! 2. For each `s`, every `a` at which both the lowest and the highest code can be of use is tried.
+//! 2. For each `s`, the offsets `a` are tried at which both the lowest and the highest code can be of use:
+//!    first at intervals of `s/4`, then all that are near the best of these.
+//!
+//! Groups shorter than 64, which are the ends of channels, are searched exhaustively.
+//! Of pairs with the same error, one that represents 0 wins.
 //!
 //! [`ErrorSum`] does most of the work. Its sums have a fixed order, so the result is the same on every CPU.
 
@@ -21,7 +25,8 @@ const MAX_S: i32 = 255 / MAX_CODE;
 /// `s · channel_scale`, and `s` alone changes it by 6 % or more at a time.
 const SCALE_FACTORS: [f32; 6] = [0.955, 0.97, 0.985, 1.015, 1.03, 1.045];
 
-/// Length from which the error of a group hardly jumps between neighbouring `a`, so that not every `a` needs a trial.
+/// Length from which not every pair is tried. The error of long groups changes little between neighbouring pairs,
+/// so a coarse search of `a` finds all but 0.1 % of what an exhaustive one would gain.
 const LONG_GROUP: usize = 64;
 
 /// Smallest weight of an error, relative to the group's largest.
@@ -59,15 +64,19 @@ pub(super) fn quantize_channel(
     let scale = search.channel(row, moments, group_k, pairs);
     for ((codes, row), &(s, a)) in codes.chunks_mut(group_k).zip(row.chunks(group_k)).zip(&*pairs) {
         for (code, &weight) in codes.iter_mut().zip(row) {
-            *code = nearest_code(weight / scale, s.into(), a.into());
+            *code = nearest_code(in_units(weight, scale), s.into(), a.into());
         }
     }
     scale
 }
 
-/// Returns the code nearest to a weight in units of the channel scale. NaN, which is 0 / 0, counts as 0.
+/// Returns a weight in units of the channel scale. A scale of 0 means that all weights are 0.
+fn in_units(weight: f32, scale: f32) -> f32 {
+    if scale > 0.0 { weight / scale } else { 0.0 }
+}
+
+/// Returns the code nearest to a weight in units of the channel scale.
 pub(super) fn nearest_code(target: f32, s: i32, a: i32) -> u8 {
-    let target = if target.is_nan() { 0.0 } else { target };
     // Codes are 0 to 15, so round them from ±8 around 8.
     (8 + round_clamped((target - (a - ZERO) as f32) / s as f32 - 8.0, 8.0)).min(MAX_CODE) as u8
 }
@@ -143,7 +152,7 @@ impl PairSearch {
         moments: Option<&[f32]>,
     ) -> [f32; 2] {
         self.target.clear();
-        self.target.extend(weights.map(|weight| if scale > 0.0 { weight / scale } else { 0.0 }));
+        self.target.extend(weights.map(|weight| in_units(weight, scale)));
         let length = self.target.len();
         let largest = moments.map_or(0.0, |moments| moments.iter().copied().fold(0.0, f32::max));
         self.importance.clear();
@@ -170,12 +179,14 @@ impl PairSearch {
         let mut best = Found { s, a, error: f32::INFINITY };
         self.try_offsets(s, a..=a, 1, &mut best);
         let start = (((max - min) / MAX_CODE as f32).ceil() as i32).clamp(1, MAX_S);
-        for (down, patience) in [(false, 1), (true, 2)] {
+        let long = self.target.len() >= LONG_GROUP;
+        let patience = if long { [1, 2] } else { [MAX_S; 2] };
+        for (down, patience) in [false, true].into_iter().zip(patience) {
             let mut failures = 0;
             let mut s = if down { start - 1 } else { start };
             while (1..=MAX_S).contains(&s) && failures < patience {
                 let before = best.error;
-                let step = if self.target.len() < LONG_GROUP { 1 } else { (s / 4).max(1) };
+                let step = if long { (s / 4).max(1) } else { 1 };
                 let offsets = useful_offsets(min, max, s);
                 let mut found = Found { s, a: *offsets.start(), error: f32::INFINITY };
                 self.try_offsets(s, offsets.clone(), step, &mut found);
@@ -291,5 +302,99 @@ fn add_errors(scaled: &[f32], importance: &[f32], lowest: f32, sums: &mut [f32; 
             let error = x - ((clamped + ROUNDING_SHIFT) - ROUNDING_SHIFT);
             sums[lane] += importance[lane] * (error * error);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use liquidgemm_format::dequant::is_valid_pair;
+    use proptest::prelude::*;
+
+    /// Returns the least weighted squared error of any pair, in f64.
+    fn least_error(target: &[f32], importance: &[f32]) -> f64 {
+        let pairs = (1..=MAX_S).flat_map(|s| (0..=255 - MAX_CODE * s).map(move |a| (s, a)));
+        pairs.map(|(s, a)| error_of(target, importance, s, a)).fold(f64::INFINITY, f64::min)
+    }
+
+    fn error_of(target: &[f32], importance: &[f32], s: i32, a: i32) -> f64 {
+        let nearest = |&w: &f32| {
+            let errors = (0..=MAX_CODE).map(|q| f64::from(w) - f64::from(q * s + a - ZERO));
+            errors.map(|error| error * error).fold(f64::INFINITY, f64::min)
+        };
+        target.iter().zip(importance).map(|(w, &m)| f64::from(m) * nearest(w)).sum()
+    }
+
+    fn normal(count: usize, seed: u64) -> Vec<f32> {
+        let mut state = seed;
+        let mut uniform = || {
+            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            (state >> 40) as f32 / (1u64 << 24) as f32
+        };
+        (0..count).map(|_| (0..12).map(|_| uniform()).sum::<f32>() - 6.0).collect()
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(60))]
+
+        #[test]
+        fn short_groups_get_a_pair_with_the_least_error_of_all_pairs(
+            elements in proptest::collection::vec((-119f32..=119.0, 0.01f32..=1.0), 1..20),
+            shrink in prop_oneof![Just(1.0f32), Just(0.3), Just(0.02)],
+        ) {
+            let (weights, moments): (Vec<f32>, Vec<f32>) =
+                elements.into_iter().map(|(w, m)| (w * shrink, m)).unzip();
+            let found = PairSearch::default().group(weights.iter().copied(), 1.0, Some(&moments));
+            prop_assert!(is_valid_pair(found.s as u8, found.a as u8));
+            let (error, least) =
+                (error_of(&weights, &moments, found.s, found.a), least_error(&weights, &moments));
+            prop_assert!(error <= least * (1.0 + 1e-4) + 1e-6, "{found:?}: {error}, but {least} is possible");
+        }
+
+        #[test]
+        fn nearest_codes_are_nearest(w in -150f32..150.0, s in 1i32..=17, a_seed: u8) {
+            let a = i32::from(a_seed) % (256 - MAX_CODE * s);
+            let error = |q: i32| (w - (q * s + a - ZERO) as f32).abs();
+            let code = i32::from(nearest_code(w, s, a));
+            prop_assert!((0..=MAX_CODE).contains(&code));
+            prop_assert!((0..=MAX_CODE).all(|q| error(code) <= error(q) + 1e-4), "w {w}, s {s}, a {a}: {code}");
+        }
+    }
+
+    #[test]
+    fn long_groups_get_a_pair_near_the_least_error_of_all_pairs() {
+        let (mut found_sum, mut least_sum) = (0.0, 0.0);
+        for seed in 0..40 {
+            let weights: Vec<f32> = normal(64, seed).iter().map(|w| w * 30.0).collect();
+            let moments: Vec<f32> = normal(64, seed + 100).iter().map(|m| m * m + 0.01).collect();
+            let largest = moments.iter().copied().fold(0.0, f32::max);
+            let moments: Vec<f32> = moments.iter().map(|m| m / largest).collect();
+            let found = PairSearch::default().group(weights.iter().copied(), 1.0, Some(&moments));
+            let (error, least) =
+                (error_of(&weights, &moments, found.s, found.a), least_error(&weights, &moments));
+            assert!(error <= least * 1.1, "seed {seed}: {error}, but {least} is possible");
+            assert!((error - f64::from(found.error)).abs() <= error * 1e-4);
+            (found_sum, least_sum) = (found_sum + error, least_sum + least);
+        }
+        assert!(found_sum <= least_sum * 1.01, "{found_sum}, but {least_sum} is possible");
+    }
+
+    #[test]
+    fn the_sums_of_errors_have_the_same_bits_with_and_without_avx2() {
+        let (scaled, importance) = (normal(256, 1), normal(256, 2));
+        for step in -20..20 {
+            let lowest = step as f32 * 0.3;
+            let mut portable = [0.0; LANES];
+            add_errors(&scaled, &importance, lowest, &mut portable);
+            let sum = ErrorSum::detect().compute(&scaled, &importance, lowest);
+            assert_eq!(sum.to_bits(), portable.iter().sum::<f32>().to_bits());
+        }
+    }
+
+    #[test]
+    fn of_pairs_with_equal_errors_one_that_represents_zero_is_taken() {
+        // 30 levels apart: every pair with s = 15, or a divisor of it that reaches both, is exact.
+        let found = PairSearch::default().group([0.0, 30.0, 0.0, 15.0].into_iter(), 1.0, None);
+        assert!(found.error == 0.0 && found.has_zero(), "{found:?}");
     }
 }

@@ -1,6 +1,7 @@
 //! Statistics of a layer's inputs, channel by channel: second moments and largest magnitudes.
 //! Calibration collects them over many batches; the quantizers and the smoothing vectors use them.
 
+use crate::activations::check_smoothing;
 use crate::check::{check_k, check_length, checked_elements};
 use crate::{Error, Float};
 
@@ -11,6 +12,30 @@ pub struct InputStatistics {
     pub second_moments: Vec<f32>,
     /// max|x|, `[k]`.
     pub largest: Vec<f32>,
+}
+
+impl InputStatistics {
+    /// Returns the statistics of the inputs divided by a smoothing vector, `[k]`.
+    /// A value beyond f32 becomes the largest f32.
+    ///
+    /// # Errors
+    /// [`Error::ShapeMismatch`] for another length, [`Error::InvalidSmoothing`] for a factor
+    /// that is not finite and positive.
+    pub fn smoothed(&self, smoothing: &[f32]) -> Result<Self, Error> {
+        check_smoothing(smoothing, self.second_moments.len())?;
+        let divide = |values: &[f32], power: i32| {
+            let divide = |(&value, &factor): (&f32, &f32)| {
+                within_f32(f64::from(value) / f64::from(factor).powi(power))
+            };
+            values.iter().zip(smoothing).map(divide).collect()
+        };
+        Ok(Self { second_moments: divide(&self.second_moments, 2), largest: divide(&self.largest, 1) })
+    }
+}
+
+/// Converts a value that is not negative. One beyond f32 becomes the largest f32.
+fn within_f32(value: f64) -> f32 {
+    value.min(f64::from(f32::MAX)) as f32
 }
 
 /// Collects [`InputStatistics`] batch by batch.
@@ -59,8 +84,7 @@ impl InputStatisticsBuilder {
             return Err(Error::NoTokens);
         }
         let tokens = self.tokens as f64;
-        let moment = |square: f64| (square / tokens).min(f64::from(f32::MAX)) as f32;
-        let second_moments = self.squares.into_iter().map(moment).collect();
+        let second_moments = self.squares.into_iter().map(|square| within_f32(square / tokens)).collect();
         Ok(InputStatistics { second_moments, largest: self.largest })
     }
 }
@@ -82,5 +106,42 @@ pub(super) fn check_moments(moments: &[f32], k: usize) -> Result<(), Error> {
     match moments.iter().position(|moment| !(moment.is_finite() && *moment >= 0.0)) {
         Some(k) => Err(Error::InvalidMoment { k, value: moments[k] }),
         None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn batches_add_up_to_the_statistics_of_all_tokens() {
+        let x: Vec<f32> = (0..30).map(|i| (i as f32 - 11.0) * 0.5).collect();
+        let mut builder = InputStatisticsBuilder::new(3).unwrap();
+        builder.add(&x[..12], 4).unwrap();
+        builder.add(&x[12..], 6).unwrap();
+        let statistics = builder.finish().unwrap();
+        for j in 0..3 {
+            let column = || x.iter().skip(j).step_by(3);
+            assert_eq!(statistics.second_moments[j], column().map(|x| x * x).sum::<f32>() / 10.0);
+            assert_eq!(statistics.largest[j], column().fold(0f32, |max, x| max.max(x.abs())));
+        }
+        let smoothed = statistics.smoothed(&[2.0, 1.0, 0.5]).unwrap();
+        assert_eq!(smoothed.second_moments[0], statistics.second_moments[0] / 4.0);
+        assert_eq!(smoothed.largest[2], statistics.largest[2] * 2.0);
+    }
+
+    #[test]
+    fn values_that_are_not_finite_are_refused_and_change_nothing() {
+        let mut builder = InputStatisticsBuilder::new(2).unwrap();
+        builder.add(&[1.0f32, 2.0], 1).unwrap();
+        let error = builder.add(&[9.0, 9.0, 9.0, f32::INFINITY], 2).unwrap_err();
+        assert!(matches!(error, Error::NonFiniteActivation { token: 1, k: 1, .. }), "{error}");
+        assert!(matches!(builder.add(&[1.0f32; 3], 2), Err(Error::ShapeMismatch { .. })));
+        assert_eq!(builder.finish().unwrap().second_moments, [1.0, 4.0]);
+    }
+
+    #[test]
+    fn no_tokens_have_no_statistics() {
+        assert!(matches!(InputStatisticsBuilder::new(2).unwrap().finish(), Err(Error::NoTokens)));
     }
 }

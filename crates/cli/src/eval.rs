@@ -20,7 +20,7 @@ use super::{Place, Report};
 /// GGUF file. Supported are sentence encoders of the BERT family, and language models of the LLaMA and Qwen2 families.
 ///
 /// Encoders are measured by the cosine between the embeddings of 200 sentences. Language models are measured
-/// by perplexity, agreement on the next token and KL divergence, on 24,000 tokens of a novel.
+/// by perplexity, agreement on the next token and KL divergence, on some 23,000 tokens of a novel.
 /// These texts, and others for calibration, are part of the program.
 ///
 /// The exit code is 1 if a model or a file can't be read or used.

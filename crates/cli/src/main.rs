@@ -7,12 +7,16 @@
 
 #[cfg(feature = "bench")]
 mod bench;
+#[cfg(feature = "eval")]
+mod calibrate;
 mod check;
 mod compare;
 mod completions;
 mod demo;
 #[cfg(feature = "estimate")]
 mod estimate;
+#[cfg(feature = "eval")]
+mod eval;
 mod info;
 mod inspect;
 mod layer;
@@ -46,6 +50,10 @@ enum Command {
     Demo(demo::Arguments),
     #[cfg(feature = "estimate")]
     Estimate(estimate::Arguments),
+    #[cfg(feature = "eval")]
+    Calibrate(calibrate::Arguments),
+    #[cfg(feature = "eval")]
+    Eval(Box<eval::Arguments>),
     Info(info::Arguments),
     Inspect(inspect::Arguments),
     Man(completions::ManArguments),
@@ -103,6 +111,10 @@ fn main() -> ExitCode {
         Command::Demo(arguments) => demo::run(&arguments),
         #[cfg(feature = "estimate")]
         Command::Estimate(arguments) => estimate::run(&arguments),
+        #[cfg(feature = "eval")]
+        Command::Calibrate(arguments) => calibrate::run(&arguments),
+        #[cfg(feature = "eval")]
+        Command::Eval(arguments) => eval::run(&arguments),
         Command::Info(arguments) => info::run(&arguments),
         Command::Inspect(arguments) => inspect::run(&arguments),
         Command::Man(arguments) => completions::man(&arguments, Arguments::command()),

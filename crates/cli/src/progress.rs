@@ -80,3 +80,30 @@ impl Drop for Progress {
         self.0.finish_and_clear();
     }
 }
+
+/// The progress of work that comes in stages, one bar after another.
+#[cfg(feature = "eval")]
+#[derive(Default)]
+pub(super) struct Stages(std::cell::RefCell<Option<Progress>>);
+
+#[cfg(feature = "eval")]
+impl Stages {
+    /// Shows a spinner while `work` runs.
+    pub(super) fn spinner<T>(&self, what: &'static str, work: impl FnOnce() -> T) -> T {
+        let _progress = Progress::spinner(what);
+        work()
+    }
+}
+
+#[cfg(feature = "eval")]
+impl liquidgemm_eval::Progress for Stages {
+    fn begin(&self, what: &'static str, steps: usize) {
+        *self.0.borrow_mut() = Some(Progress::bar(what, steps));
+    }
+
+    fn step(&self) {
+        if let Some(bar) = &*self.0.borrow() {
+            bar.step();
+        }
+    }
+}

@@ -135,7 +135,9 @@ unsafe fn scale_one_by_one(
             let scaled = result(sum, channel_scale.to_bits(), token_scale, bias.to_bits());
             match arguments.output_type {
                 output_type::I32 => store_global(output_address(arguments, token, channel, 4), sum),
-                output_type::F32 => store_global(output_address(arguments, token, channel, 4), scaled.to_bits()),
+                output_type::F32 => {
+                    store_global(output_address(arguments, token, channel, 4), scaled.to_bits())
+                }
                 of_half => {
                     let packed = pack(of_half == output_type::BF16, scaled, 0.0);
                     store_global_u16(output_address(arguments, token, channel, 2), packed);

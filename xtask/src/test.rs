@@ -13,8 +13,13 @@ use crate::steps::{Steps, cargo, check};
 use crate::{deny, ptx};
 
 /// The packages that are checked without their default features, and with which features instead.
-const REDUCED: [(&str, &str); 4] =
-    [("liquidgemm", ""), ("liquidgemm", "files"), ("liquidgemm", "gpu"), ("liquidgemm-cli", "")];
+const REDUCED: [(&str, &str); 5] = [
+    ("liquidgemm", ""),
+    ("liquidgemm", "files"),
+    ("liquidgemm", "gptq"),
+    ("liquidgemm", "gpu"),
+    ("liquidgemm-cli", ""),
+];
 
 /// Runs all steps and lists them with their times.
 ///

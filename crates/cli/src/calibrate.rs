@@ -11,8 +11,8 @@ use super::{Report, eval};
 
 /// Record the second moments of the inputs of a model's linear layers, for quantizers that need them
 ///
-/// The model runs in float over a text. For each layer the file has E[x²] and max|x| of each input channel,
-/// and with --hessian the matrix E[x xᵀ], which gptq needs. Models are those of `liquidgemm eval`.
+/// The model runs in float over a text. For each layer the file has the mean of x² and the maximum of |x| of each input channel,
+/// and with --hessian the mean of x xᵀ, which gptq needs. Models are those of `liquidgemm eval`.
 /// With --inputs, the moments are those of captured inputs, and no model runs.
 ///
 /// The exit code is 1 if a model or a file can't be read, used or written.

@@ -242,8 +242,7 @@ impl<const BLOCKS: u32> Row<'_, BLOCKS> {
             }
             let mut statistics = Statistics { mean: 0.0, inverse: 0.0 };
             if const { O::CENTERED } {
-                statistics.mean =
-                    self.sum::<O, T>(reduction, values, None, false) * arguments.inverse_k;
+                statistics.mean = self.sum::<O, T>(reduction, values, None, false) * arguments.inverse_k;
                 let squares = self.sum::<O, T>(reduction, values, Some(statistics.mean), true);
                 statistics.inverse =
                     inverse_deviation::<Device>(variance(squares, arguments.inverse_k, arguments.epsilon));

@@ -30,7 +30,9 @@ pub fn square_root(x: f32) -> f32 {
 pub fn approximate_reciprocal(x: f32) -> f32 {
     let result;
     // SAFETY: register arithmetic.
-    unsafe { asm!("rcp.approx.ftz.f32 {}, {};", out(reg32) result, in(reg32) x, options(pure, nomem, nostack)) }
+    unsafe {
+        asm!("rcp.approx.ftz.f32 {}, {};", out(reg32) result, in(reg32) x, options(pure, nomem, nostack))
+    }
     result
 }
 

@@ -45,10 +45,10 @@ fn attend(q: &Rows, k: &Rows, v: &Rows, kv_heads: usize, causal: bool) -> Rows {
         for i in 0..q.len() {
             let visible = if causal { i + 1 } else { q.len() };
             let mut weights = Vec::new();
-            for j in 0..visible {
+            for key in k.iter().take(visible) {
                 let mut dot = 0.0;
                 for c in 0..d {
-                    dot += q[i][head * d + c] * k[j][shared * d + c];
+                    dot += q[i][head * d + c] * key[shared * d + c];
                 }
                 weights.push((dot / (d as f64).sqrt()).exp());
             }

@@ -29,7 +29,7 @@ pub(crate) fn write_with(path: &Path, write: impl FnOnce(&Path) -> io::Result<()
 /// Writes bytes to `path`.
 ///
 /// # Errors
-/// As [`write_with`].
+/// If the file cannot be written. Then no file, or the old one, has the name.
 pub fn write(path: &Path, bytes: &[u8]) -> Result<(), Error> {
     write_with(path, |temporary| std::fs::write(temporary, bytes))
 }

@@ -332,9 +332,12 @@ impl Rows<'_> {
                     sum_of_vector(values[0]) + sum_of_vector(values[1]),
                     sum_of_vector(values[2]) + sum_of_vector(values[3]),
                 ];
-                if rounds[0] {
-                    reduction.give_sums(0, of_rounds, rounds[1], sums);
-                }
+                // Not both at a time, which takes more registers.
+                seq_macro::seq!(ROUND in 0..2 {
+                    if rounds[ROUND] {
+                        reduction.give_sum(0, of_rounds[ROUND], sums[ROUND]);
+                    }
+                });
                 let mean = reduction.sum(0, groups) * arguments.inverse_k;
                 // Every thread has come past a barrier since it took its vectors.
                 self.load_if::<O>(is_loader, next, place.stage);

@@ -95,6 +95,15 @@ impl DeviceExperts {
         Ok(Self { experts, n, k, group, layout, stream, channel_scales })
     }
 
+    /// Returns the bytes that these experts take in memory that the caller owns.
+    ///
+    /// # Errors
+    /// As [`device_bytes`](Self::device_bytes).
+    pub fn device_size<E: Borrow<PackedWeights>>(experts: &[E]) -> Result<usize, Error> {
+        let first = check_experts(experts)?;
+        Self::bytes_for(experts.len(), [first.n(), first.k()], first.group())
+    }
+
     /// Returns experts as they lie in device memory that the caller owns:
     /// the strips of all experts, zeros up to a multiple of 256 bytes, and all channel scales.
     ///
@@ -107,7 +116,7 @@ impl DeviceExperts {
         let first = check_experts(experts)?;
         let (shape, group) = ([first.n(), first.k()], first.group());
         let layout = StreamLayout::new(first.n(), first.k(), group)?;
-        let mut bytes = Vec::with_capacity(Self::bytes_for(experts.len(), shape, group)?);
+        let mut bytes = Vec::with_capacity(Self::device_size(experts)?);
         for expert in experts.iter().map(E::borrow) {
             bytes.extend(layout.merge(expert.codes(), expert.pairs()));
         }

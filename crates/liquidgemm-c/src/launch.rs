@@ -226,18 +226,106 @@ pub unsafe extern "C" fn lg_gpu_linear_forward(
         // SAFETY: the caller vouches for the pointers and the launch.
         unsafe {
             let (gpu, linear) = (&handle("gpu", gpu)?.gpu, &handle("linear", linear)?.0);
-            let (input, workspace) = (read(input)?, &handle("workspace", workspace)?.0);
-            if input.k != linear.k() {
-                return Err(liquidgemm::Error::KMismatch { weights: linear.k(), activations: input.k }.into());
-            }
-            if !input.smoothing.is_null() {
-                return Err(liquidgemm::Error::SmoothingTwice.into());
-            }
-            let output = read(output)?.on_device(input.m, linear.n())?;
-            let scratch = device_bytes(scratch.cast_const(), scratch_bytes);
-            Ok(linear.forward(gpu, &input.on_device()?, &output, scratch, workspace, stream_of(stream))?)
+            forward(
+                gpu,
+                linear,
+                input,
+                output,
+                device_bytes(scratch.cast_const(), scratch_bytes),
+                workspace,
+                stream,
+            )
         }
     })
+}
+
+/// A linear layer in device memory of the caller, for `lg_gpu_linear_forward_in`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct lg_linear_memory {
+    /// `sizeof(lg_linear_memory)`.
+    pub struct_size: usize,
+    /// Weights as `lg_weights_device_bytes` writes them, at a multiple of 256 bytes.
+    pub memory: *const c_void,
+    /// Bytes of the memory.
+    pub memory_bytes: usize,
+    /// Output channels.
+    pub n: usize,
+    /// Input channels.
+    pub k: usize,
+    /// Weights of a channel that share a pair: a multiple of 64, or `LG_GROUP_CHANNEL`.
+    pub group: usize,
+    /// f32 `[n]`, or null.
+    pub bias: *const f32,
+    /// f32 `[k]`, or null.
+    pub smoothing: *const f32,
+}
+
+// SAFETY: numbers and pointers, the size first.
+unsafe impl Versioned for lg_linear_memory {
+    const NAME: &str = "lg_linear_memory";
+}
+
+/// Like `lg_gpu_linear_in` followed by `lg_gpu_linear_forward`, in one call and without a handle to keep.
+///
+/// # Safety
+/// As for both.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn lg_gpu_linear_forward_in(
+    gpu: *const lg_gpu,
+    linear: *const lg_linear_memory,
+    input: *const lg_input,
+    output: *const lg_output,
+    scratch: *mut c_void,
+    scratch_bytes: usize,
+    workspace: *const lg_gpu_workspace,
+    stream: lg_stream,
+) -> lg_status {
+    guard(|| {
+        // SAFETY: the caller vouches for the pointers and the launch.
+        unsafe {
+            let (gpu, linear) = (&handle("gpu", gpu)?.gpu, read(linear)?);
+            check_pointer("memory", linear.memory)?;
+            let memory = device_bytes(linear.memory, linear.memory_bytes);
+            let weights = gpu.weights_in(memory, [linear.n, linear.k], group_of(linear.group))?;
+            let (bias, smoothing) = (device_or_none(linear.bias), device_or_none(linear.smoothing));
+            let linear = gpu.linear_of(weights, bias, smoothing)?;
+            forward(
+                gpu,
+                &linear,
+                input,
+                output,
+                device_bytes(scratch.cast_const(), scratch_bytes),
+                workspace,
+                stream,
+            )
+        }
+    })
+}
+
+/// # Safety
+/// As for `lg_gpu_linear_forward`.
+unsafe fn forward(
+    gpu: &Gpu,
+    linear: &DeviceLinear,
+    input: *const lg_input,
+    output: *const lg_output,
+    scratch: DeviceSpan,
+    workspace: *const lg_gpu_workspace,
+    stream: lg_stream,
+) -> Result<(), Failure> {
+    // SAFETY: the caller vouches for the pointers and the launch.
+    unsafe {
+        let (input, workspace) = (read(input)?, &handle("workspace", workspace)?.0);
+        if input.k != linear.k() {
+            return Err(liquidgemm::Error::KMismatch { weights: linear.k(), activations: input.k }.into());
+        }
+        if !input.smoothing.is_null() {
+            return Err(liquidgemm::Error::SmoothingTwice.into());
+        }
+        let output = read(output)?.on_device(input.m, linear.n())?;
+        Ok(linear.forward(gpu, &input.on_device()?, &output, scratch, workspace, stream_of(stream))?)
+    }
 }
 
 /// Launches a grouped GEMM on a stream, and returns at once: for each expert the product of its rows.

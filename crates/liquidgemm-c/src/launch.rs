@@ -4,8 +4,8 @@
 use std::ffi::c_void;
 
 use liquidgemm::gpu::{
-    CombineOperands, DeviceRowIndex, GroupedOperands, LinearOutput, Operands, QuantizeOperands,
-    QuantizedSpan, StreamHandle,
+    CombineOperands, DeviceLinear, DeviceRowIndex, DeviceSpan, Gpu, GroupedOperands, LinearOutput, Operands,
+    QuantizeOperands, QuantizedSpan, StreamHandle,
 };
 
 use crate::arguments::*;

@@ -58,7 +58,7 @@ pub(crate) fn error_string(status: c_int) -> Option<&'static CStr> {
 pub(crate) struct EntryPoint {
     pub(crate) name: &'static str,
     /// The same name for the system's loader.
-    #[cfg(target_os = "linux")]
+    #[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
     c_name: &'static CStr,
     pub(crate) slot: &'static AtomicPtr<c_void>,
 }
@@ -128,6 +128,15 @@ macro_rules! entry_points {
                 slot = sym slots::$name,
             );)*
 
+            // In the object file of the symbols, so that a program that gets these gets the call as well.
+            core::arch::global_asm!(
+                ".pushsection .init_array,\"aw\",@init_array",
+                ".balign 8",
+                ".quad {connect}",
+                ".popsection",
+                connect = sym linked::connect_linked_driver,
+            );
+
             unsafe extern "C" {
                 $(fn $name() -> c_int;)*
             }
@@ -166,7 +175,7 @@ macro_rules! entry_points {
         pub(crate) static ENTRY_POINTS: &[EntryPoint] =
             &[$(EntryPoint {
                 name: stringify!($name),
-                #[cfg(target_os = "linux")]
+                #[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
                 c_name: match CStr::from_bytes_with_nul(concat!(stringify!($name), "\0").as_bytes()) {
                     Ok(name) => name,
                     Err(_) => panic!("a name without zero bytes"),
@@ -536,7 +545,7 @@ entry_points! {
 ///
 /// The system's loader calls it before `main`, or when it opens the library that contains it.
 /// Libraries that the program links are loaded by then. Nothing is loaded here.
-#[cfg(target_os = "linux")]
+#[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
 mod linked {
     use super::*;
 
@@ -549,12 +558,7 @@ mod linked {
     /// The symbols of this crate are hidden, so the search never returns one of them.
     const VISIBLE: *mut c_void = ptr::null_mut();
 
-    // SAFETY: the loader calls the functions in this section with no requirements.
-    #[used]
-    #[unsafe(link_section = ".init_array")]
-    static BEFORE_MAIN: extern "C" fn() = connect_linked_driver;
-
-    extern "C" fn connect_linked_driver() {
+    pub(super) extern "C" fn connect_linked_driver() {
         let find = |name: &CStr| {
             // SAFETY: the name ends with a zero byte.
             unsafe { dlsym(VISIBLE, name.as_ptr()) }

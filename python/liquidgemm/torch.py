@@ -191,12 +191,11 @@ def _check_linear(
     dtype: Optional[torch.dtype],
 ) -> torch.dtype:
     """Checks the operands of a linear layer, and returns the output's type."""
-    _check_input(x)
     _check("packed", packed, torch.uint8, x)
     if packed.numel() != _packed_size(n, k, group):
         _refuse(
             f"packed has {packed.numel()} bytes, but weights [{n}, {k}] with groups of {group} have "
-            f"{_packed_size(n, k, group)}; does the input have the layer's k, its last dimension {x.shape[-1]}?"
+            f"{_packed_size(n, k, group)}"
         )
     if bias is not None:
         _check("bias", bias, torch.float32, x, n)
@@ -216,14 +215,11 @@ def _packed_size(n: int, k: int, group: int) -> int:
     return size
 
 
-def _operand_k(x: Tensor, operation: int) -> int:
-    """Returns the elements of a row after the operation."""
-    k = x.shape[-1]
-    if operation in _GATED:
-        if k % 2:
-            _refuse(f"the input has {k} columns; a gated operation needs gates and ups, an even number")
-        return k // 2
-    return k
+def _check_columns(x: Tensor, k: int, operation: int = 0) -> None:
+    """Fails unless the input's rows have what a layer with `k` input channels takes."""
+    columns = 2 * k if operation in _GATED else k
+    if x.shape[-1] != columns:
+        _refuse(f"the input, {list(x.shape)}, has {x.shape[-1]} columns; with k = {k} it must have {columns}")
 
 
 def _check_operation(
@@ -378,13 +374,15 @@ def _op(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]],
     return register
 
 
-def _linear_fake(x, packed, bias, smoothing, n, group, dtype=None):  # type: ignore[no-untyped-def]
+def _linear_fake(x, packed, bias, smoothing, n, k, group, dtype=None):  # type: ignore[no-untyped-def]
     _check_input(x)
-    return x.new_empty((*x.shape[:-1], n), dtype=_check_output(dtype, x))
+    _check_columns(x, k)
+    dtype = _check_linear(x, packed, bias, smoothing, n, k, group, dtype)
+    return x.new_empty((*x.shape[:-1], n), dtype=dtype)
 
 
 @_op(
-    "linear(Tensor x, Tensor packed, Tensor? bias, Tensor? smoothing, int n, int group, "
+    "linear(Tensor x, Tensor packed, Tensor? bias, Tensor? smoothing, int n, int k, int group, "
     "ScalarType? dtype=None) -> Tensor",
     _linear_fake,
 )
@@ -394,10 +392,12 @@ def _linear(
     bias: Optional[Tensor],
     smoothing: Optional[Tensor],
     n: int,
+    k: int,
     group: int,
     dtype: Optional[torch.dtype] = None,
 ) -> Tensor:
-    k = x.shape[-1] if x.dim() else 0
+    _check_input(x)
+    _check_columns(x, k)
     dtype = _check_linear(x, packed, bias, smoothing, n, k, group, dtype)
     output = torch.empty((*x.shape[:-1], n), dtype=dtype, device=x.device)
     m = output.numel() // n
@@ -413,6 +413,7 @@ def _fused_fake(  # type: ignore[no-untyped-def]
     bias,
     smoothing,
     n,
+    k,
     group,
     operation,
     norm_weight=None,
@@ -422,11 +423,15 @@ def _fused_fake(  # type: ignore[no-untyped-def]
     residual=None,
     dtype=None,
 ):
-    return _linear_fake(x, packed, bias, smoothing, n, group, dtype)
+    _check_input(x)
+    _check_operation(x, operation, norm_weight, norm_bias, residual)
+    _check_columns(x, k, operation)
+    dtype = _check_linear(x, packed, bias, smoothing, n, k, group, dtype)
+    return x.new_empty((*x.shape[:-1], n), dtype=dtype)
 
 
 @_op(
-    "fused_linear(Tensor x, Tensor packed, Tensor? bias, Tensor? smoothing, int n, int group, int operation, "
+    "fused_linear(Tensor x, Tensor packed, Tensor? bias, Tensor? smoothing, int n, int k, int group, int operation, "
     "Tensor? norm_weight=None, Tensor? norm_bias=None, float epsilon=1e-05, bool interleaved=False, "
     "Tensor(a!)? residual=None, ScalarType? dtype=None) -> Tensor",
     _fused_fake,
@@ -437,6 +442,7 @@ def _fused_linear(
     bias: Optional[Tensor],
     smoothing: Optional[Tensor],
     n: int,
+    k: int,
     group: int,
     operation: int,
     norm_weight: Optional[Tensor] = None,
@@ -448,7 +454,7 @@ def _fused_linear(
 ) -> Tensor:
     _check_input(x)
     _check_operation(x, operation, norm_weight, norm_bias, residual)
-    k = _operand_k(x, operation)
+    _check_columns(x, k, operation)
     dtype = _check_linear(x, packed, bias, smoothing, n, k, group, dtype)
     output = torch.empty((*x.shape[:-1], n), dtype=dtype, device=x.device)
     m = output.numel() // n
@@ -559,15 +565,16 @@ def _strip_bytes(n: int, k: int, group: int) -> int:
 
 
 def _grouped_fake(  # type: ignore[no-untyped-def]
-    x, packed, offsets, experts, n, group, operation=0, bias=None, gather=None, dtype=None
+    x, packed, offsets, experts, n, k, group, operation=0, bias=None, gather=None, dtype=None
 ):
     _check_input(x)
+    _check_columns(x, k, operation)
     rows = x.shape[0] if gather is None else gather.shape[0]
     return x.new_empty((rows, n), dtype=_check_output(dtype, x))
 
 
 @_op(
-    "grouped_linear(Tensor x, Tensor packed, Tensor offsets, int experts, int n, int group, int operation=0, "
+    "grouped_linear(Tensor x, Tensor packed, Tensor offsets, int experts, int n, int k, int group, int operation=0, "
     "Tensor? bias=None, Tensor? gather=None, ScalarType? dtype=None) -> Tensor",
     _grouped_fake,
 )
@@ -577,6 +584,7 @@ def _grouped_linear(
     offsets: Tensor,
     experts: int,
     n: int,
+    k: int,
     group: int,
     operation: int = 0,
     bias: Optional[Tensor] = None,
@@ -593,7 +601,7 @@ def _grouped_linear(
         _refuse(f"the input is {list(x.shape)}; it must be [rows, k]")
     if operation != _PLAIN and operation not in _GATED:
         _refuse("a grouped linear takes no norm; apply it before the rows are sorted")
-    k = _operand_k(x, operation)
+    _check_columns(x, k, operation)
     rows = x.shape[0] if gather is None else gather.shape[0]
     _check("packed", packed, torch.uint8, x, _size(_experts_device_size, experts, n, k, group))
     _check("offsets", offsets, torch.int32, x, experts + 1)
@@ -756,7 +764,7 @@ class LiquidLinear(nn.Module):
         if self.input_permutation is not None:
             x = x.index_select(-1, self.input_permutation)
         return torch.ops.liquidgemm.linear(
-            x, self.packed, self.bias, self.smoothing, self.out_features, self.group, None
+            x, self.packed, self.bias, self.smoothing, self.out_features, self.in_features, self.group
         )
 
     def to_packed(self) -> PackedWeights:
@@ -880,8 +888,8 @@ class LiquidMoE(nn.Module):
         gather = torch.div(order, top_k, rounding_mode="floor").to(torch.int32)
         ops = torch.ops.liquidgemm
         hidden, inner, (first, second) = self.hidden, self.inner, self.groups
-        gates = ops.grouped_linear(x, self.gate_up, offsets, self.experts, 2 * inner, first, 0, None, gather)
-        rows = ops.grouped_linear(gates, self.down, offsets, self.experts, hidden, second, self.operation)
+        gates = ops.grouped_linear(x, self.gate_up, offsets, self.experts, 2 * inner, hidden, first, 0, None, gather)
+        rows = ops.grouped_linear(gates, self.down, offsets, self.experts, hidden, inner, second, self.operation)
         return ops.combine(rows, positions.view(tokens, top_k), weights.to(torch.float32).contiguous())
 
     def extra_repr(self) -> str:

@@ -108,7 +108,7 @@ def test_replaced_linears_compute_and_others_stay():
 def operations():
     plain = layer(False)
     x, residual, weight = halves(5, K), halves(5, K), torch.ones(K, dtype=torch.float16)
-    common = (plain.packed, None, None, N, 64)
+    common = (plain.packed, None, None, N, K, 64)
     ops = torch.ops.liquidgemm
     codes, scales = ops.quantize(x)
     moe_packed = torch.from_numpy(lt._experts_bytes([layer(False).to_packed() for _ in range(3)]))
@@ -116,14 +116,14 @@ def operations():
     positions = torch.tensor([[0, 3], [4, -1]], dtype=torch.int32)
     return {
         "linear": (ops.linear, (x, *common), {}),
-        "linear with bias": (ops.linear, (x, plain.packed, torch.ones(N), torch.ones(K), N, 64, torch.float32), {}),
+        "linear with bias": (ops.linear, (x, plain.packed, torch.ones(N), torch.ones(K), N, K, 64, torch.float32), {}),
         "linear of nothing": (ops.linear, (x[:0], *common), {}),
         "rms norm": (ops.fused_linear, (x, *common, lt.OPERATIONS["rms_norm"], weight, None, 1e-5, False, residual), {}),
         "layer norm": (ops.fused_linear, (x, *common, lt.OPERATIONS["layer_norm"], weight, weight), {}),
         "silu": (ops.fused_linear, (halves(5, 2 * K), *common, lt.OPERATIONS["silu_mul"]), {}),
         "quantize": (ops.quantize, (x, torch.ones(K)), {}),
         "gemm": (ops.gemm, (codes, scales, plain.packed, None, N, K, 64, torch.bfloat16), {}),
-        "grouped": (ops.grouped_linear, (x, moe_packed, offsets, 3, N, 64), {}),
+        "grouped": (ops.grouped_linear, (x, moe_packed, offsets, 3, N, K, 64), {}),
         "combine": (ops.combine, (x, positions, torch.ones(2, 2)), {}),
     }
 
@@ -137,7 +137,7 @@ def test_opcheck_passes(name):
 def test_fused_operations_are_the_operation_and_then_the_layer():
     plain, x = layer(False), halves(5, 2 * K)
     gates, ups = x[:, :K].float(), x[:, K:].float()
-    y = torch.ops.liquidgemm.fused_linear(x, plain.packed, None, None, N, 64, lt.OPERATIONS["silu_mul"])
+    y = torch.ops.liquidgemm.fused_linear(x, plain.packed, None, None, N, K, 64, lt.OPERATIONS["silu_mul"])
     reference = plain((torch.nn.functional.silu(gates) * ups).half())
     assert (y.float() - reference.float()).norm() < 0.02 * reference.float().norm()
 
@@ -175,19 +175,19 @@ def wrong_calls():
         "not contiguous": (lambda: linear(halves(K, 2).t()), "contiguous"),
         "another device": (lambda: linear(torch.empty(2, K, dtype=torch.float16, device="meta")), "meta"),
         "output type": (
-            lambda: torch.ops.liquidgemm.linear(halves(2, K), linear.packed, None, None, N, 64, torch.int8), "int8",
+            lambda: torch.ops.liquidgemm.linear(halves(2, K), linear.packed, None, None, N, K, 64, torch.int8), "int8",
         ),
         "bias type": (
-            lambda: torch.ops.liquidgemm.linear(halves(2, K), linear.packed, halves(N), None, N, 64), "bias",
+            lambda: torch.ops.liquidgemm.linear(halves(2, K), linear.packed, halves(N), None, N, K, 64), "bias",
         ),
         "residual without a norm": (
             lambda: torch.ops.liquidgemm.fused_linear(
-                halves(2, K), linear.packed, None, None, N, 64, 0, residual=halves(2, K)
+                halves(2, K), linear.packed, None, None, N, K, 64, 0, residual=halves(2, K)
             ),
             "norm",
         ),
         "no norm weight": (
-            lambda: torch.ops.liquidgemm.fused_linear(halves(2, K), linear.packed, None, None, N, 64, 1), "norm_weight",
+            lambda: torch.ops.liquidgemm.fused_linear(halves(2, K), linear.packed, None, None, N, K, 64, 1), "norm_weight",
         ),
     }
 

@@ -75,7 +75,7 @@ _gpu_linear_forward_in = checked("lg_gpu_linear_forward_in")
 _gpu_grouped_gemm = checked("lg_gpu_grouped_gemm")
 _gpu_combine = checked("lg_gpu_combine")
 
-#: Structures that each thread fills again and again.
+#: Structures that each thread fills again and again. A call does not hold what they point to.
 _filled = PerThread(
     linear="lg_linear_memory", input="lg_input", output="lg_output", quantized="lg_quantized", grouped="lg_grouped"
 )
@@ -239,6 +239,11 @@ def _check_operation(
         _check("residual", residual, x.dtype, x, x.numel())
 
 
+def _new_output(x: Tensor, n: int, dtype: torch.dtype) -> Tensor:
+    shape = (*x.shape[:-1], n)
+    return x.new_empty(shape) if dtype is x.dtype else x.new_empty(shape, dtype=dtype)
+
+
 # --- The CPU backend ---
 
 
@@ -274,22 +279,31 @@ def _fill_input(
     interleaved: bool = False,
     residual: Optional[Tensor] = None,
     gather: Optional[Tensor] = None,
-) -> Any:
+) -> None:
+    """Describes the input in this thread's structure. Fields that the operation does not use are left as they are."""
     fields = _filled.input
-    fields.m, fields.k, fields.operation, fields.input_type = m, k, operation, _TYPES[x.dtype]
+    fields.m = m
+    fields.k = k
+    fields.operation = operation
+    fields.input_type = _TYPES[x.dtype]
     fields.input = x.data_ptr()
-    fields.norm_weight = None if norm_weight is None else norm_weight.data_ptr()
-    fields.norm_bias = None if norm_bias is None else norm_bias.data_ptr()
-    fields.epsilon, fields.gate_order = epsilon, int(interleaved)
     fields.residual = None if residual is None else residual.data_ptr()
-    fields.gather = None if gather is None else gather.data_ptr()
-    fields.gather_input_rows = 0 if gather is None else x.numel() // x.shape[-1]
     fields.smoothing = None
-    return fields
+    fields.gather = None
+    if gather is not None:
+        fields.gather = gather.data_ptr()
+        fields.gather_input_rows = x.shape[0]
+    if operation != _PLAIN:
+        fields.norm_weight = None if norm_weight is None else norm_weight.data_ptr()
+        fields.norm_bias = None if norm_bias is None else norm_bias.data_ptr()
+        fields.epsilon = epsilon
+        fields.gate_order = int(interleaved)
 
 
 def _fill_output(output: Tensor) -> None:
-    _filled.output.output, _filled.output.output_type = output.data_ptr(), _TYPES[output.dtype]
+    fields = _filled.output
+    fields.output = output.data_ptr()
+    fields.output_type = _TYPES[output.dtype]
 
 
 def _fill_quantized(codes: Tensor, scales: Tensor, m: int, k: int, stride: int) -> None:
@@ -333,21 +347,25 @@ def _cuda_linear(
     x: Tensor, packed: Tensor, bias: Optional[Tensor], smoothing: Optional[Tensor], output: Tensor, k: int, group: int
 ) -> None:
     """Launches what `_fill_input` has described, and the product."""
-    m, index = _filled.input.m, x.device.index
-    device, stream = _device(index), _raw_stream(index)
-    fields = _filled.linear
-    fields.memory, fields.memory_bytes = packed.data_ptr(), packed.numel()
-    fields.n, fields.k, fields.group = output.shape[-1], k, group
+    filled, index = _filled, x.get_device()
+    device, stream = _devices.get(index) or _device(index), _raw_stream(index)
+    fields = filled.linear
+    fields.memory = packed.data_ptr()
+    fields.memory_bytes = packed.numel()
+    fields.n = output.shape[-1]
+    fields.k = k
+    fields.group = group
     fields.bias = None if bias is None else bias.data_ptr()
     fields.smoothing = None if smoothing is None else smoothing.data_ptr()
     _fill_output(output)
-    scratch_bytes = m * (_round_up(k, 64) + 4)
-    scratch = torch.empty(scratch_bytes, dtype=torch.uint8, device=x.device)
+    scratch_bytes = filled.input.m * ((k + 63) // 64 * 64 + 4)
+    # The allocator gives it to later launches on this stream only.
+    scratch = packed.new_empty(scratch_bytes)
     _gpu_linear_forward_in(
         device.gpu.address,
-        _filled.linear_address,
-        _filled.input_address,
-        _filled.output_address,
+        filled.linear_address,
+        filled.input_address,
+        filled.output_address,
         scratch.data_ptr(),
         scratch_bytes,
         device.workspace(stream),
@@ -399,7 +417,7 @@ def _linear(
     _check_input(x)
     _check_columns(x, k)
     dtype = _check_linear(x, packed, bias, smoothing, n, k, group, dtype)
-    output = torch.empty((*x.shape[:-1], n), dtype=dtype, device=x.device)
+    output = _new_output(x, n, dtype)
     m = output.numel() // n
     if m:
         _fill_input(x, m, k)
@@ -456,7 +474,7 @@ def _fused_linear(
     _check_operation(x, operation, norm_weight, norm_bias, residual)
     _check_columns(x, k, operation)
     dtype = _check_linear(x, packed, bias, smoothing, n, k, group, dtype)
-    output = torch.empty((*x.shape[:-1], n), dtype=dtype, device=x.device)
+    output = _new_output(x, n, dtype)
     m = output.numel() // n
     if m:
         _fill_input(x, m, k, operation, norm_weight, norm_bias, epsilon, interleaved, residual)

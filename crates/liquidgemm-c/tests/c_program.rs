@@ -101,6 +101,27 @@ fn the_example_runs() {
 }
 
 #[test]
+fn gpu_calls_check_their_arguments_and_launch_on_a_fake_driver() {
+    let folder = tempfile::tempdir().unwrap();
+    let fake = folder.path().join("libcuda.so.1");
+    let mut rustc = Command::new(env::var_os("RUSTC").unwrap_or_else(|| "rustc".into()));
+    rustc.args(["--edition=2024", "--crate-type=cdylib", "--crate-name=fake_cuda", "-o"]).arg(&fake);
+    let output = rustc.arg(source("../../tests/fake/libcuda.rs")).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let program = compile_shared(&source("tests/fake_gpu.c"), folder.path());
+    let launches = |status: &str| {
+        let mut run = Command::new(&program);
+        run.env("LD_LIBRARY_PATH", folder.path()).env("FAKE_CUDA_LAUNCH", status).output().unwrap()
+    };
+    let output = launches("0");
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(String::from_utf8_lossy(&output.stdout), "all passed\n", "{errors}");
+    // The driver's refusal of a launch arrives with its status.
+    let errors = launches("912").stderr;
+    assert!(String::from_utf8_lossy(&errors).contains("(CUDA status 912)"));
+}
+
+#[test]
 fn calls_of_a_program_that_links_libcuda_reach_it_with_the_shared_library() {
     let folder = tempfile::tempdir().unwrap();
     let cuda = fake_cuda(folder.path());

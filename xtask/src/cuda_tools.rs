@@ -1,6 +1,6 @@
 //! Runs ptxas and nvdisasm and reads their reports, without a CUDA toolkit.
 //!
-//! The tools come from PyPI, at pinned versions and hashes (`wheel.rs`), and are kept below the target directory.
+//! The tools come from PyPI, at pinned versions and hashes (`pypi.rs`), and are kept below the target directory.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -8,7 +8,7 @@ use std::process::Command;
 
 use anyhow::{Context, bail, ensure};
 
-use crate::wheel::Wheel;
+use crate::pypi::Wheel;
 
 const PTXAS: Wheel = Wheel {
     package: "nvidia-cuda-nvcc",

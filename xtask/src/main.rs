@@ -7,7 +7,9 @@ mod bench;
 mod cuda_tools;
 mod deny;
 mod gpu_test;
+mod header;
 mod ptx;
+mod pypi;
 mod sass;
 mod steps;
 mod test;
@@ -36,6 +38,9 @@ enum Command {
     /// Run everything that CI runs
     Test,
     GpuTest(gpu_test::Arguments),
+    /// Write the C header from its sources
+    Header,
+    Wheel(wheel::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -48,6 +53,8 @@ fn main() -> ExitCode {
                 Command::Ptx(arguments) => ptx::run(&arguments),
                 Command::Test => test::run(),
                 Command::GpuTest(arguments) => gpu_test::run(&arguments),
+                Command::Header => header::run(),
+                Command::Wheel(arguments) => wheel::run(&arguments),
             },
         );
     match outcome {

@@ -4,6 +4,10 @@
 //! Each symbol jumps through a slot of its own.
 //! The slots hold [`unavailable`] until [`crate::load`] fills them from the real library.
 //! A jump leaves the caller's registers and stack unchanged, so no signatures are needed here.
+//!
+//! A program or library has one symbol of a name, so other code that is linked into it and calls the driver
+//! reaches these symbols too. If the program links `libcuda` itself, its calls must arrive there,
+//! with or without [`crate::load`]. On Linux `connect_linked_driver` sees to that before `main` runs.
 
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::sync::atomic::{AtomicPtr, Ordering};
@@ -53,6 +57,9 @@ pub(crate) fn error_string(status: c_int) -> Option<&'static CStr> {
 /// A driver function's name, and the slot that its symbol jumps through.
 pub(crate) struct EntryPoint {
     pub(crate) name: &'static str,
+    /// The same name for the system's loader.
+    #[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
+    c_name: &'static CStr,
     pub(crate) slot: &'static AtomicPtr<c_void>,
 }
 
@@ -68,27 +75,27 @@ macro_rules! initial {
     };
 }
 
-/// The jump through a slot, for each architecture that has an NVIDIA driver.
+/// The instructions that jump through a slot, for each architecture that has an NVIDIA driver.
 ///
-/// It overwrites no register except x16, which the AArch64 calling convention reserves for such veneers.
+/// They overwrite no register except x16, which the AArch64 calling convention reserves for such veneers.
+#[cfg(target_arch = "x86_64")]
 macro_rules! jump_through {
-    ($slot:path) => {
-        #[cfg(target_arch = "x86_64")]
-        core::arch::naked_asm!("jmp qword ptr [rip + {slot}]", slot = sym $slot);
-        #[cfg(all(target_arch = "aarch64", not(target_vendor = "apple")))]
-        core::arch::naked_asm!(
-            "adrp x16, {slot}",
-            "ldr x16, [x16, :lo12:{slot}]",
-            "br x16",
-            slot = sym $slot,
-        );
-        #[cfg(all(target_arch = "aarch64", target_vendor = "apple"))]
-        core::arch::naked_asm!(
-            "adrp x16, {slot}@PAGE",
-            "ldr x16, [x16, {slot}@PAGEOFF]",
-            "br x16",
-            slot = sym $slot,
-        );
+    () => {
+        "jmp qword ptr [rip + {slot}]"
+    };
+}
+
+#[cfg(all(target_arch = "aarch64", not(target_vendor = "apple")))]
+macro_rules! jump_through {
+    () => {
+        "adrp x16, {slot}\nldr x16, [x16, :lo12:{slot}]\nbr x16"
+    };
+}
+
+#[cfg(all(target_arch = "aarch64", target_vendor = "apple"))]
+macro_rules! jump_through {
+    () => {
+        "adrp x16, {slot}@PAGE\nldr x16, [x16, {slot}@PAGEOFF]\nbr x16"
     };
 }
 
@@ -101,7 +108,46 @@ macro_rules! entry_points {
             $(pub(super) static $name: AtomicPtr<c_void> = AtomicPtr::new(initial!($name));)*
         }
 
-        /// The symbols that `cust` links against. Nothing refers to them through this module.
+        /// The symbols that `cust` links against, where object files are ELF.
+        ///
+        /// They are hidden: code in the same program or library finds them when it is linked,
+        /// and no other library does when it is loaded. `#[no_mangle]` has no such visibility.
+        #[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
+        #[allow(non_snake_case)]
+        mod symbols {
+            use super::*;
+            $(core::arch::global_asm!(
+                concat!(".pushsection .text.", stringify!($name), ",\"ax\",@progbits"),
+                concat!(".globl ", stringify!($name)),
+                concat!(".hidden ", stringify!($name)),
+                concat!(".type ", stringify!($name), ", @function"),
+                concat!(stringify!($name), ":"),
+                jump_through!(),
+                concat!(".size ", stringify!($name), ", . - ", stringify!($name)),
+                ".popsection",
+                slot = sym slots::$name,
+            );)*
+
+            // In the object file of the symbols, so that a program that gets these gets the call as well.
+            core::arch::global_asm!(
+                ".pushsection .init_array,\"aw\",@init_array",
+                ".balign 8",
+                ".quad {connect}",
+                ".popsection",
+                connect = sym linked::connect_linked_driver,
+            );
+
+            unsafe extern "C" {
+                $(fn $name() -> c_int;)*
+            }
+
+            /// Refers to all symbols, so that a linker that reads each archive once takes them before `cust` needs them.
+            #[used]
+            static KEPT: &[unsafe extern "C" fn() -> c_int] = &[$($name),*];
+        }
+
+        /// The symbols that `cust` links against, on other systems. Nothing refers to them through this module.
+        #[cfg(not(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64"))))]
         #[allow(non_snake_case)]
         mod symbols {
             use super::*;
@@ -113,7 +159,7 @@ macro_rules! entry_points {
                 #[unsafe(no_mangle)]
                 #[unsafe(naked)]
                 extern "C" fn $name() -> c_int {
-                    jump_through!(slots::$name);
+                    core::arch::naked_asm!(jump_through!(), slot = sym slots::$name);
                 }
 
                 // SAFETY: as above, but the function reads no argument and forwards none.
@@ -127,7 +173,15 @@ macro_rules! entry_points {
 
         /// All entry points, sorted by name.
         pub(crate) static ENTRY_POINTS: &[EntryPoint] =
-            &[$(EntryPoint { name: stringify!($name), slot: &slots::$name }),*];
+            &[$(EntryPoint {
+                name: stringify!($name),
+                #[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
+                c_name: match CStr::from_bytes_with_nul(concat!(stringify!($name), "\0").as_bytes()) {
+                    Ok(name) => name,
+                    Err(_) => panic!("a name without zero bytes"),
+                },
+                slot: &slots::$name,
+            }),*];
     };
 }
 
@@ -485,4 +539,38 @@ entry_points! {
     cuUserObjectRelease
     cuUserObjectRetain
     cuWaitExternalSemaphoresAsync
+}
+
+/// Connects the entry points to the `libcuda` that this process has linked, if there is one.
+///
+/// The system's loader calls it before `main`, or when it opens the library that contains it.
+/// Libraries that the program links are loaded by then. Nothing is loaded here.
+#[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
+mod linked {
+    use super::*;
+
+    unsafe extern "C" {
+        fn dlsym(handle: *mut c_void, name: *const c_char) -> *mut c_void;
+    }
+
+    /// `RTLD_DEFAULT`: search what the program and its libraries have made visible, in the order of loading.
+    ///
+    /// The symbols of this crate are hidden, so the search never returns one of them.
+    const VISIBLE: *mut c_void = ptr::null_mut();
+
+    pub(super) extern "C" fn connect_linked_driver() {
+        let find = |name: &CStr| {
+            // SAFETY: the name ends with a zero byte.
+            unsafe { dlsym(VISIBLE, name.as_ptr()) }
+        };
+        if find(c"cuDriverGetVersion").is_null() {
+            return;
+        }
+        for entry in ENTRY_POINTS {
+            let function = find(entry.c_name);
+            if !function.is_null() {
+                entry.slot.store(function, Ordering::Release);
+            }
+        }
+    }
 }

@@ -1,5 +1,6 @@
 //! The grouped GEMM on the CPU: for each expert the GEMM of its rows, so with the same bits.
 
+use std::borrow::Borrow;
 use std::ops::Range;
 
 use rayon::prelude::*;
@@ -71,8 +72,8 @@ impl RowIndex<'_> {
 /// - [`Error::NoExperts`] without experts, [`Error::ExpertsDiffer`] if one differs from the first in shape or group.
 /// - [`Error::BadRowIndex`] or [`Error::ShapeMismatch`] for an index that does not fit the rows.
 /// - Those of [`gemm`](super::gemm) for the other arguments.
-pub fn grouped_gemm<'a, T: Output>(
-    experts: &[PackedWeights],
+pub fn grouped_gemm<'a, T: Output, E: Borrow<PackedWeights> + Sync>(
+    experts: &[E],
     x: impl Into<ActivationsView<'a>>,
     index: RowIndex<'_>,
     bias: Option<&[f32]>,
@@ -98,7 +99,7 @@ pub fn grouped_gemm<'a, T: Output>(
     }
     tasks.into_par_iter().for_each(|(expert, rows, out)| {
         let bias = bias.map(|bias| &bias[expert * n..][..n]);
-        multiply(Kernel::best(), &experts[expert], &x.rows(rows), bias, out);
+        multiply(Kernel::best(), experts[expert].borrow(), &x.rows(rows), bias, out);
     });
     Ok(())
 }

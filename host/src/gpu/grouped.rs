@@ -15,7 +15,7 @@ use crate::gpu::gemm::{Operands, StreamHandle, output_code};
 use crate::gpu::launch::Launch;
 use crate::gpu::memory::DeviceSpan;
 use crate::gpu::tensor_map::{Boxes, TensorMap};
-use crate::{Error, GroupedPlan, GroupedProblem, OutputType, PackedWeights};
+use crate::{Error, Group, GroupedPlan, GroupedProblem, OutputType, PackedWeights};
 
 /// Where the rows of each expert lie. The host never reads it: it may be written by an earlier launch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -130,6 +130,27 @@ impl Gpu {
     /// - [`GpuError::Cuda`] if device memory runs out or the driver fails.
     pub fn upload_experts<E: Borrow<PackedWeights>>(&self, experts: &[E]) -> Result<DeviceExperts, Error> {
         DeviceExperts::upload(&self.context, experts)
+    }
+
+    /// Takes experts `[experts, n, k]` that are in device memory already, as [`DeviceExperts::device_bytes`] returns them.
+    ///
+    /// The memory has [`DeviceExperts::bytes_for`] bytes, at a multiple of 256 bytes.
+    ///
+    /// # Errors
+    /// - As [`DeviceExperts::bytes_for`] for impossible experts.
+    /// - [`GpuError::BufferTooSmall`] or [`GpuError::Misaligned`] for unsuitable memory.
+    ///
+    /// # Safety
+    /// The memory holds such bytes of experts with this shape and group.
+    /// It stays allocated, and nobody writes it, as long as the experts and their launches live.
+    pub unsafe fn experts_in(
+        &self,
+        memory: DeviceSpan,
+        experts: usize,
+        [n, k]: [usize; 2],
+        group: Group,
+    ) -> Result<DeviceExperts, Error> {
+        DeviceExperts::borrowed(&self.context, memory, experts, [n, k], group)
     }
 
     /// Returns the plan for a grouped problem on this GPU.

@@ -18,7 +18,7 @@ use crate::packed::PackedSizes;
 use crate::{Error, Group, PackedWeights, Plan, Tiled};
 
 /// Alignment of memory that the caller owns, in bytes.
-const BORROWED_ALIGNMENT: u64 = 256;
+pub(super) const BORROWED_ALIGNMENT: u64 = 256;
 
 /// A range of device memory: an address and a length in bytes. It does not own the memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

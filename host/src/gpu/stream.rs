@@ -6,6 +6,7 @@ use liquidgemm_format::stream::WeightStream;
 use liquidgemm_format::tile::{K_TILE_BRICKS, STRIP_K_TILE_CODE_BYTES};
 use rayon::prelude::*;
 
+use crate::check::check_length;
 use crate::gpu::DeviceWeights;
 use crate::{Error, Group, PackedWeights};
 
@@ -123,6 +124,21 @@ impl PackedWeights {
         merged.extend_from_slice(scales);
         Ok(merged)
     }
+
+    /// Takes weights `[n, k]` back from the bytes that [`device_bytes`](Self::device_bytes) returned.
+    ///
+    /// # Errors
+    /// - [`Error::ShapeMismatch`] for another number of bytes.
+    /// - As [`from_parts`](Self::from_parts) for bytes that are no such weights.
+    pub fn from_device_bytes(bytes: &[u8], [n, k]: [usize; 2], group: Group) -> Result<Self, Error> {
+        let needed = DeviceWeights::bytes_for(n, k, group)?;
+        check_length("device bytes", "DeviceWeights::bytes_for", needed, bytes.len())?;
+        let layout = StreamLayout::new(n, k, group)?;
+        let (codes, pairs) = layout.split(&bytes[..layout.bytes()]);
+        let scales = bytes[needed - n * size_of::<f32>()..].as_chunks::<4>().0;
+        let scales = scales.iter().map(|&scale| f32::from_ne_bytes(scale)).collect();
+        Self::from_parts(codes, pairs, scales, n, k, group)
+    }
 }
 
 #[cfg(test)]
@@ -145,6 +161,21 @@ mod tests {
                 assert_eq!(merged.len(), layout.bytes());
                 assert_eq!(layout.split(&merged), (codes, pairs), "{n} x {k}, group {group}");
             }
+        }
+    }
+
+    #[test]
+    fn weights_come_back_from_their_device_bytes_and_others_are_refused() {
+        for (n, k, group) in [(1, 1, Group::K(64)), (70, 200, Group::K(128)), (65, 130, Group::Channel)] {
+            let values: Vec<f32> = (0..n * k).map(|i| (i as f32 * 0.37).sin()).collect();
+            let weights = PackedWeights::quantize(&values, n, k, group).unwrap();
+            let mut bytes = weights.device_bytes().unwrap();
+            assert_eq!(PackedWeights::from_device_bytes(&bytes, [n, k], group).unwrap(), weights);
+            let short = PackedWeights::from_device_bytes(&bytes[1..], [n, k], group).unwrap_err();
+            assert!(matches!(short, Error::ShapeMismatch { .. }), "{short}");
+            bytes.fill(0);
+            let zeros = PackedWeights::from_device_bytes(&bytes, [n, k], group).unwrap_err();
+            assert!(matches!(zeros, Error::InvariantBroken { .. }), "{zeros}");
         }
     }
 

@@ -250,8 +250,8 @@ pub(crate) unsafe fn put<T>(what: &str, out: *mut T, value: T) -> Result<(), Fai
 pub(crate) unsafe fn free<T>(pointer: *mut T) {
     if !pointer.is_null() {
         // A panic of a destructor must not reach the caller.
-        // SAFETY: the caller vouches for it.
         let _ = crate::status::guard(|| {
+            // SAFETY: the caller vouches for it.
             drop(unsafe { Box::from_raw(pointer) });
             Ok(())
         });

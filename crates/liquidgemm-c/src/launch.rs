@@ -182,12 +182,13 @@ pub unsafe extern "C" fn lg_gpu_gemm(
             activations.check_k(weights.k())?;
             let output = read(output)?.on_device(activations.m, weights.n())?;
             let operands = activations.operands(bias, output)?;
-            Ok(match plan.as_ref() {
+            match plan.as_ref() {
                 None => gpu.gemm(weights, &operands, workspace, stream_of(stream))?,
                 Some(plan) => {
-                    gpu.gemm_with_plan(weights, &operands, &plan.plan, workspace, stream_of(stream))?
+                    gpu.gemm_with_plan(weights, &operands, &plan.plan, workspace, stream_of(stream))?;
                 }
-            })
+            }
+            Ok(())
         }
     })
 }

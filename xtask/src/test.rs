@@ -10,7 +10,7 @@ use std::thread;
 use anyhow::{Context, bail, ensure};
 
 use crate::steps::{Steps, cargo, check};
-use crate::{deny, ptx, wheel};
+use crate::{deny, ptx};
 
 /// The packages that are checked without their default features, and with which features instead.
 const REDUCED: [(&str, &str); 5] = [
@@ -63,8 +63,6 @@ pub fn run() -> anyhow::Result<()> {
         ensure!(!examples.is_empty(), "host/examples has no example");
         examples.iter().try_for_each(|example| check(&mut Command::new(built(&["examples", example]))))
     });
-    // The library's crates are those of the tests; only its linking differs.
-    steps.run("wheel", || wheel::run(&wheel::Arguments::of_ci()));
     // List the CPU kernels that were not tested because this machine lacks their instructions.
     steps.run("machine", || check(Command::new(built(&["liquidgemm"])).arg("info")));
     steps.finish()

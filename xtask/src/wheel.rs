@@ -33,13 +33,6 @@ pub struct Arguments {
     test: bool,
 }
 
-impl Arguments {
-    /// Returns the arguments of CI.
-    pub fn of_ci() -> Self {
-        Self { dev: true, test: true }
-    }
-}
-
 /// Builds the wheel.
 ///
 /// # Errors

@@ -82,7 +82,7 @@ fn eval_reports_the_cosine_of_every_method_and_group() {
     let choice = ["--method", "a8,rtn,gptq", "--group", "64,channel"];
     let (code, table, errors) = run(&[&arguments[..], &choice].concat(), folder.path());
     assert_eq!((code, errors.as_str()), (0, ""), "{table}");
-    assert!(table.starts_with("model, 12 tokens of text.txt in 3 passes\n"), "{table}");
+    assert!(table.starts_with("model, 11 tokens of text.txt in 3 passes\n"), "{table}");
     let (code, json, _) = run(&[&arguments[..], &choice, &["--json"]].concat(), folder.path());
     assert_eq!(code, 0);
     let json: Value = serde_json::from_str(&json).unwrap();
@@ -107,7 +107,7 @@ fn calibrate_writes_what_eval_takes() {
     let calibrate = ["calibrate", "model", "-o", "moments.safetensors", "--text", "text.txt"];
     let (code, report, errors) = run(&[&calibrate[..], &["--hessian"]].concat(), folder.path());
     assert_eq!((code, errors.as_str()), (0, ""));
-    assert_eq!(report, "moments.safetensors: second moments and Hessians of 6 layers over 12 tokens\n");
+    assert_eq!(report, "moments.safetensors: second moments and Hessians of 6 layers over 11 tokens\n");
     let eval =
         ["eval", "model", "--text", "text.txt", "--calibration", "moments.safetensors", "--backend", "cpu"];
     let (code, table, errors) =

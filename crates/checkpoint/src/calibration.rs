@@ -1,8 +1,7 @@
 //! What calibration knows of the inputs of a model's layers.
 //!
-//! A calibration file is a safetensors file with the metadata `format` = `liquidgemm-calibration` and `version` = `1`.
-//! Layers with the same input share a set of statistics: the metadata `layers` are a JSON object from each layer's name to the
-//! name of its set. A set `L` of inputs with `k` channels has the f32 tensors
+//! A calibration file is a safetensors file whose metadata are [`CalibrationContent`].
+//! Layers with the same input share a set of statistics. A set `L` of inputs with `k` channels has the f32 tensors
 //! - `L.mean_square`, `[k]`: E\[x²\] of each channel,
 //! - `L.absmax`, `[k]`: the largest magnitude of each channel,
 //! - `L.hessian`, `[k, k]`: E\[x xᵀ\]. Only GPTQ needs it.
@@ -14,13 +13,52 @@ use std::path::Path;
 
 use liquidgemm::{Hessian, HessianBuilder, InputStatistics, InputStatisticsBuilder};
 use safetensors::tensor::Dtype;
+use serde::{Deserialize, Serialize};
 
 use crate::error::{CheckpointError, Problem, Result, weights_error};
 use crate::number::{decode, is_weight_type};
 use crate::tensor_file::{FileTensor, TensorFile};
 
-const FORMAT: &str = "liquidgemm-calibration";
-const VERSION: &str = "1";
+/// The metadata of a calibration file: a JSON object under [`KEY`](Self::KEY).
+///
+/// It is one entry, because safetensors files have several in random order.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct CalibrationContent {
+    version: u32,
+    /// For each set of statistics, the number of tokens that it was recorded over.
+    pub tokens: BTreeMap<String, u64>,
+    /// For each layer, the name of its set.
+    pub layers: BTreeMap<String, String>,
+}
+
+impl CalibrationContent {
+    /// The name of the metadata's entry.
+    pub const KEY: &str = "liquidgemm-calibration";
+    const VERSION: u32 = 1;
+
+    /// Returns the content of a file of the current version.
+    pub fn new(tokens: BTreeMap<String, u64>, layers: BTreeMap<String, String>) -> Self {
+        Self { version: Self::VERSION, tokens, layers }
+    }
+
+    /// Parses the metadata's entry.
+    ///
+    /// # Errors
+    /// What is wrong with it, also if its version is unknown.
+    pub fn parse(entry: &str) -> Result<Self, String> {
+        let content: Self = serde_json::from_str(entry)
+            .map_err(|error| format!("the metadata {:?} are not valid: {error}", Self::KEY))?;
+        match content.version {
+            Self::VERSION => Ok(content),
+            other => Err(format!("the calibration has the version {other}; {} can be read", Self::VERSION)),
+        }
+    }
+
+    /// Formats the metadata's entry. The same content gives the same text.
+    pub fn to_entry(&self) -> String {
+        serde_json::json!(self).to_string()
+    }
+}
 
 /// An open calibration file. Statistics are read when they are needed.
 #[derive(Debug)]
@@ -42,19 +80,10 @@ impl Calibration {
         let file = TensorFile::open(path)?;
         let tensors: BTreeMap<String, FileTensor> =
             file.tensors().iter().map(|tensor| (tensor.name.clone(), tensor.clone())).collect();
-        if file.metadata().get("format").map(String::as_str) == Some(FORMAT) {
-            let bad = |reason: String| Problem::Json { reason }.at(path);
-            let version = file.metadata().get("version");
-            if version.map(String::as_str) != Some(VERSION) {
-                return Err(bad(format!(
-                    "the calibration has the version {version:?}; {VERSION:?} can be read"
-                )));
-            }
-            let text = file.metadata().get("layers").map_or("", String::as_str);
-            let layers = serde_json::from_str(text);
-            let layers =
-                layers.map_err(|error| bad(format!("the metadata \"layers\" are not valid: {error}")))?;
-            return Ok(Self { file, layers, tensors, are_captured: false });
+        if let Some(entry) = file.metadata().get(CalibrationContent::KEY) {
+            let content =
+                CalibrationContent::parse(entry).map_err(|reason| Problem::Json { reason }.at(path))?;
+            return Ok(Self { file, layers: content.layers, tensors, are_captured: false });
         }
         if let Some(tensor) =
             tensors.values().find(|tensor| tensor.shape.len() != 2 || !is_weight_type(tensor.dtype))

@@ -42,7 +42,7 @@ mod source;
 mod tensor_file;
 mod verify;
 
-pub use calibration::Calibration;
+pub use calibration::{Calibration, CalibrationContent};
 pub use checkpoint::{Axis, Checkpoint, Module, Tensor};
 pub use compare::{Comparison, Difference, Model, compare};
 pub use error::{CheckpointError, Problem, Result};

@@ -44,10 +44,11 @@ fn write_calibration(path: &Path) {
         tensors.push(f32_tensor(&format!("{name}.absmax"), &[k], &statistics.largest));
         tensors.push(f32_tensor(&format!("{name}.hessian"), &[k, k], hessian(k, seed).values()));
     }
-    let layers = format!(r#"{{"{QUERY}": "{QUERY}", "{UP}": "{QUERY}", "{DOWN}": "{DOWN}"}}"#);
-    let metadata = [("format", "liquidgemm-calibration"), ("version", "1"), ("layers", &layers)];
-    let metadata: HashMap<String, String> =
-        metadata.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
+    let entry = format!(
+        r#"{{"version": 1, "tokens": {{"{QUERY}": {TOKENS}, "{DOWN}": {TOKENS}}},
+        "layers": {{"{QUERY}": "{QUERY}", "{UP}": "{QUERY}", "{DOWN}": "{DOWN}"}}}}"#
+    );
+    let metadata = HashMap::from([("liquidgemm-calibration".to_owned(), entry)]);
     let views = tensors
         .iter()
         .map(|(name, dtype, shape, bytes)| (name, TensorView::new(*dtype, shape.clone(), bytes).unwrap()));

@@ -128,6 +128,29 @@ fn calibrate_writes_what_eval_takes() {
 }
 
 #[test]
+fn quantize_takes_what_calibrate_writes() {
+    let folder = tempdir().unwrap();
+    write_model(folder.path());
+    let calibrate =
+        ["calibrate", "model", "-o", "moments.safetensors", "--text", "text.txt", "--hessian", "--json"];
+    let (code, report, errors) = run(&calibrate, folder.path());
+    assert_eq!(code, 0, "{errors}");
+    let calibrated: Value = serde_json::from_str(&report).unwrap();
+    let quantize =
+        ["quantize", "model", "-o", "packed", "--method", "gptq", "--moments", "moments.safetensors"];
+    let (code, _, errors) = run(&quantize, folder.path());
+    assert_eq!(code, 0, "{errors}");
+    let config = fs::read_to_string(folder.path().join("packed/config.json")).unwrap();
+    let config: Value = serde_json::from_str(&config).unwrap();
+    assert_eq!(config["quantization_config"]["method"], "gptq");
+    let (code, inspected, errors) = run(&["inspect", "packed", "--json"], folder.path());
+    assert_eq!(code, 0, "{errors}");
+    let inspected: Value = serde_json::from_str(&inspected).unwrap();
+    let packed = inspected["entries"].as_array().unwrap().iter().filter(|entry| !entry["group"].is_null());
+    assert_eq!(json!(packed.count()), calibrated["layers"]);
+}
+
+#[test]
 fn the_table_has_a_page_and_a_json_file_with_the_same_figures() {
     let folder = tempdir().unwrap();
     write_model(folder.path());

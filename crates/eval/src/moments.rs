@@ -5,8 +5,8 @@
 //! - `L.absmax`, f32 `[k]`: the largest magnitude of each channel,
 //! - `L.hessian`, f32 `[k, k]`, if it was asked for: `E[x xᵀ]`.
 //!
-//! Layers with the same input share one set. The metadata have a JSON object under `liquidgemm-calibration`:
-//! `version`, `tokens` with the number of tokens of each set, and `layers` with the name of each layer's set.
+//! Layers with the same input share one set. [`CalibrationContent`] has the metadata;
+//! `liquidgemm quantize` reads these files through `liquidgemm_checkpoint`.
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap};
@@ -15,25 +15,13 @@ use std::path::Path;
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
+use liquidgemm_checkpoint::CalibrationContent;
 use rayon::prelude::*;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 
 use crate::layers::FloatLayers;
 use crate::model::{Layers, LinearWeights};
 use crate::{Error, files};
-
-const FORMAT: &str = "liquidgemm-calibration";
-const VERSION: u32 = 1;
-
-/// The metadata of a calibration file.
-#[derive(serde::Deserialize)]
-struct Content {
-    version: u32,
-    /// For each set its number of tokens.
-    tokens: BTreeMap<String, u64>,
-    /// For each layer its set.
-    layers: BTreeMap<String, String>,
-}
 
 /// The second moments of a layer's inputs.
 #[derive(Clone, Debug, PartialEq)]
@@ -91,13 +79,13 @@ impl Calibration {
     /// [`Error::Io`] if it can't be written.
     pub fn save(&self, path: &Path) -> Result<(), Error> {
         let mut sets: Vec<(&str, &Arc<Moments>)> = Vec::new();
-        let mut names: BTreeMap<&str, &str> = BTreeMap::new();
+        let mut names: BTreeMap<String, String> = BTreeMap::new();
         for (layer, moments) in &self.layers {
             let set = sets.iter().find(|(_, known)| Arc::ptr_eq(known, moments)).map(|&(name, _)| name);
             if set.is_none() {
                 sets.push((layer, moments));
             }
-            names.insert(layer, set.unwrap_or(layer));
+            names.insert(layer.clone(), set.unwrap_or(layer).to_owned());
         }
         let mut tensors = Vec::new();
         for (name, moments) in &sets {
@@ -116,11 +104,9 @@ impl Calibration {
             let view = TensorView::new(Dtype::F32, shape.clone(), bytes).expect("the shape fits the values");
             (name.as_str(), view)
         });
-        let tokens: BTreeMap<&str, u64> =
-            sets.iter().map(|(name, moments)| (*name, moments.tokens)).collect();
-        let content = serde_json::json!({ "version": VERSION, "tokens": tokens, "layers": names });
-        // One entry, because the order of several in the file would be random.
-        let metadata = HashMap::from([(FORMAT.to_owned(), content.to_string())]);
+        let tokens = sets.iter().map(|(name, moments)| ((*name).to_owned(), moments.tokens)).collect();
+        let entry = CalibrationContent::new(tokens, names).to_entry();
+        let metadata = HashMap::from([(CalibrationContent::KEY.to_owned(), entry)]);
         files::write_with(path, |temporary| {
             safetensors::serialize_to_file(views, Some(metadata), temporary).map_err(std::io::Error::other)
         })
@@ -136,18 +122,14 @@ impl Calibration {
         let bytes = fs::read(path).map_err(Error::read(path))?;
         let invalid = |reason: String| Error::invalid(path, reason);
         let (_, header) = SafeTensors::read_metadata(&bytes).map_err(|error| invalid(error.to_string()))?;
-        match header.metadata().as_ref().and_then(|metadata| metadata.get(FORMAT)) {
-            Some(content) => Self::parse(&bytes, content).map_err(invalid),
+        match header.metadata().as_ref().and_then(|metadata| metadata.get(CalibrationContent::KEY)) {
+            Some(entry) => Self::parse(&bytes, entry).map_err(invalid),
             None => Self::of_captured(path, &bytes),
         }
     }
 
-    fn parse(bytes: &[u8], content: &str) -> Result<Self, String> {
-        let Content { version, tokens, layers: names } =
-            serde_json::from_str(content).map_err(|error| format!("the metadata {FORMAT}: {error}"))?;
-        if version != VERSION {
-            return Err(format!("its version is {version}, this program reads {VERSION}"));
-        }
+    fn parse(bytes: &[u8], entry: &str) -> Result<Self, String> {
+        let CalibrationContent { tokens, layers: names, .. } = CalibrationContent::parse(entry)?;
         let file = SafeTensors::deserialize(bytes).map_err(|error| error.to_string())?;
         let tensor = |name: &str, shape: &[usize]| {
             let view = file.tensor(name).map_err(|error| format!("tensor {name}: {error}"))?;

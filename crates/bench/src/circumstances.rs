@@ -109,17 +109,46 @@ fn civil(mut days: u64) -> (u64, u64, u64) {
     (year, month, days + 1)
 }
 
-/// The command line, without the program's directory.
+/// The command line, without the directories of the program and of absolute paths.
 fn command() -> String {
     let mut arguments = std::env::args();
     let program = arguments.next().unwrap_or_default();
     let program = program.rsplit(['/', '\\']).next().unwrap_or_default().to_owned();
+    let arguments = arguments.map(|argument| without_directories(&argument));
     std::iter::once(program).chain(arguments).collect::<Vec<_>>().join(" ")
+}
+
+/// Returns an argument in which absolute paths, of which there may be several behind commas or `=`, have only their last part.
+fn without_directories(argument: &str) -> String {
+    argument
+        .split_inclusive([',', '='])
+        .map(|part| {
+            let is_absolute = part.starts_with('/') && part.trim_end_matches(['/', ',', '=']).len() > 1;
+            if is_absolute { part.trim_end_matches('/').rsplit('/').next().unwrap_or(part) } else { part }
+        })
+        .collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn absolute_paths_lose_their_directories() {
+        for (argument, expected) in [
+            ("/root/out/moe.json", "moe.json"),
+            ("--json=/a/b.json", "--json=b.json"),
+            ("/a/b.json,/c/d.json", "b.json,d.json"),
+            ("/usr/bin/python3", "python3"),
+            ("out/moe.json", "out/moe.json"),
+            ("--moe", "--moe"),
+            ("4096x4096,1x/2", "4096x4096,1x/2"),
+            ("/plots/", "plots"),
+            ("/", "/"),
+        ] {
+            assert_eq!(without_directories(argument), expected);
+        }
+    }
 
     #[test]
     fn days_become_dates() {

@@ -257,9 +257,7 @@ impl Run {
     /// # Errors
     /// If the file can't be read or is not a run, or if a dimension or a time is impossible.
     pub fn load(path: &Path) -> anyhow::Result<Self> {
-        let name = path.display().to_string();
-        let bytes = std::fs::read(path).with_context(|| format!("cannot read {name}"))?;
-        Self::from_json(&bytes, &name)
+        read_file(path, Self::from_json)
     }
 
     /// Reads a run from JSON; errors call it `name`.
@@ -334,8 +332,17 @@ pub fn write_json(path: &Path, value: &impl Serialize) -> anyhow::Result<()> {
 /// # Errors
 /// If the file can't be read or does not hold such a value.
 pub(super) fn read_json<T: DeserializeOwned>(path: &Path, what: &str) -> anyhow::Result<T> {
-    let bytes = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
-    parse_json(&bytes, &path.display().to_string(), what)
+    read_file(path, |json, name| parse_json(json, name, what))
+}
+
+/// Reads a file and parses its contents, which are passed with the file's name.
+pub(super) fn read_file<T>(
+    path: &Path,
+    parse: impl FnOnce(&[u8], &str) -> anyhow::Result<T>,
+) -> anyhow::Result<T> {
+    let name = path.display().to_string();
+    let contents = std::fs::read(path).with_context(|| format!("cannot read {name}"))?;
+    parse(&contents, &name)
 }
 
 /// Parses a value that [`write_json`] wrote; errors call it `what` in `name`.

@@ -3,11 +3,12 @@
 
 use std::path::PathBuf;
 
-use liquidgemm_eval::evaluate::{self, Task};
+use liquidgemm_eval::evaluate;
 use liquidgemm_eval::{Calibration, Model, texts};
 
+use super::Report;
+use super::eval::{self, Passes};
 use super::progress::Stages;
-use super::{Report, eval};
 
 /// Record the second moments of the inputs of a model's linear layers, for quantizers that need them
 ///
@@ -31,13 +32,8 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "FILE")]
     text: Option<PathBuf>,
 
-    /// Stop after this many tokens, or sentences for encoders
-    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(2..))]
-    tokens: Option<u32>,
-
-    /// Tokens that a language model sees in one forward pass
-    #[arg(long, value_name = "TOKENS", default_value_t = 512, value_parser = clap::value_parser!(u32).range(2..))]
-    window: u32,
+    #[command(flatten)]
+    passes: Passes,
 
     /// Record E[x xᵀ] as well: 4·k² bytes for each input of k channels
     #[arg(long)]
@@ -67,8 +63,7 @@ fn run_in_pool(arguments: &Arguments) -> anyhow::Result<Report> {
                 Some(file) => eval::read(file)?,
                 None => texts::calibration(&model.network),
             };
-            let limit = arguments.tokens.map(|tokens| tokens as usize);
-            let task = Task::new(&model, &text, arguments.window as usize, limit)?;
+            let task = arguments.passes.task(&model, &text)?;
             evaluate::calibrate(&model, &task, arguments.hessian, &progress)?
         }
         (None, None) => unreachable!("the arguments require one of them"),

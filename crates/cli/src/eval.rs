@@ -52,13 +52,8 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "FILE")]
     text: Option<PathBuf>,
 
-    /// Stop after this many tokens, or sentences for encoders
-    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(2..))]
-    tokens: Option<u32>,
-
-    /// Tokens that a language model sees in one forward pass
-    #[arg(long, value_name = "TOKENS", default_value_t = 512, value_parser = clap::value_parser!(u32).range(2..))]
-    window: u32,
+    #[command(flatten)]
+    passes: Passes,
 
     /// Take second moments from this file of `liquidgemm calibrate`, or from a safetensors file of captured inputs
     /// [default: run the program's own calibration text, if the method needs it]
@@ -75,6 +70,25 @@ pub(super) struct Arguments {
     /// Write the figures as JSON
     #[arg(long)]
     json: bool,
+}
+
+/// How a model goes through a text.
+#[derive(clap::Args)]
+pub(super) struct Passes {
+    /// Stop after this many tokens, or sentences for encoders
+    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(2..))]
+    tokens: Option<u32>,
+
+    /// Tokens that a language model sees in one forward pass
+    #[arg(long, value_name = "TOKENS", default_value_t = 512, value_parser = clap::value_parser!(u32).range(2..))]
+    window: u32,
+}
+
+impl Passes {
+    /// Divides a text into forward passes.
+    pub(super) fn task(&self, model: &Model, text: &str) -> anyhow::Result<Task> {
+        Ok(Task::new(model, text, self.window as usize, self.tokens.map(|tokens| tokens as usize))?)
+    }
 }
 
 /// Tokens of the text over which the errors of single layers are measured.
@@ -111,12 +125,11 @@ fn evaluate(path: &Path, arguments: &Arguments, backend: &Arc<Backend>) -> anyho
     let model = progress.spinner("reading", || Model::open(path))?;
     let recipes =
         if arguments.table.is_some() { report::recipes(&model.network) } else { arguments.recipes() };
-    let window = arguments.window as usize;
     let (text, text_name) = match &arguments.text {
         Some(file) => (read(file)?, file.display().to_string()),
         None => (texts::evaluation(&model.network), texts::EVALUATION_NAME.of(&model.network).into()),
     };
-    let task = Task::new(&model, &text, window, arguments.tokens.map(|tokens| tokens as usize))?;
+    let task = arguments.passes.task(&model, &text)?;
     let calibration = calibration(&model, &recipes, arguments, &progress)?;
     let (calibration, calibration_name) = calibration.unzip();
 
@@ -170,7 +183,7 @@ fn calibration(
         }
         None if needed => {
             let text = texts::calibration(&model.network);
-            let task = Task::new(model, &text, arguments.window as usize, None)?;
+            let task = Task::new(model, &text, arguments.passes.window as usize, None)?;
             let hessian = recipes.iter().any(Recipe::needs_hessian);
             let calibration = evaluate::calibrate(model, &task, hessian, progress)?;
             let name = texts::CALIBRATION_NAME.of(&model.network);

@@ -3,7 +3,7 @@
 //! `liquidgemm_format::activations` defines the arithmetic; the kernels are in `kernels-gpu/src/activations`.
 
 use liquidgemm_format::activations::{
-    LANES, RowScale, VECTOR, activate, inverse_deviation, sum_of_squares, sum_of_vector, variance,
+    Gate, LANES, RowScale, VECTOR, activate, inverse_deviation, sum_of_squares, sum_of_vector, variance,
 };
 use rayon::prelude::*;
 
@@ -160,8 +160,8 @@ fn operate<T: Half>(
     }
     let elements = &input.input[source * input.input_stride..][..input.operation.input_elements(k)];
     let variance = match input.operation {
-        Operation::Gated { .. } => {
-            activate_row(&input.operation, elements, values);
+        Operation::Gated { gate, order } => {
+            activate_row(gate, order, elements, values);
             None
         }
         _ => {
@@ -188,8 +188,7 @@ fn operate<T: Half>(
 
 /// Writes a row's activated gates times its ups to `values`.
 #[inline(always)]
-fn activate_row<T: Half>(operation: &Operation<&[T]>, elements: &[T], values: &mut Vec<f32>) {
-    let Operation::Gated { gate, order } = *operation else { return };
+fn activate_row<T: Half>(gate: Gate, order: GateOrder, elements: &[T], values: &mut Vec<f32>) {
     let activated = |gate_element: T, up: T| activate::<Host>(gate, gate_element.to_f32()) * up.to_f32();
     match order {
         GateOrder::Halves => {

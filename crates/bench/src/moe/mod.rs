@@ -29,7 +29,7 @@ use serde_json::json;
 use super::circumstances::Circumstances;
 use super::data::{self, Pool};
 use super::driver::During;
-use super::record::{Baseline, parse_json, write_json};
+use super::record::{Baseline, parse_json, read_file, write_json};
 use super::replay::{Clock, Contender, Pace};
 use super::statistics::Timing;
 use super::torch::{self, Outcome, Progress, Torch};
@@ -321,9 +321,7 @@ impl Mixtures {
     /// # Errors
     /// If the file can't be read or is not such a run, or if a time is impossible.
     pub fn load(path: &Path) -> anyhow::Result<Self> {
-        let name = path.display().to_string();
-        let bytes = std::fs::read(path).with_context(|| format!("cannot read {name}"))?;
-        Self::from_json(&bytes, &name)
+        read_file(path, Self::from_json)
     }
 
     /// Reads a run from JSON; errors call it `name`.

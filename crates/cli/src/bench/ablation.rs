@@ -3,13 +3,15 @@
 use std::path::Path;
 
 use liquidgemm_bench::ablation::{self, Ablation, Point};
-use liquidgemm_bench::plots;
+use liquidgemm_bench::plots::{self, Picture};
 
 use super::Arguments;
-use super::kind::Kind;
+use super::kind::{self, Kind};
 use super::screen::Screen;
 
 impl Kind for Ablation {
+    type Pictures = Vec<Picture>;
+
     const SINGLE: Option<&'static str> = Some("--ablation");
 
     fn measure(arguments: &Arguments) -> anyhow::Result<Self> {
@@ -32,21 +34,15 @@ impl Kind for Ablation {
     }
 
     fn table(&self) -> String {
-        let rows = self.points.iter().map(|point| format!("{}\n", point.row()));
-        format!("{}\n{}\n{}", self.circumstances.device, ablation::heading(), rows.collect::<String>())
+        kind::table(&self.circumstances.device, &ablation::heading(), self.points.iter().map(Point::row))
     }
 
-    fn write(runs: &[Self], arguments: &Arguments) -> anyhow::Result<()> {
-        for run in runs {
-            let pictures = match &arguments.plots {
-                Some(directory) => plots::write_ablation(run, directory)?,
-                None => Vec::new(),
-            };
-            if let Some(path) = &arguments.markdown {
-                ablation::write_page(run, &pictures, path)?;
-            }
-        }
-        Ok(())
+    fn plot(runs: &[Self], directory: &Path) -> anyhow::Result<Vec<Picture>> {
+        runs.first().map_or(Ok(Vec::new()), |run| plots::write_ablation(run, directory))
+    }
+
+    fn write_page(runs: &[Self], pictures: &Vec<Picture>, path: &Path) -> anyhow::Result<()> {
+        runs.first().map_or(Ok(()), |run| ablation::write_page(run, pictures, path))
     }
 
     fn mismatches(&self) -> usize {

@@ -3,10 +3,10 @@
 use std::path::Path;
 
 use liquidgemm_bench::activations::{self, Activations, Options, Point};
-use liquidgemm_bench::plots;
+use liquidgemm_bench::plots::{self, Picture};
 use liquidgemm_bench::torch::Progress;
 
-use super::kind::Kind;
+use super::kind::{self, Kind};
 use super::screen::Screen;
 use super::{Arguments, Tokens};
 
@@ -16,6 +16,8 @@ const ROWS: [usize; 7] = [1, 4, 16, 64, 256, 2048, 8192];
 const LENGTHS: [usize; 3] = [4096, 8192, 28672];
 
 impl Kind for Activations {
+    type Pictures = Vec<Picture>;
+
     const SINGLE: Option<&'static str> = Some("--activations");
 
     fn measure(arguments: &Arguments) -> anyhow::Result<Self> {
@@ -46,21 +48,15 @@ impl Kind for Activations {
     }
 
     fn table(&self) -> String {
-        let rows = self.points.iter().map(|point| format!("{}\n", point.row()));
-        format!("{}\n{}\n{}", self.circumstances.device, activations::heading(), rows.collect::<String>())
+        kind::table(&self.circumstances.device, &activations::heading(), self.points.iter().map(Point::row))
     }
 
-    fn write(runs: &[Self], arguments: &Arguments) -> anyhow::Result<()> {
-        for run in runs {
-            let pictures = match &arguments.plots {
-                Some(directory) => plots::write_activations(run, directory)?,
-                None => Vec::new(),
-            };
-            if let Some(path) = &arguments.markdown {
-                activations::write_page(run, &pictures, path)?;
-            }
-        }
-        Ok(())
+    fn plot(runs: &[Self], directory: &Path) -> anyhow::Result<Vec<Picture>> {
+        runs.first().map_or(Ok(Vec::new()), |run| plots::write_activations(run, directory))
+    }
+
+    fn write_page(runs: &[Self], pictures: &Vec<Picture>, path: &Path) -> anyhow::Result<()> {
+        runs.first().map_or(Ok(()), |run| activations::write_page(run, pictures, path))
     }
 
     fn mismatches(&self) -> usize {

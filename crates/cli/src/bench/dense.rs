@@ -10,10 +10,12 @@ use liquidgemm_bench::shapes::Matrix;
 use liquidgemm_bench::{markdown, monotone, table, targets};
 
 use super::Arguments;
-use super::kind::Kind;
+use super::kind::{self, Kind};
 use super::screen::Screen;
 
 impl Kind for Run {
+    type Pictures = Pictures;
+
     fn measure(arguments: &Arguments) -> anyhow::Result<Self> {
         let gpu = arguments.gpu()?;
         let options = arguments.options();
@@ -31,8 +33,8 @@ impl Kind for Run {
 
     fn table(&self) -> String {
         let Circumstances { device, date, kernels, .. } = &self.circumstances;
-        let rows = self.points.iter().map(|point| format!("{}\n", table::row(point)));
-        format!("{device}, {date}, kernels {kernels}\n{}\n{}", table::heading(), rows.collect::<String>())
+        let device = format!("{device}, {date}, kernels {kernels}");
+        kind::table(&device, &table::heading(), self.points.iter().map(table::row))
     }
 
     fn conclusion(runs: &[Self]) -> String {
@@ -50,12 +52,12 @@ impl Kind for Run {
         text
     }
 
-    fn write(runs: &[Self], arguments: &Arguments) -> anyhow::Result<()> {
-        let pictures = match &arguments.plots {
-            Some(directory) => plots::write(runs, directory)?,
-            None => Pictures::default(),
-        };
-        arguments.markdown.as_deref().map_or(Ok(()), |path| markdown::write(runs, &pictures, path))
+    fn plot(runs: &[Self], directory: &Path) -> anyhow::Result<Pictures> {
+        plots::write(runs, directory)
+    }
+
+    fn write_page(runs: &[Self], pictures: &Pictures, path: &Path) -> anyhow::Result<()> {
+        markdown::write(runs, pictures, path)
     }
 
     fn mismatches(&self) -> usize {

@@ -13,6 +13,9 @@ pub(super) trait Kind: Sized {
     /// The option that chooses a kind whose report is about a single run.
     const SINGLE: Option<&'static str> = None;
 
+    /// What the page links of the plots.
+    type Pictures: Default;
+
     /// Measures a run, shows its rows as they are measured, and keeps the JSON file up to date.
     fn measure(arguments: &Arguments) -> anyhow::Result<Self>;
 
@@ -32,8 +35,11 @@ pub(super) trait Kind: Sized {
         String::new()
     }
 
-    /// Writes the plots and the page, if the arguments ask for them.
-    fn write(runs: &[Self], arguments: &Arguments) -> anyhow::Result<()>;
+    /// Writes the plots.
+    fn plot(runs: &[Self], directory: &Path) -> anyhow::Result<Self::Pictures>;
+
+    /// Writes the page.
+    fn write_page(runs: &[Self], pictures: &Self::Pictures, path: &Path) -> anyhow::Result<()>;
 
     /// Returns the number of wrong results.
     fn mismatches(&self) -> usize;
@@ -42,6 +48,12 @@ pub(super) trait Kind: Sized {
     fn complaint(_runs: &[Self], wrong: usize) -> String {
         format!("\n{wrong} results differ from the CPU backend's\n")
     }
+}
+
+/// Formats the device, the heading and the rows of a run that was read.
+pub(super) fn table(device: &str, heading: &str, rows: impl Iterator<Item = String>) -> String {
+    let rows: String = rows.map(|row| row + "\n").collect();
+    format!("{device}\n{heading}\n{rows}")
 }
 
 /// Measures or reads runs, writes their files and reports them.
@@ -65,7 +77,13 @@ pub(super) fn report<K: Kind>(arguments: &Arguments) -> anyhow::Result<Report> {
         text += &run.summary();
     }
     text += &K::conclusion(&runs);
-    K::write(&runs, arguments)?;
+    let pictures = match &arguments.plots {
+        Some(directory) => K::plot(&runs, directory)?,
+        None => K::Pictures::default(),
+    };
+    if let Some(path) = &arguments.markdown {
+        K::write_page(&runs, &pictures, path)?;
+    }
     let wrong: usize = runs.iter().map(K::mismatches).sum();
     if wrong > 0 {
         text += &K::complaint(&runs, wrong);

@@ -3,14 +3,16 @@
 use std::path::Path;
 
 use liquidgemm_bench::moe::{self, Mixtures, Plans};
-use liquidgemm_bench::plots;
+use liquidgemm_bench::plots::{self, Picture};
 use liquidgemm_bench::torch::Progress;
 
-use super::kind::Kind;
+use super::kind::{self, Kind};
 use super::screen::Screen;
 use super::{Arguments, Tokens};
 
 impl Kind for Mixtures {
+    type Pictures = Vec<Vec<Picture>>;
+
     fn measure(arguments: &Arguments) -> anyhow::Result<Self> {
         let gpu = arguments.gpu()?;
         let points = moe::points(arguments.m.as_ref().map(|Tokens(tokens)| tokens.as_slice()));
@@ -40,20 +42,19 @@ impl Kind for Mixtures {
     }
 
     fn table(&self) -> String {
-        let rows = self.points.iter().map(|point| format!("{}\n", moe::row(point)));
-        format!("{}\n{}\n{}", self.circumstances.device, moe::heading(), rows.collect::<String>())
+        kind::table(&self.circumstances.device, &moe::heading(), self.points.iter().map(moe::row))
     }
 
     fn summary(&self) -> String {
         format!("\n{}", moe::summary(&self.points))
     }
 
-    fn write(runs: &[Self], arguments: &Arguments) -> anyhow::Result<()> {
-        let pictures = match &arguments.plots {
-            Some(directory) => plots::write_mixtures(runs, directory)?,
-            None => Vec::new(),
-        };
-        arguments.markdown.as_deref().map_or(Ok(()), |path| moe::write_page(runs, &pictures, path))
+    fn plot(runs: &[Self], directory: &Path) -> anyhow::Result<Vec<Vec<Picture>>> {
+        plots::write_mixtures(runs, directory)
+    }
+
+    fn write_page(runs: &[Self], pictures: &Vec<Vec<Picture>>, path: &Path) -> anyhow::Result<()> {
+        moe::write_page(runs, pictures, path)
     }
 
     fn mismatches(&self) -> usize {

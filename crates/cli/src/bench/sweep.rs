@@ -13,6 +13,8 @@ use super::screen::Screen;
 pub(super) struct Sweeps(Vec<Sweep>);
 
 impl Kind for Sweeps {
+    type Pictures = ();
+
     fn measure(arguments: &Arguments) -> anyhow::Result<Self> {
         let gpu = arguments.gpu()?;
         let cases = arguments.cases();
@@ -44,8 +46,12 @@ impl Kind for Sweeps {
         format!("{}\n", verdict(&all))
     }
 
-    fn write(_runs: &[Self], _arguments: &Arguments) -> anyhow::Result<()> {
-        // Sweeps have neither plots nor pages.
+    // Sweeps have neither plots nor pages; the arguments exclude both.
+    fn plot(_runs: &[Self], _directory: &Path) -> anyhow::Result<()> {
+        Ok(())
+    }
+
+    fn write_page(_runs: &[Self], _pictures: &(), _path: &Path) -> anyhow::Result<()> {
         Ok(())
     }
 

@@ -45,7 +45,7 @@ impl PackedWeights {
     /// Quantizes and packs row-major `[n, k]` weights by GPTQ (arXiv 2210.17323), for inputs with the given Hessian.
     ///
     /// It minimizes the expected error of the outputs, not that of the weights.
-    /// Time grows with `n · k² + k³`, memory with `12 · k²` bytes beside the weights.
+    /// Time grows with `n · k² + k³`, memory with `16 · k²` bytes beside the weights, of which the Hessian is `4 · k²`.
     /// The result does not depend on the number of threads.
     /// An input channel that is always 0 may get any weight: the damping alone decides.
     ///

@@ -16,13 +16,11 @@ use crate::{DeviceFigures, Error};
 /// Channels whose tiles are visited together, for all rows of an expert, as in plans of one matrix.
 const GROUP_CHANNELS: u32 = 2048;
 
+/// The channels of all tiles but the smallest.
+const WIDE_CHANNELS: usize = 128;
+
 /// The least K for tiles of 64 channels.
 const LEAST_K_OF_64_CHANNELS: usize = 2048;
-
-/// The tokens of a tile from which on clusters have two thread blocks, if an expert's channel tiles are even.
-///
-/// `liquidgemm bench --moe --every-plan` measures clusters of both sizes.
-const LEAST_TOKENS_OF_PAIRS: u32 = 256;
 
 /// What a tile costs besides its products, in rows: loads, dequantization of the first K-tile, the epilogue.
 const ROWS_PER_TILE: f64 = 70.0;
@@ -112,7 +110,7 @@ impl GroupedPlan {
         expected_rows: usize,
         figures: &DeviceFigures,
     ) -> Result<Self, Error> {
-        let shape = fitting_shape(problem, expected_rows);
+        let shape = fitting_shape(problem, expected_rows, figures);
         let cluster_size = fitting_cluster(problem, shape);
         Self::with_config(problem, shape, cluster_size, figures.resident_clusters(cluster_size))
     }
@@ -226,16 +224,21 @@ fn mean_and_deviation(problem: GroupedProblem, expected_rows: usize) -> (f64, f6
 /// If there is none, returns the shape that computes experts of random sizes in the least time.
 ///
 /// Of 100 experts about one has 2.5 deviations more rows than the mean.
-fn fitting_shape(problem: GroupedProblem, expected_rows: usize) -> TileShape {
+/// `liquidgemm bench --moe --every-plan` measures every shape.
+fn fitting_shape(problem: GroupedProblem, expected_rows: usize, figures: &DeviceFigures) -> TileShape {
     let (mean, deviation) = mean_and_deviation(problem, expected_rows);
     let likely = mean + 2.5 * deviation;
     let fits = |shape: &&TileShape| {
         if shape.strips > 1 {
             return likely <= f64::from(shape.tokens);
         }
-        // Tiles of 64 channels read the activations twice as often, so they are for few rows only.
+        // Tiles of 64 channels are for few rows, where tiles of 128 would leave SMs without work.
         // With a short K, each tile costs more than the bytes that it waits for, so there should be few.
-        likely <= f64::from(shape.tokens / 2 + 1) && problem.k >= LEAST_K_OF_64_CHANNELS
+        let active = problem.experts.min(expected_rows);
+        let wide = active.saturating_mul(problem.n.div_ceil(WIDE_CHANNELS));
+        likely <= f64::from(shape.tokens / 2 + 1)
+            && wide < figures.multiprocessors as usize
+            && problem.k >= LEAST_K_OF_64_CHANNELS
     };
     let largest = GROUPED_SHAPES[GROUPED_SHAPES.len() - 1];
     let fitting = *GROUPED_SHAPES.iter().find(fits).unwrap_or(&largest);
@@ -262,9 +265,11 @@ fn cost_of_rows(rows: f64, tokens: u32) -> f64 {
 }
 
 /// Returns the thread blocks of a cluster, for tiles of this shape.
+///
+/// Two that share their activations, if each has as many tiles as the other.
 fn fitting_cluster(problem: GroupedProblem, shape: TileShape) -> u32 {
     let has_pairs = problem.n.div_ceil(shape.channels() as usize).is_multiple_of(2);
-    if has_pairs && shape.tokens >= LEAST_TOKENS_OF_PAIRS { 2 } else { 1 }
+    if has_pairs { 2 } else { 1 }
 }
 
 #[cfg(test)]
@@ -279,7 +284,7 @@ mod tests {
     #[test]
     fn tiles_have_room_for_the_rows_of_most_experts() {
         let tokens = |experts, rows| plan(experts, [rows, 4096, 7168]).shape().tokens;
-        assert_eq!([1, 64, 1024, 2048].map(|rows| tokens(256, rows)), [32, 32, 32, 32]);
+        assert_eq!([1, 3, 8, 64, 1024].map(|rows| tokens(256, rows)), [32, 32, 64, 64, 64]);
         assert_eq!([4096, 8192, 16_384, 32_768].map(|rows| tokens(256, rows)), [64, 64, 96, 160]);
         assert_eq!([49_152, 65_536, 1 << 20].map(|rows| tokens(256, rows)), [256, 320, 320]);
         assert_eq!([16, 64, 100, 160, 1000].map(|rows| tokens(1, rows)), [32, 64, 160, 160, 256]);

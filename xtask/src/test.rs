@@ -30,7 +30,10 @@ pub fn run() -> anyhow::Result<()> {
     steps.run("format", || {
         check(&mut cargo(["fmt", "--all", "--check"]))?;
         // Use the host's rustfmt, because the device's toolchain may lack one.
-        check(&mut cargo(["fmt", "--manifest-path", "kernels-gpu/Cargo.toml", "--check"]))
+        let apart = ["kernels-gpu/Cargo.toml", "integrations/candle/Cargo.toml"];
+        apart
+            .iter()
+            .try_for_each(|manifest| check(&mut cargo(["fmt", "--manifest-path", manifest, "--check"])))
     });
     steps.run("clippy", || {
         check(&mut cargo(["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]))?;

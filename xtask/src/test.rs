@@ -10,7 +10,7 @@ use std::thread;
 use anyhow::{Context, bail, ensure};
 
 use crate::steps::{Steps, cargo, check};
-use crate::{deny, ptx};
+use crate::{deny, ptx, wheel};
 
 /// The packages that are checked without their default features, and with which features instead.
 const REDUCED: [(&str, &str); 5] = [
@@ -66,6 +66,7 @@ pub fn run() -> anyhow::Result<()> {
         ensure!(!examples.is_empty(), "host/examples has no example");
         examples.iter().try_for_each(|example| check(&mut Command::new(built(&["examples", example]))))
     });
+    steps.run("wheel", || wheel::run(&wheel::Arguments { dev: true, test: true }));
     // List the CPU kernels that were not tested because this machine lacks their instructions.
     steps.run("machine", || check(Command::new(built(&["liquidgemm"])).arg("info")));
     steps.finish()

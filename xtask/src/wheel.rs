@@ -27,10 +27,10 @@ const TESTS: [&str; 2] = ["numpy", "pytest"];
 pub struct Arguments {
     /// Build with the profile of the tests, which `cargo test` has compiled already
     #[arg(long)]
-    dev: bool,
+    pub dev: bool,
     /// Install the wheel into a fresh virtual environment and test it, on the CPU
     #[arg(long)]
-    test: bool,
+    pub test: bool,
 }
 
 /// Builds the wheel.

@@ -27,15 +27,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, StaticCache
 import liquidgemm.transformers  # noqa: F401: registers the quantization method
 from liquidgemm.torch import LiquidLinear, prepare
 
-TEXT = (
-    "The water cycle describes how water moves on, above and below the surface of the Earth. "
-    "The sun heats the oceans, and water evaporates into the air. Rising air takes the vapor up, where it cools and "
-    "condenses into clouds. Winds move the clouds around the globe, and the water falls back as rain or snow."
-)
 PROMPT = "Explain in two sentences why the sky is blue."
-# The relative error of the logits, and the mean KL divergence of the next token's distribution, which only the
-# quantization of activations and bf16 arithmetic may cause.
-LOGITS_TOLERANCE, DIVERGENCE_TOLERANCE = 0.12, 0.05
+# Natural text that is at hand: the repository's description of itself.
+TEXT = Path(__file__).resolve().parents[2] / "ARCHITECTURE.md"
+WINDOW = 512
+# `liquidgemm eval` gives 0.027 and 88.5 % for int8 activations alone, on 23,383 tokens of a novel.
+# Twice that divergence, and twice as many other tokens, are allowed here for the smaller sample and bf16 arithmetic.
+DIVERGENCE_TOLERANCE, AGREEMENT_TOLERANCE = 0.054, 0.77
 
 
 def float_copy(model: nn.Module) -> nn.Module:
@@ -100,6 +98,8 @@ def main() -> int:
     parser.add_argument("folder")
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--tokens", type=int, default=64, help="tokens to generate (default: %(default)s)")
+    parser.add_argument("--text", type=Path, default=TEXT, metavar="FILE", help="text for the logits (default: ARCHITECTURE.md)")
+    parser.add_argument("--text-tokens", type=int, default=2048, help="its first tokens that are used (default: %(default)s)")
     parser.add_argument("--json", metavar="FILE", help="results to write")
     options = parser.parse_args()
     device = torch.device(options.device)
@@ -127,17 +127,22 @@ def main() -> int:
             raise AssertionError(message)
 
     def logits() -> None:
-        inputs = tokenizer(TEXT, return_tensors="pt").input_ids.to(device)
-        found, expected = model(inputs).logits.float(), float_copy(model)(inputs).logits
-        # A shift of all logits of a token changes nothing.
-        found, expected = (x - x.mean(-1, keepdim=True) for x in (found, expected))
-        error = ((found - expected).norm() / expected.norm()).item()
-        p, q = expected.log_softmax(-1), found.log_softmax(-1)
-        divergence = (p.exp() * (p - q)).sum(-1).mean().item()
-        agreement = (found.argmax(-1) == expected.argmax(-1)).float().mean().item()
-        results["logits"] = {"relative_error": error, "divergence": divergence, "next_token_agreement": agreement, "tokens": inputs.shape[1]}
-        check(error < LOGITS_TOLERANCE, f"relative error of the logits {error:.4f}; at most {LOGITS_TOLERANCE}")
+        inputs = tokenizer(options.text.read_text("utf-8"), return_tensors="pt").input_ids[:, : options.text_tokens].to(device)
+        reference = float_copy(model)
+        parts: Dict[str, List[Tensor]] = {"relative_error": [], "divergence": [], "next_token_agreement": []}
+        for window in inputs.split(WINDOW, dim=1):
+            found, expected = model(window).logits.float(), reference(window).logits
+            # A shift of all logits of a token changes nothing.
+            found, expected = (x - x.mean(-1, keepdim=True) for x in (found, expected))
+            p, q = expected.log_softmax(-1), found.log_softmax(-1)
+            parts["relative_error"].append((found - expected).norm(dim=-1) / expected.norm(dim=-1))
+            parts["divergence"].append((p.exp() * (p - q)).sum(-1))
+            parts["next_token_agreement"].append((found.argmax(-1) == expected.argmax(-1)).float())
+        mean = {name: torch.cat(values, dim=1).mean().item() for name, values in parts.items()}
+        results["logits"] = {**mean, "tokens": inputs.shape[1], "text": options.text.name}
+        divergence, agreement = mean["divergence"], mean["next_token_agreement"]
         check(divergence < DIVERGENCE_TOLERANCE, f"KL divergence {divergence:.4f}; at most {DIVERGENCE_TOLERANCE}")
+        check(agreement > AGREEMENT_TOLERANCE, f"same next token {agreement:.3f}; at least {AGREEMENT_TOLERANCE}")
 
     def timed(name: str, step: Callable[[], None]) -> None:
         """Decodes the tokens, and then measures by steps from the same prompt."""

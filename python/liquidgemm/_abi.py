@@ -95,14 +95,19 @@ def function(name: str) -> Callable[..., Any]:
     return getattr(_library, name)
 
 
+def last_error(status: int) -> Exception:
+    """Returns the exception of a status that the last call of this thread returned."""
+    return error_of(status, _library.lg_last_error_message().decode())
+
+
 def checked(name: str) -> Callable[..., None]:
     """Returns a function of the library whose failures are exceptions."""
-    call, message = getattr(_library, name), _library.lg_last_error_message
+    call = getattr(_library, name)
 
     def checked_call(*arguments: Any) -> None:
         status = call(*arguments)
         if status:
-            raise error_of(status, message().decode())
+            raise last_error(status)
 
     return checked_call
 
@@ -123,6 +128,9 @@ class Handle:
         if self.address is not None:
             self._free(self.address)
             self.address = None
+
+    def __reduce__(self) -> Any:
+        raise TypeError("an object of the C library can't be copied or pickled")
 
 
 class PerThread(threading.local):

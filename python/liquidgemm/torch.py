@@ -71,7 +71,7 @@ _gpu_quantize = checked("lg_gpu_quantize")
 _gpu_gemm = checked("lg_gpu_gemm")
 _gpu_weights_in = checked("lg_gpu_weights_in")
 _gpu_experts_in = checked("lg_gpu_experts_in")
-_gpu_linear_forward_in = checked("lg_gpu_linear_forward_in")
+_gpu_linear_forward_in = _abi.function("lg_gpu_linear_forward_in")
 _gpu_grouped_gemm = checked("lg_gpu_grouped_gemm")
 _gpu_combine = checked("lg_gpu_combine")
 
@@ -97,7 +97,10 @@ class _Device:
     def __init__(self, index: int) -> None:
         self.index = index
         self.gpu = Handle(_gpu_open, "lg_gpu_free", index)
-        self._workspaces: Dict[int, Handle] = {}
+        self.address = self.gpu.address
+        self._handles: List[Handle] = []
+        #: The address of each stream's workspace.
+        self.workspaces: Dict[int, int] = {}
         # A workspace can't be made while a stream is captured, so one is kept for a stream that is captured first.
         self._spare: Optional[Handle] = None
         self._lock = threading.Lock()
@@ -107,25 +110,24 @@ class _Device:
 
     def workspace(self, stream: int) -> int:
         """Returns the workspace of a stream."""
-        found = self._workspaces.get(stream)
-        if found is None:
-            found = self._make(stream)
-        return found.address
+        return self.workspaces.get(stream) or self._make(stream)
 
-    def _make(self, stream: int) -> Handle:
+    def _make(self, stream: int) -> int:
         with self._lock:
-            if stream not in self._workspaces:
+            if stream not in self.workspaces:
                 if not torch.cuda.is_current_stream_capturing():
-                    self._workspaces[stream] = self._new()
+                    made = self._new()
                     self._spare = self._spare or self._new()
                 elif self._spare is not None:
-                    self._workspaces[stream], self._spare = self._spare, None
+                    made, self._spare = self._spare, None
                 else:
                     raise RuntimeError(
                         "this stream is captured and has no workspace yet; "
                         "call the layer once, or liquidgemm.torch.prepare, before the capture"
                     )
-            return self._workspaces[stream]
+                self._handles.append(made)
+                self.workspaces[stream] = made.address
+            return self.workspaces[stream]
 
 
 _devices: Dict[int, _Device] = {}
@@ -262,6 +264,18 @@ def _new_output(x: Tensor, n: int, dtype: torch.dtype) -> Tensor:
 # --- The CPU backend ---
 
 
+class _Kept:
+    """What is kept with a tensor. Copies and pickled tensors get an empty one, because addresses can't be copied."""
+
+    __slots__ = ("key", "value")
+
+    def __init__(self, key: Any = None, value: Any = None) -> None:
+        self.key, self.value = key, value
+
+    def __reduce__(self) -> Any:
+        return (_Kept, ())
+
+
 def _cached(tensor: Tensor, key: Any, make: Callable[[], Any]) -> Any:
     """Keeps what is made of a tensor's contents with the tensor, until they change."""
     if tensor.is_inference():
@@ -269,10 +283,10 @@ def _cached(tensor: Tensor, key: Any, make: Callable[[], Any]) -> Any:
         return make()
     key = (key, tensor._version, tensor.data_ptr())
     found = getattr(tensor, "_liquidgemm", None)
-    if found is None or found[0] != key:
-        found = (key, make())
+    if found is None or found.key != key:
+        found = _Kept(key, make())
         tensor._liquidgemm = found
-    return found[1]
+    return found.value
 
 
 def _host_weights(packed: Tensor, n: int, k: int, group: int) -> Handle:
@@ -362,6 +376,7 @@ def _cuda_linear(
     x: Tensor, packed: Tensor, bias: Optional[Tensor], smoothing: Optional[Tensor], output: Tensor, k: int, group: int
 ) -> None:
     """Launches what `_fill_input` has described, and the product."""
+    # Each statement counts: the call should take less of the host's time than the launches take of the GPU's.
     filled, index = _filled, x.get_device()
     device, stream = _devices.get(index) or _device(index), _raw_stream(index)
     fields = filled.linear
@@ -372,20 +387,25 @@ def _cuda_linear(
     fields.group = group
     fields.bias = None if bias is None else bias.data_ptr()
     fields.smoothing = None if smoothing is None else smoothing.data_ptr()
-    _fill_output(output)
+    fields = filled.output
+    fields.output = output.data_ptr()
+    fields.output_type = _TYPES[output.dtype]
     scratch_bytes = filled.input.m * ((k + 63) // 64 * 64 + 4)
     # The allocator gives it to later launches on this stream only.
     scratch = packed.new_empty(scratch_bytes)
-    _gpu_linear_forward_in(
-        device.gpu.address,
+    workspace = device.workspaces.get(stream) or device.workspace(stream)
+    status = _gpu_linear_forward_in(
+        device.address,
         filled.linear_address,
         filled.input_address,
         filled.output_address,
         scratch.data_ptr(),
         scratch_bytes,
-        device.workspace(stream),
+        workspace,
         stream,
     )
+    if status:
+        raise _abi.last_error(status)
 
 
 # --- The ops ---

@@ -1,5 +1,6 @@
 """The torch ops and modules on CPU tensors. `gpu.py` has the tests on a GPU. Without torch there is nothing to test."""
 
+import copy
 import io
 
 import numpy as np
@@ -83,6 +84,19 @@ def test_new_contents_of_the_weights_are_used():
     third = layer(False)
     first.packed.copy_(third.packed)
     assert torch.equal(first(x), third(x))
+
+
+def test_a_layer_that_was_called_can_be_copied_and_pickled():
+    linear, x = layer(), halves(3, K)
+    y = linear(x)
+    buffer = io.BytesIO()
+    torch.save(linear, buffer)
+    buffer.seek(0)
+    for other in (copy.deepcopy(linear), torch.load(buffer, weights_only=False)):
+        assert torch.equal(other(x), y)
+        # The copy has weights of its own.
+        other.packed.copy_(layer().packed)
+        assert not torch.equal(other(x), y) and torch.equal(linear(x), y)
 
 
 def test_changes_of_the_model_type_leave_the_layer_as_it_is():

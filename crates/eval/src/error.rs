@@ -24,15 +24,9 @@ pub enum Error {
         /// What is wrong.
         reason: String,
     },
-    /// A path that is neither a GGUF file nor a Hugging Face folder.
-    #[error(
-        "{} is no model: give a GGUF file, or a folder with config.json and .safetensors files (or one GGUF file)",
-        .path.display()
-    )]
-    NoModel {
-        /// The path.
-        path: PathBuf,
-    },
+    /// The model's files can't be read.
+    #[error(transparent)]
+    Checkpoint(#[from] liquidgemm_checkpoint::CheckpointError),
     /// A model whose forward pass this crate does not have.
     #[error("the architecture {found:?} is not supported; supported are {}", SUPPORTED.join(", "))]
     UnsupportedArchitecture {
@@ -42,14 +36,14 @@ pub enum Error {
     /// A setting of a model that its forward pass does not implement.
     #[error("the model has {setting} = {value}, which is not supported; supported is {supported}")]
     UnsupportedSetting {
-        /// The key in config.json or in the GGUF metadata.
+        /// The key in config.json.
         setting: &'static str,
         /// Its value.
         value: String,
         /// What would be accepted.
         supported: &'static str,
     },
-    /// A key is missing from config.json or from the GGUF metadata, or has the wrong type.
+    /// A key is missing from config.json, or has the wrong type.
     #[error("the model's settings have no usable {key}")]
     MissingSetting {
         /// The key.
@@ -63,7 +57,7 @@ pub enum Error {
     NoTokenizer {
         /// Where tokenizer.json was looked for.
         path: PathBuf,
-        /// Why the GGUF metadata does not help.
+        /// Why the model's own files do not help.
         reason: String,
     },
     /// The tokenizer refuses its data or a text.
@@ -87,6 +81,16 @@ pub enum Error {
         actual: Vec<usize>,
         /// The shape by the settings.
         expected: Vec<usize>,
+    },
+    /// A tensor is of a type that can't be read as f32.
+    #[error(
+        "tensor {name} has the type {stored}, which is none of weights; f32, f16, bf16, fp8 and GGUF's blocks are"
+    )]
+    TensorType {
+        /// Its name.
+        name: String,
+        /// Its type.
+        stored: String,
     },
     /// A token that the model has no embedding for.
     #[error(

@@ -16,6 +16,9 @@ pub enum Error {
         /// The operating system's reason.
         source: std::io::Error,
     },
+    /// A file can't be created or given its name.
+    #[error(transparent)]
+    File(liquidgemm::Error),
     /// A file is not what its place or its name says.
     #[error("{}: {reason}", .path.display())]
     InvalidFile {

@@ -179,7 +179,7 @@ impl PackedWeights {
         );
         // The order that the safetensors crate uses: by alignment of the type, then by name.
         let tensors: [(&str, Dtype, Vec<usize>, &[u8]); 3] = [
-            ("channel_scales", Dtype::F32, vec![self.n()], &scales),
+            ("channel_scales", Dtype::F32, vec![self.n()], scales),
             ("codes", Dtype::U8, vec![self.strips(), self.k_blocks(), CODE_BYTES], self.codes()),
             ("pairs", Dtype::U8, vec![self.strips(), self.groups(), PAIR_BYTES], self.pairs()),
         ];

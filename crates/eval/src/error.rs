@@ -29,7 +29,7 @@ pub enum Error {
     },
     /// The model's files can't be read.
     #[error(transparent)]
-    Checkpoint(#[from] liquidgemm_checkpoint::CheckpointError),
+    Checkpoint(Box<liquidgemm_checkpoint::CheckpointError>),
     /// A model whose forward pass this crate does not have.
     #[error("the architecture {found:?} is not supported; supported are {}", SUPPORTED.join(", "))]
     UnsupportedArchitecture {
@@ -158,6 +158,12 @@ pub enum Error {
 
 /// The architectures that [`Error::UnsupportedArchitecture`] lists.
 pub const SUPPORTED: [&str; 3] = ["bert (sentence embeddings)", "llama", "qwen2"];
+
+impl From<liquidgemm_checkpoint::CheckpointError> for Error {
+    fn from(error: liquidgemm_checkpoint::CheckpointError) -> Self {
+        Error::Checkpoint(Box::new(error))
+    }
+}
 
 impl Error {
     pub(crate) fn read(path: &Path) -> impl FnOnce(std::io::Error) -> Self + '_ {

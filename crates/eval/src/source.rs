@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use candle_core::{Device, Tensor};
-use liquidgemm_checkpoint::{CheckpointError, OpenOptions, SideContents};
+use liquidgemm_checkpoint::{OpenOptions, SideContents};
 use serde_json::{Map, Value as Json};
 
 use crate::Error;
@@ -18,7 +18,7 @@ pub(crate) struct Source {
 
 impl Source {
     /// Opens a GGUF file, or a folder that holds a Hugging Face model or one GGUF file.
-    pub(crate) fn open(path: &Path) -> Result<Self, CheckpointError> {
+    pub(crate) fn open(path: &Path) -> Result<Self, Error> {
         let model = liquidgemm_checkpoint::open(path, OpenOptions::default())?;
         let numbers = model.tensors().iter().zip(0..).map(|(tensor, number)| (tensor.name.clone(), number));
         Ok(Self { numbers: numbers.collect(), model })

@@ -45,7 +45,7 @@ const STEPS: [(&str, &[Step]); 4] = [
             ),
             Step(
                 "compare minilm-w4 minilm-gptq",
-                "Compare both. GPTQ changes weights more, and outputs less, as `eval` shows:",
+                "Compare both with each other:",
             ),
             Step(
                 "eval minilm --method search,gptq --group 64,128 --calibration minilm.moments",

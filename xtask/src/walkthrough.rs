@@ -43,10 +43,7 @@ const STEPS: [(&str, &[Step]); 4] = [
                 "quantize minilm -o minilm-gptq --method gptq --moments minilm.moments --exclude pooler.dense",
                 "Pack it by GPTQ with them. Sentence embeddings are means and do not use the pooler, so it has no inputs to record:",
             ),
-            Step(
-                "compare minilm-w4 minilm-gptq",
-                "Compare both with each other:",
-            ),
+            Step("compare minilm-w4 minilm-gptq", "Compare both with each other:"),
             Step(
                 "eval minilm --method search,gptq --group 64,128 --calibration minilm.moments",
                 "How much of the embeddings is kept:",

@@ -18,9 +18,9 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt;
-use std::fs::{self, File};
-use std::io::{self, Read, Write as _};
-use std::path::{Path, PathBuf};
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::Path;
 
 use liquidgemm_format::brick::{self, BRICK_BYTES, CODE_BYTES, PAIR_BYTES};
 use safetensors::SafeTensors;
@@ -29,6 +29,7 @@ use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, SeqAccess, Vis
 use serde_json::Value;
 use xxhash_rust::xxh3::Xxh3;
 
+use crate::new_file::{NewFile, regular_file, system};
 use crate::packed::PackedSizes;
 use crate::{Error, FileError, Group, PackedWeights};
 
@@ -57,7 +58,15 @@ impl PackedWeights {
     /// No temporary file remains after an error.
     pub fn save(&self, path: impl AsRef<Path>) -> Result<(), Error> {
         let path = path.as_ref();
-        self.write(path).map_err(|problem| Error::File { path: path.to_owned(), problem })
+        let problem = |problem| Error::File { path: path.to_owned(), problem };
+        let scales: Vec<u8> = self.channel_scales().iter().flat_map(|scale| scale.to_le_bytes()).collect();
+        let (header, tensors) = self.contents(&scales).map_err(problem)?;
+        let mut file = NewFile::create(path)?;
+        file.write(&header)?;
+        for tensor in tensors {
+            file.write(tensor)?;
+        }
+        file.finish()
     }
 
     /// Reads a file that [`save`](Self::save) wrote.
@@ -146,8 +155,8 @@ impl PackedWeights {
         Self::from_file_bytes(&bytes)
     }
 
-    fn write(&self, path: &Path) -> Result<(), FileError> {
-        let scales: Vec<u8> = self.channel_scales().iter().flat_map(|scale| scale.to_le_bytes()).collect();
+    /// Returns the header, and the tensors that follow it.
+    fn contents<'a>(&'a self, scales: &'a [u8]) -> Result<(Vec<u8>, [&'a [u8]; 3]), FileError> {
         let metadata = HashMap::from(
             [
                 ("format", FORMAT.to_owned()),
@@ -162,7 +171,7 @@ impl PackedWeights {
                         self.n(),
                         self.k(),
                         self.group(),
-                        &[self.codes(), self.pairs(), &scales],
+                        &[self.codes(), self.pairs(), scales],
                     ),
                 ),
             ]
@@ -170,7 +179,7 @@ impl PackedWeights {
         );
         // The order that the safetensors crate uses: by alignment of the type, then by name.
         let tensors: [(&str, Dtype, Vec<usize>, &[u8]); 3] = [
-            ("channel_scales", Dtype::F32, vec![self.n()], &scales),
+            ("channel_scales", Dtype::F32, vec![self.n()], scales),
             ("codes", Dtype::U8, vec![self.strips(), self.k_blocks(), CODE_BYTES], self.codes()),
             ("pairs", Dtype::U8, vec![self.strips(), self.groups(), PAIR_BYTES], self.pairs()),
         ];
@@ -185,35 +194,7 @@ impl PackedWeights {
         });
         let header = header(metadata, infos.collect())?;
 
-        let path = &followed(path)?;
-        let replaced = regular_file(path)?;
-        let directory = match path.parent() {
-            Some(parent) if !parent.as_os_str().is_empty() => parent,
-            _ => Path::new("."),
-        };
-        let mut builder = tempfile::Builder::new();
-        builder.prefix(".liquidgemm-");
-        // By default only the owner can access a temporary file. Weights get the permissions of a new file.
-        #[cfg(unix)]
-        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-        let mut temporary =
-            builder.tempfile_in(directory).map_err(system("create a temporary file beside it"))?;
-        let pieces = [&header].into_iter().map(Vec::as_slice).chain(tensors.iter().map(|tensor| tensor.3));
-        for piece in pieces {
-            temporary.as_file_mut().write_all(piece).map_err(system("write"))?;
-        }
-        if let Some(replaced) = replaced {
-            let action = "give the new file the permissions of the old one";
-            temporary.as_file().set_permissions(replaced.permissions()).map_err(system(action))?;
-        }
-        temporary.as_file().sync_all().map_err(system("flush to the disk"))?;
-        temporary.persist(path).map_err(|error| system("rename into place")(error.error))?;
-        // The rename is an entry of the directory, so flush that too. Not every system can open a directory.
-        #[cfg(unix)]
-        File::open(directory)
-            .and_then(|directory| directory.sync_all())
-            .map_err(system("flush the directory"))?;
-        Ok(())
+        Ok((header, tensors.map(|tensor| tensor.3)))
     }
 }
 
@@ -393,33 +374,6 @@ fn header(
     Ok(header)
 }
 
-/// Returns the metadata of the file at `path`, following links, or `None` if nothing is there.
-fn regular_file(path: &Path) -> Result<Option<fs::Metadata>, FileError> {
-    if path.as_os_str().is_empty() {
-        return Err(FileError::EmptyPath);
-    }
-    match fs::metadata(path) {
-        Ok(metadata) if metadata.is_file() => Ok(Some(metadata)),
-        Ok(metadata) => Err(FileError::NotAFile {
-            found: if metadata.is_dir() { "a directory" } else { "a device, FIFO or socket" },
-        }),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(system("look at the path")(error)),
-    }
-}
-
-/// Follows symbolic links, also to a target that does not exist yet.
-fn followed(path: &Path) -> Result<PathBuf, FileError> {
-    /// The limit of Linux.
-    const MOST_LINKS: usize = 40;
-    let mut path = path.to_owned();
-    for _ in 0..MOST_LINKS {
-        let Ok(target) = fs::read_link(&path) else { return Ok(path) };
-        path = path.parent().unwrap_or(Path::new("")).join(target);
-    }
-    Err(FileError::TooManyLinks { limit: MOST_LINKS })
-}
-
 /// Computes the checksum that the top of this file defines.
 fn checksum(version: &str, n: usize, k: usize, group: Group, tensors: &[&[u8]]) -> String {
     let mut hash = Xxh3::new();
@@ -428,10 +382,6 @@ fn checksum(version: &str, n: usize, k: usize, group: Group, tensors: &[&[u8]]) 
         hash.update(tensor);
     }
     format!("{:016x}", hash.digest())
-}
-
-fn system(action: &'static str) -> impl Fn(io::Error) -> FileError {
-    move |error| FileError::Io { action, error }
 }
 
 fn invalid(error: Error) -> FileError {

@@ -65,6 +65,8 @@ mod float;
 #[cfg(feature = "gpu")]
 pub mod gpu;
 mod linear;
+#[cfg(feature = "files")]
+mod new_file;
 mod operation;
 mod output;
 mod packed;
@@ -81,6 +83,8 @@ pub use error::{Error, PlanError};
 pub use figures::DeviceFigures;
 pub use float::Float;
 pub use linear::Linear;
+#[cfg(feature = "files")]
+pub use new_file::NewFile;
 pub use operation::{GateOrder, Gather, Half, HalfType, Operation, Scaling};
 pub use output::{Output, OutputType};
 pub use packed::{Group, PackedWeights, UnpackedCodes};

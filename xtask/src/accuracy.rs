@@ -39,7 +39,8 @@ pub fn models() -> anyhow::Result<()> {
     Ok(())
 }
 
-fn fetch() -> anyhow::Result<[PathBuf; 2]> {
+/// Fetches the models that are missing: the sentence encoder's folder, and the folder of the language model's file.
+pub(crate) fn fetch() -> anyhow::Result<[PathBuf; 2]> {
     let directory = Path::new(MODELS);
     Ok([MINILM.fetch(directory)?, SMOLLM2.fetch(directory)?])
 }

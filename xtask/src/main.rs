@@ -13,6 +13,7 @@ mod pypi;
 mod sass;
 mod steps;
 mod test;
+mod walkthrough;
 mod wheel;
 
 use std::path::{Path, PathBuf};
@@ -40,6 +41,8 @@ enum Command {
     GpuTest(gpu_test::Arguments),
     /// Write the C header from its sources
     Header,
+    /// Run the commands on whole models with real models, and write docs/walkthrough.md
+    Walkthrough,
     Wheel(wheel::Arguments),
 }
 
@@ -54,6 +57,7 @@ fn main() -> ExitCode {
                 Command::Test => test::run(),
                 Command::GpuTest(arguments) => gpu_test::run(&arguments),
                 Command::Header => header::run(),
+                Command::Walkthrough => walkthrough::run(),
                 Command::Wheel(arguments) => wheel::run(&arguments),
             },
         );

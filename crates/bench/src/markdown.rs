@@ -10,7 +10,7 @@ use super::circumstances::Circumstances;
 use super::monotone;
 use super::peers::{self, Comparison};
 use super::plots::{self, Picture, Pictures};
-use super::record::{Baseline, Point, Run, write_atomically};
+use super::record::{Baseline, Point, Run, write_file};
 use super::shapes::{Matrix, is_shard};
 use super::table::or_dash;
 use super::targets::{self, Means, band_means};
@@ -19,7 +19,7 @@ use super::targets::{self, Means, band_means};
 pub fn write(runs: &[Run], pictures: &Pictures, path: &Path) -> anyhow::Result<()> {
     let base = path.parent().context("a page needs a file name")?;
     let text = page(runs, pictures, base).context("a String takes all")?;
-    write_atomically(path, text.as_bytes())
+    write_file(path, text.as_bytes())
 }
 
 fn page(runs: &[Run], pictures: &Pictures, base: &Path) -> Result<String, std::fmt::Error> {

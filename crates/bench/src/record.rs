@@ -2,7 +2,6 @@
 //! The bench writes it as JSON after every point, so an interrupted run keeps what it has measured.
 
 use std::fmt;
-use std::io::Write;
 use std::path::Path;
 
 use anyhow::{Context, ensure};
@@ -13,7 +12,7 @@ use super::circumstances::Circumstances;
 use super::matrix::{Matrix, distinct};
 use super::replay::Pace;
 use super::statistics::Timing;
-use liquidgemm::{Error, Group};
+use liquidgemm::{Error, Group, NewFile};
 use liquidgemm_format::brick;
 
 /// HBM bandwidth of the ideal floor, in bytes per second: what the `stream` probe reaches on large reads.
@@ -324,7 +323,7 @@ impl Run {
 
 /// Writes a value as JSON and replaces the file in one step.
 pub fn write_json(path: &Path, value: &impl Serialize) -> anyhow::Result<()> {
-    write_atomically(path, &serde_json::to_vec_pretty(value)?)
+    write_file(path, &serde_json::to_vec_pretty(value)?)
 }
 
 /// Reads a value that [`write_json`] wrote; errors call it `what`.
@@ -354,28 +353,12 @@ pub(super) fn parse_json<T: DeserializeOwned>(json: &[u8], name: &str, what: &st
 ///
 /// # Errors
 /// If the directory or the file can't be written.
-pub fn write_atomically(path: &Path, contents: &[u8]) -> anyhow::Result<()> {
-    let write = || -> anyhow::Result<()> {
-        let directory = match path.parent() {
-            Some(parent) if !parent.as_os_str().is_empty() => parent,
-            _ => Path::new("."),
-        };
-        std::fs::create_dir_all(directory)?;
-        let mut builder = tempfile::Builder::new();
-        #[cfg(unix)]
-        builder.permissions(permissions());
-        let mut file = builder.tempfile_in(directory)?;
-        file.write_all(contents)?;
-        file.persist(path)?;
-        Ok(())
-    };
-    write().with_context(|| format!("cannot write {}", path.display()))
-}
-
-/// The permissions of an ordinary new file. By default a temporary file is accessible to its owner only.
-#[cfg(unix)]
-fn permissions() -> std::fs::Permissions {
-    std::os::unix::fs::PermissionsExt::from_mode(0o666)
+pub fn write_file(path: &Path, contents: &[u8]) -> anyhow::Result<()> {
+    if let Some(directory) = path.parent() {
+        let context = || format!("cannot create the folder {}", directory.display());
+        std::fs::create_dir_all(directory).with_context(context)?;
+    }
+    NewFile::with_contents(path, contents).map_err(|error| anyhow::anyhow!("cannot write {error}"))
 }
 
 #[cfg(test)]

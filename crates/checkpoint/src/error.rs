@@ -19,6 +19,10 @@ pub enum CheckpointError {
         error: io::Error,
     },
 
+    /// A file can't be created, written or given its name.
+    #[error(transparent)]
+    File(liquidgemm::Error),
+
     /// A file or a folder is not what it should be.
     #[error("{}: {problem}", path.display())]
     Input {

@@ -109,7 +109,7 @@ impl Plan<'_> {
                 progress.advance(self.layers_of(shard).map(|layer| layer.bytes_before).sum());
                 continue;
             }
-            let mut writer = ShardWriter::create(folder, self.tensors_of(shard), self.matrices_of(shard))?;
+            let mut writer = ShardWriter::create(&path, self.tensors_of(shard), self.matrices_of(shard))?;
             for layer in self.layers_of(shard) {
                 progress.item(&layer.name);
                 match &layer.fate {
@@ -126,8 +126,7 @@ impl Plan<'_> {
                     }
                 }
             }
-            writer.finish(&path)?;
-            sync_folder(folder)?;
+            writer.finish()?;
         }
         self.write_side_files(folder)?;
         Ok(summary)

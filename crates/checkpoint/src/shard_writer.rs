@@ -4,16 +4,15 @@
 //! have the same length, so it is written twice: with zeros in their place, and at the end with the checksums.
 
 use std::collections::{BTreeMap, HashMap};
-use std::fs::File;
-use std::io::{Seek, SeekFrom, Write};
+use std::io::{Seek, SeekFrom};
 use std::path::Path;
 
+use liquidgemm::NewFile;
 use safetensors::tensor::{Dtype, TensorInfo};
 use serde_json::{Map, Value, json};
-use tempfile::NamedTempFile;
 use xxhash_rust::xxh3::Xxh3;
 
-use crate::error::{Problem, Result, io_error};
+use crate::error::{CheckpointError, Problem, Result, io_error};
 use crate::format::{METHOD, Matrix, MatrixMetadata, Part, ShardMetadata, VERSION, digits};
 
 /// Tensors begin at a multiple of this many bytes.
@@ -41,7 +40,7 @@ impl OutputTensor {
 
 /// A shard that is being written under a temporary name.
 pub(crate) struct ShardWriter {
-    file: NamedTempFile,
+    file: NewFile,
     matrices: BTreeMap<String, Matrix>,
     tensors: HashMap<String, Written>,
     /// In the order of the file.
@@ -60,20 +59,15 @@ struct Written {
 }
 
 impl ShardWriter {
-    /// Starts a shard in `folder`. The matrices' tensors are among `tensors`.
+    /// Starts the shard that will be at `path`. The matrices' tensors are among `tensors`.
     pub(crate) fn create(
-        folder: &Path,
+        path: &Path,
         mut tensors: Vec<OutputTensor>,
         matrices: BTreeMap<String, Matrix>,
     ) -> Result<Self> {
         // The order of the safetensors crate: wide types first, so that all are aligned.
         tensors.sort_by(|a, b| b.dtype.bitsize().cmp(&a.dtype.bitsize()).then_with(|| a.name.cmp(&b.name)));
-        let mut builder = tempfile::Builder::new();
-        builder.prefix(TEMPORARY_PREFIX);
-        // By default only the owner can access a temporary file. Weights get the permissions of a new file.
-        #[cfg(unix)]
-        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-        let file = builder.tempfile_in(folder).map_err(io_error(folder, "create a file"))?;
+        let file = NewFile::create_with_prefix(path, TEMPORARY_PREFIX).map_err(CheckpointError::File)?;
         let mut writer = Self { file, matrices, tensors: HashMap::new(), order: tensors, header_bytes: 0 };
         let header = writer.header(|_| "0".repeat(16), |_| "0".repeat(16));
         writer.header_bytes = header.len();
@@ -85,7 +79,7 @@ impl ShardWriter {
             begin += bytes;
         }
         writer.put(0, &header)?;
-        writer.file.as_file().set_len(begin).map_err(io_error(folder, "reserve space in the new file"))?;
+        writer.file.file().set_len(begin).map_err(io_error(path, "reserve space in the new file"))?;
         Ok(writer)
     }
 
@@ -103,7 +97,7 @@ impl ShardWriter {
     }
 
     /// Writes the final header, flushes the file and gives it its name.
-    pub(crate) fn finish(mut self, path: &Path) -> Result<()> {
+    pub(crate) fn finish(mut self) -> Result<()> {
         for (name, state) in &self.tensors {
             assert_eq!(state.done, state.bytes, "bytes of {name}");
         }
@@ -116,15 +110,12 @@ impl ShardWriter {
         let header = self.header(tensor, matrix);
         assert_eq!(header.len(), self.header_bytes, "the header's length");
         self.put(0, &header)?;
-        self.file.as_file().sync_all().map_err(io_error(path, "flush to the disk"))?;
-        self.file.persist(path).map_err(|error| io_error(path, "rename into place")(error.error))?;
-        Ok(())
+        self.file.finish().map_err(CheckpointError::File)
     }
 
     fn put(&mut self, at: u64, bytes: &[u8]) -> Result<()> {
-        let path = self.file.path().to_owned();
-        let file: &mut File = self.file.as_file_mut();
-        file.seek(SeekFrom::Start(at)).and_then(|_| file.write_all(bytes)).map_err(io_error(&path, "write"))
+        self.file.file().seek(SeekFrom::Start(at)).map_err(io_error(self.file.unfinished_path(), "seek"))?;
+        self.file.write(bytes).map_err(CheckpointError::File)
     }
 
     /// Returns the header with its length in front. Keys are sorted, so equal contents give equal bytes.

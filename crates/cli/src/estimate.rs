@@ -135,7 +135,7 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<Report> {
     };
     let report = report(&model, arguments.gpu, &settings, &measurements)?;
     if let Some(path) = &arguments.html {
-        liquidgemm_bench::record::write_atomically(path, page::html(&report)?.as_bytes())?;
+        liquidgemm_bench::record::write_file(path, page::html(&report)?.as_bytes())?;
     }
     let text =
         if arguments.json { serde_json::to_string_pretty(&report)? + "\n" } else { table::text(&report) };

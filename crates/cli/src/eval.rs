@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, ensure};
-use liquidgemm::{Backend, Group};
+use liquidgemm::{Backend, Group, NewFile};
 use liquidgemm_eval::evaluate::{self, Task};
 use liquidgemm_eval::model::Layers;
 use liquidgemm_eval::report::{self, Evaluation, Row};
@@ -109,8 +109,8 @@ fn run_in_pool(arguments: &Arguments) -> anyhow::Result<Report> {
     }
     let json = serde_json::to_string_pretty(&evaluations)? + "\n";
     if let Some(path) = &arguments.table {
-        liquidgemm_eval::write(&path.with_extension("json"), json.as_bytes())?;
-        liquidgemm_eval::write(&path.with_extension("md"), report::page(&evaluations).as_bytes())?;
+        NewFile::with_contents(path.with_extension("json"), json.as_bytes())?;
+        NewFile::with_contents(path.with_extension("md"), report::page(&evaluations).as_bytes())?;
     }
     let text = if arguments.json {
         json

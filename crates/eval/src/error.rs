@@ -16,6 +16,9 @@ pub enum Error {
         /// The operating system's reason.
         source: std::io::Error,
     },
+    /// A file can't be created or given its name.
+    #[error(transparent)]
+    File(liquidgemm::Error),
     /// A file is not what its place or its name says.
     #[error("{}: {reason}", .path.display())]
     InvalidFile {
@@ -24,15 +27,9 @@ pub enum Error {
         /// What is wrong.
         reason: String,
     },
-    /// A path that is neither a GGUF file nor a Hugging Face folder.
-    #[error(
-        "{} is no model: give a GGUF file, or a folder with config.json and .safetensors files (or one GGUF file)",
-        .path.display()
-    )]
-    NoModel {
-        /// The path.
-        path: PathBuf,
-    },
+    /// The model's files can't be read.
+    #[error(transparent)]
+    Checkpoint(Box<liquidgemm_checkpoint::CheckpointError>),
     /// A model whose forward pass this crate does not have.
     #[error("the architecture {found:?} is not supported; supported are {}", SUPPORTED.join(", "))]
     UnsupportedArchitecture {
@@ -42,14 +39,14 @@ pub enum Error {
     /// A setting of a model that its forward pass does not implement.
     #[error("the model has {setting} = {value}, which is not supported; supported is {supported}")]
     UnsupportedSetting {
-        /// The key in config.json or in the GGUF metadata.
+        /// The key in config.json.
         setting: &'static str,
         /// Its value.
         value: String,
         /// What would be accepted.
         supported: &'static str,
     },
-    /// A key is missing from config.json or from the GGUF metadata, or has the wrong type.
+    /// A key is missing from config.json, or has the wrong type.
     #[error("the model's settings have no usable {key}")]
     MissingSetting {
         /// The key.
@@ -63,7 +60,7 @@ pub enum Error {
     NoTokenizer {
         /// Where tokenizer.json was looked for.
         path: PathBuf,
-        /// Why the GGUF metadata does not help.
+        /// Why the model's own files do not help.
         reason: String,
     },
     /// The tokenizer refuses its data or a text.
@@ -87,6 +84,16 @@ pub enum Error {
         actual: Vec<usize>,
         /// The shape by the settings.
         expected: Vec<usize>,
+    },
+    /// A tensor is of a type that can't be read as f32.
+    #[error(
+        "tensor {name} has the type {stored}, which is none of weights; f32, f16, bf16, fp8 and GGUF's blocks are"
+    )]
+    TensorType {
+        /// Its name.
+        name: String,
+        /// Its type.
+        stored: String,
     },
     /// A token that the model has no embedding for.
     #[error(
@@ -151,6 +158,12 @@ pub enum Error {
 
 /// The architectures that [`Error::UnsupportedArchitecture`] lists.
 pub const SUPPORTED: [&str; 3] = ["bert (sentence embeddings)", "llama", "qwen2"];
+
+impl From<liquidgemm_checkpoint::CheckpointError> for Error {
+    fn from(error: liquidgemm_checkpoint::CheckpointError) -> Self {
+        Error::Checkpoint(Box::new(error))
+    }
+}
 
 impl Error {
     pub(crate) fn read(path: &Path) -> impl FnOnce(std::io::Error) -> Self + '_ {

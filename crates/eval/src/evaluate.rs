@@ -182,7 +182,7 @@ fn score_causal(
             let hidden = causal.hidden(window, layers)?;
             causal.logits(&hidden.narrow(0, 0, predicting)?)
         };
-        let float = logits(&FloatLayers(layers))?;
+        let float = distributions(&logits(&FloatLayers(layers))?, &window[1..])?;
         progress.step();
         for (layers, sums) in variants.iter().zip(&mut sums) {
             add_positions(sums, &float, &logits(*layers)?, &window[1..])?;
@@ -210,18 +210,54 @@ fn finish_language(sums: Sums) -> Result<Score, Error> {
     })
 }
 
-/// Adds the positions of two runs' logits, `[positions, vocabulary]`, with the tokens that came next.
-fn add_positions(sums: &mut Sums, float: &Tensor, other: &Tensor, next: &[u32]) -> Result<(), Error> {
-    let vocabulary = float.dim(1)?;
-    let [float, other] = [float, other].map(|logits| logits.flatten_all().and_then(|x| x.to_vec1::<f32>()));
-    let (float, other) = (float?, other?);
-    let rows = float.par_chunks_exact(vocabulary).zip(other.par_chunks_exact(vocabulary)).zip(next);
+/// A distribution of the next token, by the float run.
+#[derive(Debug)]
+struct Distribution {
+    /// Of each token.
+    probabilities: Vec<f32>,
+    /// The most likely token.
+    best: usize,
+    /// Σ p · ln p.
+    negative_entropy: f64,
+    /// −ln p of the token that came next.
+    loss: f64,
+}
+
+impl Distribution {
+    fn new(logits: &[f32], next: u32) -> Self {
+        let sum = log_sum(logits);
+        let mut negative_entropy = 0.0;
+        let probability = |&logit: &f32| {
+            let logarithm = f64::from(logit) - sum;
+            let probability = logarithm.exp();
+            negative_entropy += probability * logarithm;
+            probability as f32
+        };
+        let probabilities = logits.iter().map(probability).collect();
+        let loss = sum - f64::from(logits[next as usize]);
+        Self { probabilities, best: best(logits), negative_entropy, loss }
+    }
+}
+
+/// Returns the distributions of logits, `[positions, vocabulary]`, with the tokens that came next.
+fn distributions(logits: &Tensor, next: &[u32]) -> Result<Vec<Distribution>, Error> {
+    let vocabulary = logits.dim(1)?;
+    let logits = logits.flatten_all()?.to_vec1::<f32>()?;
+    let rows = logits.par_chunks_exact(vocabulary).zip(next);
+    Ok(rows.map(|(row, &next)| Distribution::new(row, next)).collect())
+}
+
+/// Adds the positions of another run's logits, `[positions, vocabulary]`, with the tokens that came next.
+fn add_positions(sums: &mut Sums, float: &[Distribution], other: &Tensor, next: &[u32]) -> Result<(), Error> {
+    let vocabulary = other.dim(1)?;
+    let other = other.flatten_all()?.to_vec1::<f32>()?;
+    let rows = float.par_iter().zip(other.par_chunks_exact(vocabulary)).zip(next);
     let rows: Vec<Position> =
-        rows.map(|((float, other), &next)| compare_position(float, other, next as usize)).collect();
+        rows.map(|((float, other), &next)| compare_position(float, other, next)).collect();
     // Add up in order, so that the number of threads changes nothing.
-    for row in rows {
+    for (row, float) in rows.iter().zip(float) {
         sums.positions += 1;
-        sums.float_loss += row.float_loss;
+        sums.float_loss += float.loss;
         sums.loss += row.loss;
         sums.divergence += row.divergence;
         sums.agreements += usize::from(row.agrees);
@@ -232,28 +268,22 @@ fn add_positions(sums: &mut Sums, float: &Tensor, other: &Tensor, next: &[u32]) 
 /// The comparison of two distributions of the next token.
 #[derive(Debug)]
 struct Position {
-    float_loss: f64,
     loss: f64,
     divergence: f64,
     agrees: bool,
 }
 
-fn compare_position(float: &[f32], other: &[f32], next: usize) -> Position {
-    let ([float_best, other_best], [float_sum, other_sum]) =
-        ([best(float), best(other)], [float, other].map(log_sum));
-    let divergence = float
-        .iter()
-        .zip(other)
-        .map(|(&float, &other)| {
-            let (float, other) = (f64::from(float) - float_sum, f64::from(other) - other_sum);
-            float.exp() * (float - other)
-        })
-        .sum();
+/// Compares a distribution with another run's logits.
+fn compare_position(float: &Distribution, other: &[f32], next: u32) -> Position {
+    let sum = log_sum(other);
+    // Σ p · (ln p − ln q).
+    let cross = float.probabilities.iter().zip(other);
+    let cross: f64 =
+        cross.map(|(&probability, &logit)| f64::from(probability) * (f64::from(logit) - sum)).sum();
     Position {
-        float_loss: float_sum - f64::from(float[next]),
-        loss: other_sum - f64::from(other[next]),
-        divergence,
-        agrees: float_best == other_best,
+        loss: sum - f64::from(other[next as usize]),
+        divergence: float.negative_entropy - cross,
+        agrees: float.best == best(other),
     }
 }
 
@@ -332,16 +362,18 @@ mod tests {
     fn equal_distributions_agree_and_do_not_diverge() {
         let logits = [0.5f32, -1.0, 2.0, 0.0];
         let shifted = logits.map(|x| x + 3.0);
-        let position = compare_position(&logits, &shifted, 1);
+        let float = Distribution::new(&logits, 1);
+        let position = compare_position(&float, &shifted, 1);
         assert!(position.agrees && position.divergence.abs() < 1e-6, "{position:?}");
-        assert!((position.float_loss - position.loss).abs() < 1e-6, "{position:?}");
+        assert!((float.loss - position.loss).abs() < 1e-6, "{position:?}");
     }
 
     #[test]
     fn losses_and_divergence_are_those_of_the_definitions() {
         // p = (1/4, 3/4), q = (1/2, 1/2).
-        let position = compare_position(&[0.0, 3f32.ln()], &[0.0, 0.0], 0);
-        assert!((position.float_loss - 4f64.ln()).abs() < 1e-6);
+        let float = Distribution::new(&[0.0, 3f32.ln()], 0);
+        let position = compare_position(&float, &[0.0, 0.0], 0);
+        assert!((float.loss - 4f64.ln()).abs() < 1e-6);
         assert!((position.loss - 2f64.ln()).abs() < 1e-6);
         let divergence = 0.25 * 0.5f64.ln() + 0.75 * 1.5f64.ln();
         assert!((position.divergence - divergence).abs() < 1e-6);

@@ -14,7 +14,6 @@
 
 mod error;
 pub mod evaluate;
-mod files;
 pub mod layers;
 pub mod model;
 mod moments;
@@ -26,7 +25,6 @@ pub mod texts;
 mod tokenizer;
 
 pub use error::{Error, SUPPORTED};
-pub use files::write;
 pub use model::Model;
 pub use moments::{Calibration, Moments, Recorder};
 pub use recipe::{Method, Recipe, Smooth};

@@ -15,13 +15,14 @@ use std::path::Path;
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
+use liquidgemm::NewFile;
 use liquidgemm_checkpoint::CalibrationContent;
 use rayon::prelude::*;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 
+use crate::Error;
 use crate::layers::FloatLayers;
 use crate::model::{Layers, LinearWeights};
-use crate::{Error, files};
 
 /// The second moments of a layer's inputs.
 #[derive(Clone, Debug, PartialEq)]
@@ -76,7 +77,7 @@ impl Calibration {
     /// Writes the file, or leaves an existing one as it was.
     ///
     /// # Errors
-    /// [`Error::Io`] if it can't be written.
+    /// [`Error::File`] or [`Error::Io`] if it can't be written.
     pub fn save(&self, path: &Path) -> Result<(), Error> {
         let mut sets: Vec<(&str, &Arc<Moments>)> = Vec::new();
         let mut names: BTreeMap<String, String> = BTreeMap::new();
@@ -107,9 +108,10 @@ impl Calibration {
         let tokens = sets.iter().map(|(name, moments)| ((*name).to_owned(), moments.tokens)).collect();
         let entry = CalibrationContent::new(tokens, names).to_entry();
         let metadata = HashMap::from([(CalibrationContent::KEY.to_owned(), entry)]);
-        files::write_with(path, |temporary| {
-            safetensors::serialize_to_file(views, Some(metadata), temporary).map_err(std::io::Error::other)
-        })
+        let file = NewFile::create(path).map_err(Error::File)?;
+        safetensors::serialize_to_file(views, Some(metadata), file.unfinished_path())
+            .map_err(|error| Error::write(path)(std::io::Error::other(error)))?;
+        file.finish().map_err(Error::File)
     }
 
     /// Reads a calibration file, or a safetensors file of captured inputs.

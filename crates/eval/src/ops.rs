@@ -40,19 +40,11 @@ pub(crate) fn layer_norm(x: &Tensor, weight: &[f32], bias: &[f32], epsilon: f64)
     })
 }
 
-/// Which two channels of a head turn together.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Rotation {
-    /// Channels `i` and `i + d/2`: Hugging Face's order.
-    Halves,
-    /// Channels `2i` and `2i + 1`: the order of GGUF files of the architecture `llama`.
-    Neighbours,
-}
-
-/// Rotary position embedding (Su et al., arXiv 2104.09864): turns pair `i` of each head by `position · frequencies[i]`.
+/// Rotary position embedding (Su et al., arXiv 2104.09864): turns channels `i` and `i + d/2` of each head
+/// by `position · frequencies[i]`.
 ///
 /// `x` is `[tokens, heads · d]` and begins at position 0; `frequencies` is `[d/2]`.
-pub(crate) fn rotate(x: &Tensor, frequencies: &[f64], rotation: Rotation) -> Result<Tensor, Error> {
+pub(crate) fn rotate(x: &Tensor, frequencies: &[f64]) -> Result<Tensor, Error> {
     let half = frequencies.len();
     map_rows(x, |position, row| {
         let turns: Vec<(f32, f32)> = frequencies
@@ -62,13 +54,9 @@ pub(crate) fn rotate(x: &Tensor, frequencies: &[f64], rotation: Rotation) -> Res
             .collect();
         for head in row.chunks_exact_mut(2 * half) {
             for (i, &(sin, cos)) in turns.iter().enumerate() {
-                let (first, second) = match rotation {
-                    Rotation::Halves => (i, i + half),
-                    Rotation::Neighbours => (2 * i, 2 * i + 1),
-                };
-                let (a, b) = (head[first], head[second]);
-                head[first] = a * cos - b * sin;
-                head[second] = b * cos + a * sin;
+                let (a, b) = (head[i], head[i + half]);
+                head[i] = a * cos - b * sin;
+                head[i + half] = b * cos + a * sin;
             }
         }
     })

@@ -1,8 +1,8 @@
-//! Errors of reading and writing files of packed weights (`file.rs`).
+//! Errors of reading and writing files (`file.rs`, `new_file.rs`).
 
 use super::Error;
 
-/// The problem with a file of packed weights.
+/// The problem with a file.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum FileError {
@@ -24,7 +24,7 @@ pub enum FileError {
     EmptyPath,
 
     /// The path does not lead to a regular file.
-    #[error("this is {found}, not a file; packed weights are read from and saved to files only")]
+    #[error("this is {found}, not a file; give a file's name")]
     NotAFile {
         /// The kind of file that is there.
         found: &'static str,

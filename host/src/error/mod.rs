@@ -386,7 +386,7 @@ pub enum Error {
     #[error(transparent)]
     Gpu(#[from] GpuError),
 
-    /// A file cannot be written or read, or does not contain packed weights.
+    /// A file cannot be written or read, or is not what it should be.
     #[cfg(feature = "files")]
     #[error("{}: {problem}", path.display())]
     File {

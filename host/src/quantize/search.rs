@@ -15,7 +15,7 @@
 use std::ops::RangeInclusive;
 
 use super::rtn::{self, channel_scale};
-use super::{MAX_CODE, ZERO};
+use super::{INT8_LIMIT, MAX_CODE, ZERO};
 use liquidgemm_format::rounding::{ROUNDING_SHIFT, round_clamped};
 
 /// The largest `s` that leaves room for the code 15.
@@ -174,8 +174,9 @@ impl PairSearch {
 
     /// Finds the pair for `target` and `importance`.
     fn pair(&mut self, min: f32, max: f32) -> Found {
-        // The paper's pair comes first: no result is worse than it.
-        let (s, a) = rtn::pair(min.round_ties_even() as i32, max.round_ties_even() as i32);
+        // The paper's pair comes first: no result is worse than it. GPTQ's feedback can take targets beyond int8 weights.
+        let [first_min, first_max] = [min, max].map(|target| round_clamped(target, INT8_LIMIT));
+        let (s, a) = rtn::pair(first_min, first_max);
         let mut best = Found { s, a, error: f32::INFINITY };
         self.try_offsets(s, a..=a, 1, &mut best);
         let start = (((max - min) / MAX_CODE as f32).ceil() as i32).clamp(1, MAX_S);
@@ -340,10 +341,10 @@ mod tests {
         #[test]
         fn short_groups_get_a_pair_with_the_least_error_of_all_pairs(
             elements in proptest::collection::vec((-119f32..=119.0, 0.01f32..=1.0), 1..20),
-            shrink in prop_oneof![Just(1.0f32), Just(0.3), Just(0.02)],
+            scale in prop_oneof![Just(1.0f32), Just(0.3), Just(0.02), Just(2.0)],
         ) {
             let (weights, moments): (Vec<f32>, Vec<f32>) =
-                elements.into_iter().map(|(w, m)| (w * shrink, m)).unzip();
+                elements.into_iter().map(|(w, m)| (w * scale, m)).unzip();
             let found = PairSearch::default().group(weights.iter().copied(), 1.0, Some(&moments));
             prop_assert!(is_valid_pair(found.s as u8, found.a as u8));
             let (error, least) =

@@ -10,7 +10,7 @@ use super::{Ablation, Point};
 use crate::ablation::Variant;
 use crate::markdown::{facts, show};
 use crate::plots::{self, Picture};
-use crate::record::write_atomically;
+use crate::record::write_file;
 use crate::statistics::geometric_mean;
 
 /// Writes the page to `path`, with links to the pictures.
@@ -20,7 +20,7 @@ use crate::statistics::geometric_mean;
 pub fn write(run: &Ablation, pictures: &[Picture], path: &Path) -> anyhow::Result<()> {
     let base = path.parent().context("a page needs a file name")?;
     let text = page(run, pictures, base).context("a String takes all")?;
-    write_atomically(path, text.as_bytes())
+    write_file(path, text.as_bytes())
 }
 
 /// The explanation of the variants and of the method.

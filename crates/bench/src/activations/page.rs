@@ -8,7 +8,7 @@ use anyhow::Context;
 use super::{Activations, Measured, Point};
 use crate::markdown::{facts, show};
 use crate::plots::Picture;
-use crate::record::write_atomically;
+use crate::record::write_file;
 use crate::table::or_dash;
 use crate::torch::Footnotes;
 
@@ -37,7 +37,7 @@ for any number of rows.
 /// If the file can't be written.
 pub fn write(run: &Activations, pictures: &[Picture], path: &Path) -> anyhow::Result<()> {
     let base = path.parent().context("a page needs a file name")?;
-    write_atomically(path, page(run, pictures, base).context("a String takes all")?.as_bytes())
+    write_file(path, page(run, pictures, base).context("a String takes all")?.as_bytes())
 }
 
 fn page(run: &Activations, pictures: &[Picture], base: &Path) -> Result<String, std::fmt::Error> {

@@ -10,7 +10,7 @@ use super::recorded::TORCH_FP8;
 use super::{Mixtures, PagePoint, Point, page, summary};
 use crate::markdown::{facts, show};
 use crate::plots::Picture;
-use crate::record::write_atomically;
+use crate::record::write_file;
 use crate::table::or_dash;
 use crate::torch::Footnotes;
 
@@ -20,7 +20,7 @@ use crate::torch::Footnotes;
 /// If the file can't be written.
 pub fn write(runs: &[Mixtures], pictures: &[Vec<Picture>], path: &Path) -> anyhow::Result<()> {
     let base = path.parent().context("a page needs a file name")?;
-    write_atomically(path, markdown(runs, pictures, base).context("a String takes all")?.as_bytes())
+    write_file(path, markdown(runs, pictures, base).context("a String takes all")?.as_bytes())
 }
 
 /// The explanation of the page.

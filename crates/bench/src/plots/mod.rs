@@ -17,7 +17,7 @@ use super::ablation::Ablation;
 use super::activations::Activations;
 use super::matrix::{Matrix, distinct};
 use super::moe::Mixtures;
-use super::record::{Run, write_atomically};
+use super::record::{Run, write_file};
 use super::shapes::{is_shard, origin};
 
 /// A picture file.
@@ -111,7 +111,7 @@ pub fn write_mixtures(runs: &[Mixtures], directory: &Path) -> anyhow::Result<Vec
 
 fn save(directory: &Path, name: String, title: String, svg: &str) -> anyhow::Result<Picture> {
     let path = directory.join(name);
-    write_atomically(&path, svg.as_bytes())?;
+    write_file(&path, svg.as_bytes())?;
     Ok(Picture { path, title })
 }
 

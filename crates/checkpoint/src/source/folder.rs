@@ -69,6 +69,18 @@ pub(super) fn open(path: &Path) -> Result<Box<dyn Source>> {
     import::wrap(SafetensorsModel::new(path, config, shards.names, files, side_files, left_out)?)
 }
 
+/// Returns the GGUF file of a folder that has no config.json, if there is exactly one.
+pub(super) fn only_gguf(path: &Path) -> Result<Option<PathBuf>> {
+    let folder = Folder::open(path)?;
+    if folder.has("config.json") {
+        return Ok(None);
+    }
+    let names = folder.names(Path::new(""))?;
+    let files: Vec<&String> = names.iter().filter(|name| name.ends_with(".gguf")).collect();
+    let [only] = files[..] else { return Ok(None) };
+    folder.file(Path::new(only)).map(Some)
+}
+
 pub(super) fn open_file(path: &Path) -> Result<Box<dyn Source>> {
     let files = vec![TensorFile::open(path)?];
     let shards = vec![SINGLE_FILE.to_owned()];

@@ -129,16 +129,19 @@ pub struct OpenOptions {
     pub dequantized: DequantizedType,
 }
 
-/// Opens a Hugging Face folder, a `.safetensors` file or a GGUF file.
+/// Opens a Hugging Face folder, a `.safetensors` file, a GGUF file, or a folder whose model is one GGUF file.
 ///
 /// # Errors
 /// [`CheckpointError`](crate::CheckpointError) with the first problem found. All headers are read and checked.
 pub fn open(path: impl AsRef<Path>, options: OpenOptions) -> Result<Box<dyn Source>> {
-    let path = path.as_ref();
+    let mut path = path.as_ref().to_owned();
     if path.is_dir() {
-        return folder::open(path);
+        match folder::only_gguf(&path)? {
+            Some(file) => path = file,
+            None => return folder::open(&path),
+        }
     }
-    let file = ReadFile::open(path)?;
+    let file = ReadFile::open(&path)?;
     let mut magic = [0; 4];
     if file.length() >= 4 {
         file.read_at(0, &mut magic)?;
@@ -146,7 +149,7 @@ pub fn open(path: impl AsRef<Path>, options: OpenOptions) -> Result<Box<dyn Sour
     if magic == gguf::MAGIC {
         return Ok(Box::new(gguf::GgufModel::open(file, options.dequantized)?));
     }
-    folder::open_file(path)
+    folder::open_file(&path)
 }
 
 impl fmt::Debug for dyn Source {

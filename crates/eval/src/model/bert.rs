@@ -5,7 +5,7 @@ use candle_core::Tensor;
 use super::{Collector, Layers, check_tokens, embed};
 use crate::Error;
 use crate::ops::{attention, layer_norm};
-use crate::source::{Settings, Source};
+use crate::source::Source;
 
 /// Weights and bias of a LayerNorm.
 #[derive(Debug)]
@@ -42,10 +42,7 @@ pub struct Encoder {
 
 impl Encoder {
     pub(super) fn read(source: &Source, layers: &mut Collector<'_>) -> Result<Self, Error> {
-        let Source::Folder { config, .. } = source else {
-            return Err(Error::UnsupportedArchitecture { found: "bert in a GGUF file".into() });
-        };
-        let only = |setting: &'static str, supported: &'static str| match config[setting].as_str() {
+        let only = |setting: &'static str, supported: &'static str| match source.setting(setting).as_str() {
             None => Ok(()),
             Some(value) if value == supported => Ok(()),
             Some(value) => Err(Error::UnsupportedSetting { setting, value: value.into(), supported }),

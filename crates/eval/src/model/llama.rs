@@ -5,8 +5,8 @@ use candle_core::Tensor;
 
 use super::{Collector, Layers, check_tokens, embed};
 use crate::Error;
-use crate::ops::{Rotation, attention, rms_norm, rotate, silu_times};
-use crate::source::{Settings, Source};
+use crate::ops::{attention, rms_norm, rotate, silu_times};
+use crate::source::Source;
 
 /// One block. Numbers are those of linear layers.
 #[derive(Debug)]
@@ -29,7 +29,6 @@ pub struct Causal {
     kv_heads: usize,
     epsilon: f64,
     positions: usize,
-    rotation: Rotation,
     /// The angle of each pair of a head's channels from one position to the next, `[d/2]`.
     frequencies: Vec<f64>,
     embedding: Tensor,
@@ -38,39 +37,6 @@ pub struct Causal {
     /// `[vocabulary, hidden]`: the embedding itself if the model ties them.
     head: Tensor,
 }
-
-/// The names of a block's tensors in one of the two formats.
-struct Names {
-    block: &'static str,
-    attention_norm: &'static str,
-    qkvo: [&'static str; 4],
-    ffn_norm: &'static str,
-    gate_up_down: [&'static str; 3],
-    embedding: &'static str,
-    norm: &'static str,
-    head: &'static str,
-}
-
-const HUGGING_FACE: Names = Names {
-    block: "model.layers.",
-    attention_norm: "input_layernorm",
-    qkvo: ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"],
-    ffn_norm: "post_attention_layernorm",
-    gate_up_down: ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"],
-    embedding: "model.embed_tokens.weight",
-    norm: "model.norm.weight",
-    head: "lm_head.weight",
-};
-const GGUF: Names = Names {
-    block: "blk.",
-    attention_norm: "attn_norm",
-    qkvo: ["attn_q", "attn_k", "attn_v", "attn_output"],
-    ffn_norm: "ffn_norm",
-    gate_up_down: ["ffn_gate", "ffn_up", "ffn_down"],
-    embedding: "token_embd.weight",
-    norm: "output_norm.weight",
-    head: "output.weight",
-};
 
 /// The sizes of a model.
 struct Sizes {
@@ -88,40 +54,27 @@ struct Sizes {
 }
 
 impl Causal {
-    pub(super) fn read(
-        source: &Source,
-        architecture: &str,
-        layers: &mut Collector<'_>,
-    ) -> Result<Self, Error> {
-        let (sizes, names, rotation) = match source {
-            Source::Folder { .. } => (Sizes::of_folder(source)?, HUGGING_FACE, Rotation::Halves),
-            // The converter of GGUF files reorders Q and K of this architecture.
-            Source::Gguf { .. } if architecture == "llama" => {
-                (Sizes::of_gguf(source, architecture)?, GGUF, Rotation::Neighbours)
-            }
-            Source::Gguf { .. } => (Sizes::of_gguf(source, architecture)?, GGUF, Rotation::Halves),
-        };
+    pub(super) fn read(source: &Source, layers: &mut Collector<'_>) -> Result<Self, Error> {
+        let sizes = Sizes::of(source)?;
         sizes.check()?;
         let Sizes { hidden, intermediate, heads, kv_heads, d, vocabulary, .. } = sizes;
         let mut blocks = Vec::new();
         for index in 0..sizes.blocks {
-            let name = |part: &str| format!("{}{index}.{part}", names.block);
+            let name = |part: &str| format!("model.layers.{index}.{part}");
             let norm = |part: &str| source.vector(&format!("{}.weight", name(part)), hidden);
-            let [q_name, k_name, v_name, o_name] = names.qkvo.map(name);
-            let [gate_name, up_name, down_name] = names.gate_up_down.map(name);
-            let q = layers.read(q_name, [heads * d, hidden])?;
-            let k = layers.read_beside(q, k_name, [kv_heads * d, hidden])?;
-            let v = layers.read_beside(q, v_name, [kv_heads * d, hidden])?;
-            let o = layers.read(o_name, [hidden, heads * d])?;
-            let gate = layers.read(gate_name, [intermediate, hidden])?;
-            let up = layers.read_beside(gate, up_name, [intermediate, hidden])?;
-            let down = layers.read(down_name, [hidden, intermediate])?;
-            let (attention_norm, ffn_norm) = (norm(names.attention_norm)?, norm(names.ffn_norm)?);
+            let q = layers.read(name("self_attn.q_proj"), [heads * d, hidden])?;
+            let k = layers.read_beside(q, name("self_attn.k_proj"), [kv_heads * d, hidden])?;
+            let v = layers.read_beside(q, name("self_attn.v_proj"), [kv_heads * d, hidden])?;
+            let o = layers.read(name("self_attn.o_proj"), [hidden, heads * d])?;
+            let gate = layers.read(name("mlp.gate_proj"), [intermediate, hidden])?;
+            let up = layers.read_beside(gate, name("mlp.up_proj"), [intermediate, hidden])?;
+            let down = layers.read(name("mlp.down_proj"), [hidden, intermediate])?;
+            let (attention_norm, ffn_norm) = (norm("input_layernorm")?, norm("post_attention_layernorm")?);
             blocks.push(Block { attention_norm, q, k, v, o, ffn_norm, gate, up, down });
         }
-        let embedding = source.tensor(names.embedding, &[vocabulary, hidden])?;
-        let head = if source.has(names.head) {
-            source.tensor(names.head, &[vocabulary, hidden])?
+        let embedding = source.tensor("model.embed_tokens.weight", &[vocabulary, hidden])?;
+        let head = if source.has("lm_head.weight") {
+            source.tensor("lm_head.weight", &[vocabulary, hidden])?
         } else {
             embedding.clone()
         };
@@ -130,11 +83,10 @@ impl Causal {
             kv_heads,
             epsilon: sizes.epsilon,
             positions: sizes.positions,
-            rotation,
             frequencies: sizes.frequencies,
             embedding,
             blocks,
-            norm: source.vector(names.norm, hidden)?,
+            norm: source.vector("model.norm.weight", hidden)?,
             head,
         })
     }
@@ -150,7 +102,7 @@ impl Causal {
     /// For no tokens, too many tokens, and a token outside the vocabulary; and whatever `layers` returns.
     pub fn hidden(&self, tokens: &[u32], layers: &dyn Layers) -> Result<Tensor, Error> {
         check_tokens(tokens, self.positions)?;
-        let turn = |x: &Tensor| rotate(x, &self.frequencies, self.rotation);
+        let turn = |x: &Tensor| rotate(x, &self.frequencies);
         let mut x = embed(&self.embedding, tokens)?;
         for block in &self.blocks {
             let normed = rms_norm(&x, &block.attention_norm, self.epsilon)?;
@@ -178,29 +130,25 @@ impl Causal {
 }
 
 impl Sizes {
-    fn of_folder(source: &Source) -> Result<Self, Error> {
-        let Source::Folder { config, .. } = source else { unreachable!("called for folders") };
-        if let Some(value) = config["hidden_act"].as_str().filter(|&value| value != "silu") {
+    fn of(source: &Source) -> Result<Self, Error> {
+        if let Some(value) = source.setting("hidden_act").as_str().filter(|&value| value != "silu") {
             let (value, supported) = (value.to_owned(), "silu");
             return Err(Error::UnsupportedSetting { setting: "hidden_act", value, supported });
         }
-        if config["use_sliding_window"].as_bool() == Some(true) {
+        if source.setting("use_sliding_window").as_bool() == Some(true) {
             let (value, supported) = ("true".into(), "false");
             return Err(Error::UnsupportedSetting { setting: "use_sliding_window", value, supported });
         }
         let or_size = |key: &str, default: usize| {
-            if config[key].is_null() { Ok(default) } else { source.size(key) }
+            if source.setting(key).is_null() { Ok(default) } else { source.size(key) }
         };
         let hidden = source.size("hidden_size")?;
         let heads = source.size("num_attention_heads")?;
         let d = or_size("head_dim", hidden / heads)?;
         // Newer configurations keep everything about rotary positions in one object.
-        let rope = if config["rope_parameters"].is_object() {
-            &config["rope_parameters"]
-        } else {
-            &config["rope_scaling"]
-        };
-        let base = config["rope_theta"].as_f64().or_else(|| rope["rope_theta"].as_f64()).unwrap_or(10_000.0);
+        let [parameters, scaling] = ["rope_parameters", "rope_scaling"].map(|key| source.setting(key));
+        let rope = if parameters.is_object() { parameters } else { scaling };
+        let base = source.number("rope_theta").or_else(|| rope["rope_theta"].as_f64()).unwrap_or(10_000.0);
         let mut frequencies = frequencies(base, d);
         match rope["rope_type"].as_str().or_else(|| rope["type"].as_str()) {
             None | Some("default") => {}
@@ -233,41 +181,6 @@ impl Sizes {
             positions: source.size("max_position_embeddings")?,
             vocabulary: source.size("vocab_size")?,
             epsilon: source.number("rms_norm_eps").unwrap_or(1e-6),
-            frequencies,
-        })
-    }
-
-    fn of_gguf(source: &Source, architecture: &str) -> Result<Self, Error> {
-        let key = |key: &str| format!("{architecture}.{key}");
-        let hidden = source.size(&key("embedding_length"))?;
-        let heads = source.size(&key("attention.head_count"))?;
-        let or_size = |name: &str, default: usize| {
-            if source.gguf_value(&key(name)).is_none() { Ok(default) } else { source.size(&key(name)) }
-        };
-        let d = or_size("attention.key_length", hidden / heads)?;
-        let mut frequencies = frequencies(source.number(&key("rope.freq_base")).unwrap_or(10_000.0), d);
-        if source.has("rope_freqs.weight") {
-            let factors = source.vector("rope_freqs.weight", d / 2)?;
-            for (frequency, factor) in frequencies.iter_mut().zip(factors) {
-                *frequency /= f64::from(factor);
-            }
-        }
-        if let Ok(value) = source.gguf_text(&key("rope.scaling.type"))
-            && value != "none"
-        {
-            let (value, supported) = (value.to_owned(), "none");
-            return Err(Error::UnsupportedSetting { setting: "rope.scaling.type", value, supported });
-        }
-        Ok(Self {
-            hidden,
-            intermediate: source.size(&key("feed_forward_length"))?,
-            blocks: source.size(&key("block_count"))?,
-            heads,
-            kv_heads: or_size("attention.head_count_kv", heads)?,
-            d,
-            positions: source.size(&key("context_length"))?,
-            vocabulary: source.gguf_list("tokenizer.ggml.tokens")?.len(),
-            epsilon: source.number(&key("attention.layer_norm_rms_epsilon")).unwrap_or(1e-5),
             frequencies,
         })
     }

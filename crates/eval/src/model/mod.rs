@@ -20,7 +20,7 @@ use crate::{Error, tokenizer};
 /// A linear layer's float weights.
 #[derive(Clone, Debug)]
 pub struct LinearWeights {
-    /// The name of its weight tensor in the model, without `.weight`.
+    /// The name of its weight tensor in a Hugging Face checkpoint, without `.weight`.
     pub name: String,
     /// The number of the first layer that gets the same input, such as Q for K and V; its own number if there is none.
     pub input: usize,
@@ -77,10 +77,10 @@ impl Model {
         let source = Source::open(path)?;
         let architecture = source.architecture()?;
         let mut layers = Collector { source: &source, layers: Vec::new() };
-        let network = match architecture.as_str() {
+        let network = match architecture {
             "bert" => Network::Encoder(Encoder::read(&source, &mut layers)?),
-            "llama" | "qwen2" => Network::Causal(Causal::read(&source, &architecture, &mut layers)?),
-            _ => return Err(Error::UnsupportedArchitecture { found: architecture }),
+            "llama" | "qwen2" => Network::Causal(Causal::read(&source, &mut layers)?),
+            _ => return Err(Error::UnsupportedArchitecture { found: architecture.to_owned() }),
         };
         let layers = layers.layers;
         Ok(Self { name: source.name(), tokenizer: tokenizer::read(&source)?, layers, network })

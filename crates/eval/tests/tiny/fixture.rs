@@ -136,7 +136,7 @@ pub fn tokenizer() -> serde_json::Value {
     })
 }
 
-/// Writes a Hugging Face folder, its tensors in two shards.
+/// Writes a Hugging Face folder, its tensors in two shards with an index.
 pub fn write_folder(folder: &Path, config: &serde_json::Value, tensors: &Tensors) {
     std::fs::write(folder.join("config.json"), config.to_string()).unwrap();
     std::fs::write(folder.join("tokenizer.json"), tokenizer().to_string()).unwrap();
@@ -144,12 +144,16 @@ pub fn write_folder(folder: &Path, config: &serde_json::Value, tensors: &Tensors
         .iter()
         .map(|(name, (shape, values))| (name, Tensor::from_slice(values, &shape[..], &Device::Cpu).unwrap()))
         .collect();
-    for (index, shard) in named.chunks(named.len().div_ceil(2)).enumerate() {
+    let mut index = serde_json::Map::new();
+    for (number, shard) in named.chunks(named.len().div_ceil(2)).enumerate() {
+        let file = format!("model-0000{}-of-00002.safetensors", number + 1);
+        index.extend(shard.iter().map(|(name, _)| ((*name).clone(), json!(file))));
         let shard: HashMap<&str, Tensor> =
             shard.iter().map(|(name, tensor)| (name.as_str(), tensor.clone())).collect();
-        let file = folder.join(format!("model-0000{}-of-00002.safetensors", index + 1));
-        candle_core::safetensors::save(&shard, file).unwrap();
+        candle_core::safetensors::save(&shard, folder.join(file)).unwrap();
     }
+    let index = json!({"metadata": {}, "weight_map": index});
+    std::fs::write(folder.join("model.safetensors.index.json"), index.to_string()).unwrap();
 }
 
 /// Writes the LLaMA as a GGUF file: with GGUF's names, and the rows of Q and K in its order.

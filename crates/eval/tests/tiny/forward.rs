@@ -61,7 +61,10 @@ fn a_gguf_file_gives_the_logits_of_the_folder_with_the_same_weights() {
     let file = folder.path().join("tiny.gguf");
     write_gguf(&file, &tensors);
     let model = Model::open(&file).unwrap();
-    assert_eq!((model.name.as_str(), model.layers[0].name.as_str()), ("tiny", "blk.0.attn_q"));
+    assert_eq!(
+        (model.name.as_str(), model.layers[0].name.as_str()),
+        ("tiny", "model.layers.0.self_attn.q_proj")
+    );
     let tokens = [1, 5, 3, 3, 11, 0, 7, 2];
     for (found, expected) in logits(&model, &tokens).iter().zip(plain::llama(&tensors, &tokens)) {
         check_close(found, &expected, 1e-4);

@@ -34,8 +34,8 @@ fn an_unknown_architecture_is_named_with_those_that_are_supported() {
 #[test]
 fn paths_without_a_model_say_what_a_model_is() {
     let folder = tempdir().unwrap();
-    assert!(error(folder.path()).contains("give a GGUF file, or a folder"));
-    assert!(error(&folder.path().join("missing")).contains("cannot read"));
+    assert!(error(folder.path()).contains("give a Hugging Face folder, a .safetensors file or a GGUF file"));
+    assert!(error(&folder.path().join("missing")).contains("missing: cannot open"));
     let file = folder.path().join("text.gguf");
     std::fs::write(&file, "no model").unwrap();
     assert!(error(&file).contains("text.gguf: "), "{}", error(&file));

@@ -9,7 +9,7 @@ mod common;
 use std::fs;
 use std::path::Path;
 
-use common::{Tensor, bf16_tensor, f32_tensor, i32_tensor, safetensors_bytes, write_json};
+use common::{Tensor, bf16_tensor, f32_tensor, i32_tensor, safetensors_bytes};
 use liquidgemm_checkpoint::{Axis, Checkpoint, OpenOptions, Plan, QuantizeOptions, open, verify};
 use serde_json::json;
 
@@ -109,43 +109,59 @@ fn fuzz_packed_checkpoints() {
     });
 }
 
+/// Damages a model of one importer, and reads what is left.
+fn fuzz_imported(tensors: &[Tensor], config: &serde_json::Value) {
+    let bytes = safetensors_bytes(tensors);
+    let config = json!({"quantization_config": config}).to_string();
+    let folder = tempfile::tempdir().unwrap();
+    bolero::check!().with_type::<(bool, Changes)>().cloned().for_each(|(is_config, changes)| {
+        let of = |is_this: bool| if is_this { &changes[..] } else { &[] };
+        let (config, bytes) =
+            (damage(config.as_bytes(), 200, of(is_config)), damage(&bytes, 600, of(!is_config)));
+        fs::write(folder.path().join("config.json"), config).unwrap();
+        fs::write(folder.path().join("model.safetensors"), bytes).unwrap();
+        read_model(folder.path());
+    });
+}
+
+/// Words with all kinds of bits.
+fn words(count: usize) -> Vec<u32> {
+    (0..count as u32).map(|i| i.wrapping_mul(2_654_435_761)).collect()
+}
+
 #[test]
-fn fuzz_imported_models() {
-    let words = |count: usize| (0..count as u32).map(|i| i.wrapping_mul(2_654_435_761)).collect::<Vec<_>>();
-    let gptq = vec![
+fn fuzz_gptq() {
+    let tensors = [
         i32_tensor("a.qweight", &[16, 64], &words(16 * 64)),
         i32_tensor("a.qzeros", &[2, 8], &words(16)),
         f32_tensor("a.scales", &[2, 64], &[0.5; 128]),
         i32_tensor("a.g_idx", &[128], &(0..128).map(|i| i % 2).collect::<Vec<_>>()),
     ];
-    let awq = vec![
+    fuzz_imported(&tensors, &json!({"quant_method": "gptq", "bits": 4}));
+}
+
+#[test]
+fn fuzz_awq() {
+    let tensors = [
         i32_tensor("a.qweight", &[128, 8], &words(128 * 8)),
         i32_tensor("a.qzeros", &[2, 8], &words(16)),
         f32_tensor("a.scales", &[2, 64], &[0.5; 128]),
     ];
+    fuzz_imported(&tensors, &json!({"quant_method": "awq", "bits": 4}));
+}
+
+#[test]
+fn fuzz_compressed_tensors() {
     let shape = [64i64, 128].iter().flat_map(|side| side.to_le_bytes()).collect();
-    let int4 = vec![
+    let tensors = [
         i32_tensor("a.weight_packed", &[64, 16], &words(64 * 16)),
         f32_tensor("a.weight_scale", &[64, 2], &[0.5; 128]),
         ("a.weight_shape".to_owned(), safetensors::Dtype::I64, vec![2], shape),
         i32_tensor("a.weight_zero_point", &[8, 2], &words(16)),
     ];
-    let models = [
-        (safetensors_bytes(&gptq), json!({"quant_method": "gptq", "bits": 4})),
-        (safetensors_bytes(&awq), json!({"quant_method": "awq", "bits": 4})),
-        (
-            safetensors_bytes(&int4),
-            json!({
-                "quant_method": "compressed-tensors", "format": "pack-quantized",
-                "config_groups": {"group_0": {"weights": {"num_bits": 4, "type": "int"}}},
-            }),
-        ),
-    ];
-    let folder = tempfile::tempdir().unwrap();
-    bolero::check!().with_type::<(u8, Changes)>().cloned().for_each(|(which, changes)| {
-        let (bytes, config) = &models[which as usize % models.len()];
-        write_json(&folder.path().join("config.json"), &json!({"quantization_config": config}));
-        fs::write(folder.path().join("model.safetensors"), damage(bytes, 500, &changes)).unwrap();
-        read_model(folder.path());
+    let config = json!({
+        "quant_method": "compressed-tensors", "format": "pack-quantized",
+        "config_groups": {"group_0": {"weights": {"num_bits": 4, "type": "int"}}},
     });
+    fuzz_imported(&tensors, &config);
 }

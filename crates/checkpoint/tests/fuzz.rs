@@ -165,3 +165,29 @@ fn fuzz_compressed_tensors() {
     });
     fuzz_imported(&tensors, &config);
 }
+
+#[test]
+fn fuzz_qqq() {
+    let tensors = [
+        i32_tensor("a.B", &[8, 128], &words(8 * 128)),
+        f32_tensor("a.s_channel", &[1, 64], &[0.5; 64]),
+        f32_tensor("a.s_group", &[2, 64], &[3.0; 128]),
+    ];
+    fuzz_imported(&tensors, &json!({"quant_method": "qqq", "wbits": 4}));
+}
+
+#[test]
+fn fuzz_qserve() {
+    let bytes = |count: usize| words(count).iter().map(|word| (word >> 24) as u8).collect::<Vec<u8>>();
+    // Module a has groups, module b has none.
+    let tensors = [
+        ("a.qweight".to_owned(), safetensors::Dtype::I8, vec![32, 64], bytes(32 * 64)),
+        f32_tensor("a.s1_scales", &[32], &[0.5; 32]),
+        ("a.s2_scales".to_owned(), safetensors::Dtype::I8, vec![2, 32], vec![4; 64]),
+        ("a.s2_zeros".to_owned(), safetensors::Dtype::I8, vec![2, 32], vec![225; 64]),
+        ("b.qweight".to_owned(), safetensors::Dtype::U8, vec![32, 32], bytes(32 * 32)),
+        f32_tensor("b.s1_scales", &[32], &[0.5; 32]),
+        f32_tensor("b.s1_szeros", &[32], &[3.5; 32]),
+    ];
+    fuzz_imported(&tensors, &json!({"quant_method": "qoq", "wbits": 4}));
+}

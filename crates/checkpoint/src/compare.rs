@@ -120,13 +120,20 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// Reads the weights of some strips, row-major: without smoothing, and in the order of the activations.
+    /// Reads the weights of some strips, row-major: without smoothing, folded or not, and in the order of the activations.
     fn strips(&self, strips: Range<usize>) -> Result<Vec<f32>> {
         let [n, k] = self.shape();
         match self {
             Reader::Packed { checkpoint, module } => {
-                let mut weights = checkpoint.block(module.name, strips)?.dequantize();
-                if let Some(smoothing) = checkpoint.smoothing(module.name)? {
+                let mut weights = checkpoint.block(module.name, strips.clone())?.dequantize();
+                if let Some(divisors) = checkpoint.folded_divisors(module.name, n)? {
+                    let divisors = &divisors[strips.start * BRICK_CHANNELS..];
+                    for (row, divisor) in weights.chunks_exact_mut(k).zip(divisors) {
+                        row.iter_mut().for_each(|weight| *weight *= divisor);
+                    }
+                }
+                let smoothing = checkpoint.smoothing(module.name)?;
+                for smoothing in [smoothing, checkpoint.folded_columns(module.name)?].into_iter().flatten() {
                     for row in weights.chunks_exact_mut(k) {
                         row.iter_mut().zip(&smoothing).for_each(|(weight, factor)| *weight /= factor);
                     }

@@ -31,6 +31,11 @@ pub(crate) const METHOD: &str = "liquidgemm";
 pub(crate) const VERSION: u32 = 1;
 /// The key of the configuration in config.json.
 pub(crate) const CONFIG_KEY: &str = "quantization_config";
+/// The key of what that configuration says of smoothing.
+pub(crate) const SMOOTHING_KEY: &str = "smoothing";
+/// The file of the smoothing vectors that are folded into other tensors: safetensors, a vector for each entry of the configuration,
+/// under the name of its first module. Only comparing with the original needs it, so its name is not that of weights.
+pub(crate) const FOLDED_FILE: &str = "liquidgemm_folded_smoothing";
 
 /// The tensors of a packed module.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

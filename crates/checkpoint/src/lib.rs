@@ -38,7 +38,9 @@ mod progress;
 mod quantize;
 mod select;
 mod shard_writer;
+mod smooth;
 mod source;
+mod structure;
 mod tensor_file;
 mod verify;
 
@@ -52,5 +54,6 @@ pub use plan::{Fate, Layer, Plan};
 pub use progress::Progress;
 pub use quantize::Summary;
 pub use select::{Kept, Patterns};
+pub use smooth::Smoothing;
 pub use source::{DequantizedType, OpenOptions, SideContents, SideFile, Source, SourceTensor, open};
 pub use verify::{Verification, verify};

@@ -9,6 +9,7 @@ use liquidgemm::{GptqOptions, Group, Hessian, InputStatistics, PackedWeights};
 use crate::calibration::Calibration;
 use crate::error::{CheckpointError, Result, weights_error};
 use crate::select::Patterns;
+use crate::smooth::Smoothing;
 
 /// A method that chooses codes and pairs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -61,8 +62,9 @@ pub struct QuantizeOptions {
     pub patterns: Patterns,
     /// Statistics of the layers' inputs.
     pub calibration: Option<Arc<Calibration>>,
-    /// Smooths the inputs: the exponent of SmoothQuant, 0 to 1. Modules with the same input share a smoothing vector.
-    pub smoothing: Option<f32>,
+    /// Smooths the inputs (SmoothQuant, arXiv 2211.10438). Modules with the same input share a smoothing vector.
+    /// In LLaMA, Mistral and Qwen2 it is folded into the norm or the layer before where that is possible, else stored.
+    pub smoothing: Option<Smoothing>,
 }
 
 impl QuantizeOptions {
@@ -75,7 +77,7 @@ impl QuantizeOptions {
         if self.calibration.is_some() && self.method == Method::Rtn && self.smoothing.is_none() {
             return refuse("rtn does not use a calibration; leave it out, or choose another method");
         }
-        if self.smoothing.is_some_and(|alpha| !(0.0..=1.0).contains(&alpha)) {
+        if matches!(self.smoothing, Some(Smoothing::Alpha(alpha)) if !(0.0..=1.0).contains(&alpha)) {
             return refuse("the exponent of smoothing must be from 0 to 1");
         }
         Ok(())

@@ -7,8 +7,8 @@ use std::sync::Arc;
 use anyhow::bail;
 use liquidgemm::Group;
 use liquidgemm_checkpoint::{
-    Calibration, DequantizedType, Fate, Layer, Method, OpenOptions, Patterns, Plan, QuantizeOptions, Source,
-    open,
+    Calibration, DequantizedType, Fate, Layer, Method, OpenOptions, Patterns, Plan, QuantizeOptions,
+    Smoothing, Source, open,
 };
 use serde_json::{Value, json};
 
@@ -20,7 +20,8 @@ use super::units::bytes;
 /// Pack the linear layers of a model to 4 bits, and write a complete folder
 ///
 /// MODEL is a Hugging Face folder (config.json and .safetensors files of f32, f16, bf16 or fp8-e4m3 weights),
-/// one .safetensors file, or a GGUF file.
+/// one .safetensors file, or a GGUF file. Models that compressed-tensors, GPTQ, AWQ, QQQ or QServe has quantized to 4 bits are taken over:
+/// the result lists for each module whether its weights are exact, snapped to the scales that the format has, or requantized.
 /// Embeddings, norms, heads and routers are kept, as all other tensors and the files beside the weights.
 ///
 /// The output grows in the folder OUTPUT.partial, which gets its final name when it is complete.
@@ -49,9 +50,10 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "FILE")]
     moments: Option<PathBuf>,
 
-    /// Divide inputs by a smoothing vector, which the output stores, with this exponent from 0 to 1; needs --moments
+    /// Divide inputs by a smoothing vector with this exponent from 0 to 1, or "auto" for the best of 0.1 to 0.9 for each input;
+    /// needs --moments. In LLaMA, Mistral and Qwen2 the vector is folded into the norm or the layer before, else stored
     #[arg(long, value_name = "ALPHA")]
-    smooth: Option<f32>,
+    smooth: Option<Smoothing>,
 
     /// Quantize modules that fit this pattern although they are kept by default, such as "lm_head"
     #[arg(long, value_name = "GLOB")]
@@ -127,6 +129,7 @@ fn described(source: &dyn Source, plan: &Plan<'_>) -> Value {
         let mut value = json!({
             "name": layer.name, "shape": layer.shape, "stored": layer.stored,
             "bytes_before": layer.bytes_before, "bytes_after": layer.bytes_after,
+            "divided_by_smoothing": layer.is_divided,
         });
         match &layer.fate {
             Fate::Packed { module, group } => {
@@ -157,11 +160,14 @@ fn table(layers: &[Layer]) -> String {
         &[false, false, false, true, true, false],
     );
     for layer in layers {
-        let fate = match &layer.fate {
+        let mut fate = match &layer.fate {
             Fate::Packed { group, .. } => format!("packed, group {group}"),
             Fate::Kept(kept) => format!("kept: {}", kept.reason()),
             Fate::Dropped => "scales of a packed weight".to_owned(),
         };
+        if layer.is_divided {
+            fate.push_str(", smoothing folded in");
+        }
         table.row([
             layer.name.clone(),
             shape(&layer.shape),

@@ -13,8 +13,8 @@ use xxhash_rust::xxh3::Xxh3;
 use crate::error::{CheckpointError, Problem, Result, weights_error};
 use crate::files::{Folder, read_json};
 use crate::format::{
-    CONFIG_KEY, FOLDED_FILE, METHOD, Matrix, MatrixMetadata, Part, SMOOTHING_KEY, ShardMetadata, VERSION,
-    digits,
+    CONFIG_KEY, FOLDED_FILE, METHOD, Matrix, MatrixMetadata, Part, ROTATION_KEY, SMOOTHING_KEY,
+    ShardMetadata, VERSION, digits,
 };
 use crate::number::{decode, is_weight_type};
 use crate::smooth::FoldedVector;
@@ -274,6 +274,11 @@ impl Checkpoint {
     pub fn without_checksum(&self) -> usize {
         let modules = self.modules.values().filter(|packed| packed.checksum.is_none()).count();
         modules + self.tensors.values().filter(|kept| kept.checksum.is_none()).count()
+    }
+
+    /// Returns whether the residual stream of the model is rotated.
+    pub(crate) fn is_rotated(&self) -> bool {
+        own_config(&self.config).is_some_and(|own| own.contains_key(ROTATION_KEY))
     }
 
     /// Returns the vector that multiplies the columns of a module, if it is not stored but folded into the layer before: `[k]`.

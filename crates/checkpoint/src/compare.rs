@@ -81,23 +81,21 @@ impl Model {
                 let packed = checkpoint.modules();
                 packed.map(|module| (module.name.to_owned(), Reader::packed(checkpoint, module))).collect()
             }
-            Model::Source(source) => {
-                let tensors = source.tensors().iter().enumerate();
-                let matrices = tensors.filter(|(_, tensor)| tensor.is_readable && tensor.shape.len() == 2);
-                matrices
-                    .filter_map(|(index, tensor)| {
-                        let module = tensor.name.strip_suffix(".weight")?;
-                        let reader = Reader::Source {
-                            source: source.as_ref(),
-                            tensor: index,
-                            shape: [tensor.shape[0], tensor.shape[1]],
-                        };
-                        Some((module.to_owned(), reader))
-                    })
-                    .collect()
-            }
+            Model::Source(source) => source_readers(source.as_ref()),
         }
     }
+}
+
+/// Returns readers of all matrices of a source by module.
+pub(crate) fn source_readers(source: &dyn Source) -> BTreeMap<String, Reader<'_>> {
+    let tensors = source.tensors().iter().enumerate();
+    let matrices = tensors.filter(|(_, tensor)| tensor.is_readable && tensor.shape.len() == 2);
+    let readers = matrices.filter_map(|(index, tensor)| {
+        let module = tensor.name.strip_suffix(".weight")?;
+        let shape = [tensor.shape[0], tensor.shape[1]];
+        Some((module.to_owned(), Reader::Source { source, tensor: index, shape }))
+    });
+    readers.collect()
 }
 
 /// Reads the weights of one module as f32.

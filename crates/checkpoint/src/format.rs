@@ -33,6 +33,8 @@ pub(crate) const VERSION: u32 = 1;
 pub(crate) const CONFIG_KEY: &str = "quantization_config";
 /// The key of what that configuration says of smoothing.
 pub(crate) const SMOOTHING_KEY: &str = "smoothing";
+/// The key of what it says of rotation.
+pub(crate) const ROTATION_KEY: &str = "rotation";
 /// The file of the smoothing vectors that are folded into other tensors: safetensors, a vector for each entry of the configuration,
 /// under the name of its first module. Only comparing with the original needs it, so its name is not that of weights.
 pub(crate) const FOLDED_FILE: &str = "liquidgemm_folded_smoothing";

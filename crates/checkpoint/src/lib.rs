@@ -55,5 +55,5 @@ pub use progress::Progress;
 pub use quantize::Summary;
 pub use select::{Kept, Patterns};
 pub use smooth::Smoothing;
-pub use source::{DequantizedType, OpenOptions, SideContents, SideFile, Source, SourceTensor, open};
+pub use source::{DequantizedType, OpenOptions, Rotated, SideContents, SideFile, Source, SourceTensor, open};
 pub use verify::{Verification, verify};

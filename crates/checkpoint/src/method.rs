@@ -90,8 +90,8 @@ impl QuantizeOptions {
         format!("{} {:?} {calibration:?} {:?}", self.method, self.group, self.smoothing)
     }
 
-    /// Prepares to quantize a module whose inputs are divided by `smoothing`.
-    pub(crate) fn quantizer(&self, module: &str, k: usize, smoothing: Option<&[f32]>) -> Result<Quantizer> {
+    /// Prepares to quantize a module whose inputs are not those that the calibration has seen.
+    pub(crate) fn quantizer(&self, module: &str, k: usize, inputs: &ChangedInputs<'_>) -> Result<Quantizer> {
         let Some(calibration) = &self.calibration else {
             return Ok(if self.method == Method::Rtn { Quantizer::Rtn } else { Quantizer::Search(None) });
         };
@@ -99,27 +99,51 @@ impl QuantizeOptions {
             Method::Rtn => Quantizer::Rtn,
             Method::Search => {
                 let InputStatistics { mut second_moments, .. } = calibration.statistics(module, k)?;
-                if let Some(smoothing) = smoothing {
-                    second_moments
-                        .iter_mut()
-                        .zip(smoothing)
-                        .for_each(|(moment, factor)| *moment /= factor * factor);
+                for (column, moment) in second_moments.iter_mut().enumerate() {
+                    *moment *= inputs.factor(column).powi(2);
+                }
+                if let Some(block) = inputs.block {
+                    // Rotated, each of a block's channels has their mean, if they are uncorrelated.
+                    for block in second_moments.chunks_mut(block) {
+                        block.fill(block.iter().sum::<f32>() / block.len() as f32);
+                    }
                 }
                 Quantizer::Search(Some(second_moments))
             }
             Method::Gptq => {
-                let hessian = calibration.hessian(module, k)?;
-                Quantizer::Gptq(match smoothing {
-                    None => hessian,
-                    Some(smoothing) => {
-                        let scaled = hessian.values().iter().enumerate();
-                        let scaled = scaled
-                            .map(|(index, value)| value / (smoothing[index / k] * smoothing[index % k]));
-                        Hessian::new(scaled.collect(), k).map_err(weights_error(module))?
-                    }
-                })
+                let mut hessian = calibration.hessian(module, k)?;
+                if inputs.smoothing.is_some() || inputs.norm.is_some() {
+                    let factors: Vec<f32> = (0..k).map(|column| inputs.factor(column)).collect();
+                    let scaled = hessian.values().iter().enumerate();
+                    let scaled =
+                        scaled.map(|(index, value)| value * (factors[index / k] * factors[index % k]));
+                    hessian = Hessian::new(scaled.collect(), k).map_err(weights_error(module))?;
+                }
+                if let Some(block) = inputs.block {
+                    hessian = hessian.rotated(block).map_err(weights_error(module))?;
+                }
+                Quantizer::Gptq(hessian)
             }
         })
+    }
+}
+
+/// How the inputs of a module differ from those that the calibration has seen.
+pub(crate) struct ChangedInputs<'a> {
+    /// They are divided by this vector, `[k]`.
+    pub(crate) smoothing: Option<&'a [f32]>,
+    /// They lack this norm's weight, `[k]`.
+    pub(crate) norm: Option<&'a [f32]>,
+    /// They are rotated in blocks of so many channels.
+    pub(crate) block: Option<usize>,
+}
+
+impl ChangedInputs<'_> {
+    /// Returns what a channel is multiplied by. Nothing is known of a channel whose norm's weight is 0.
+    fn factor(&self, column: usize) -> f32 {
+        let divisor = |vector: Option<&[f32]>| vector.map_or(1.0, |vector| vector[column]);
+        let divisor = divisor(self.smoothing) * divisor(self.norm);
+        if divisor == 0.0 { 0.0 } else { 1.0 / divisor }
     }
 }
 

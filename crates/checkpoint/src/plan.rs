@@ -6,8 +6,8 @@ use liquidgemm::Group;
 use serde_json::{Map, Value, json};
 use xxhash_rust::xxh3::Xxh3;
 
-use crate::error::{Result, weights_error};
-use crate::format::{CONFIG_KEY, METHOD, Matrix, Part, SMOOTHING_KEY, VERSION, digits};
+use crate::error::{CheckpointError, Result, weights_error};
+use crate::format::{CONFIG_KEY, METHOD, Matrix, Part, ROTATION_KEY, SMOOTHING_KEY, VERSION, digits};
 use crate::method::{Method, QuantizeOptions};
 use crate::select::{Kept, Selection};
 use crate::shard_writer::{OutputTensor, check_names};
@@ -80,6 +80,11 @@ impl<'a> Plan<'a> {
     /// - [`CheckpointError::Weights`](crate::CheckpointError::Weights) if a matrix cannot be packed.
     pub fn new(source: &'a dyn Source, options: &QuantizeOptions) -> Result<Self> {
         options.check()?;
+        if source.rotation().is_some() && options.smoothing.is_some() {
+            // The calibration has seen the largest inputs of the model as it was.
+            let reason = "a rotated model can't be smoothed by a calibration of the original; choose --rotate or --smooth";
+            return Err(CheckpointError::Options { reason: reason.to_owned() });
+        }
         let selection = Selection::new(source, &options.patterns)?;
         // The scales of a weight count as the weight's bytes.
         let mut scale_bytes = vec![0; source.tensors().len()];
@@ -247,6 +252,9 @@ impl<'a> Plan<'a> {
             let folded: Vec<_> =
                 self.sites.folded(&self.layers).into_iter().map(|(_, folded)| folded).collect();
             own[SMOOTHING_KEY] = json!({"exponent": smoothing.to_string(), "folded": folded});
+        }
+        if let Some(block) = self.source.rotation() {
+            own[ROTATION_KEY] = json!({"block": block});
         }
         let mut config = self.source.config().clone();
         if let Some(before) = config.get(CONFIG_KEY) {

@@ -20,7 +20,7 @@ use crate::error::{CheckpointError, Result, io_error, weights_error};
 use crate::files::{is_plain_name, read_json};
 use crate::format::{FOLDED_FILE, Part};
 use crate::import::{self, ImportOutcome};
-use crate::method::{Method, Quantizer};
+use crate::method::{ChangedInputs, Method, Quantizer};
 use crate::plan::{Fate, Layer, Plan, matrix_of};
 use crate::progress::Progress;
 use crate::shard_writer::{ShardWriter, TEMPORARY_PREFIX};
@@ -205,7 +205,13 @@ impl Plan<'_> {
         let quantizer = if is_imported {
             data_free
         } else {
-            self.options.quantizer(module, matrix.k, smoothing.as_ref().map(|vector| &vector[..]))?
+            let norm = self.source.norm_before(layer.tensor)?;
+            let inputs = ChangedInputs {
+                smoothing: smoothing.as_ref().map(|vector| &vector[..]),
+                block: self.source.rotation().filter(|_| norm.is_some()),
+                norm: norm.as_deref(),
+            };
+            self.options.quantizer(module, matrix.k, &inputs)?
         };
         if let Some(smoothing) = smoothing.as_ref().filter(|_| self.sites.is_stored(layer.tensor)) {
             writer.append(&names[3], &encode(smoothing, Dtype::F32))?;

@@ -3,11 +3,12 @@
 use xxhash_rust::xxh3::Xxh3;
 
 use crate::checkpoint::Checkpoint;
-use crate::compare::{Difference, Model, Reader, difference};
+use crate::compare::{Difference, Model, Reader, difference, source_readers};
 use crate::error::{CheckpointError, Problem, Result};
 use crate::format::{Part, digits};
 use crate::number::{decode, is_weight_type};
 use crate::progress::Progress;
+use crate::source::{Rotated, Source};
 
 /// Bytes of a tensor that are read at a time.
 const READ_BYTES: u64 = 16 << 20;
@@ -42,7 +43,17 @@ pub fn verify(
     let modules: Vec<_> = checkpoint.modules().collect();
     let tensors: Vec<_> = checkpoint.tensors().collect();
     progress.begin(modules.iter().map(|m| m.bytes).chain(tensors.iter().map(|tensor| tensor.3)).sum());
-    let originals = original.map(|model| model.readers());
+    let source = match original {
+        Some(Model::Source(source)) => Some(source.as_ref()),
+        _ => None,
+    };
+    // A rotated model is compared with its original, rotated alike.
+    let rotated = source.filter(|_| checkpoint.is_rotated()).map(Rotated::new).transpose()?;
+    let source = rotated.as_ref().map(|rotated| rotated as &dyn Source).or(source);
+    let originals = match source {
+        Some(source) => Some(source_readers(source)),
+        None => original.map(|model| model.readers()),
+    };
     for module in &modules {
         progress.item(module.name);
         let mut figures = None;
@@ -75,10 +86,10 @@ pub fn verify(
         progress.item(name);
         if let Err(error) = check_tensor(checkpoint, name, bytes) {
             result.problems.push(reported(error)?);
-        } else if let Some(Model::Source(source)) = original {
+        } else if let Some(source) = source {
             match source.tensors().iter().position(|tensor| tensor.name == name) {
                 None => result.problems.push(format!("{name}: the original has no such tensor")),
-                Some(tensor) => match is_as_planned(checkpoint, name, bytes, source.as_ref(), tensor) {
+                Some(tensor) => match is_as_planned(checkpoint, name, bytes, source, tensor) {
                     Ok(true) => {}
                     Ok(false) => result.problems.push(format!("{name}: it differs from the original's")),
                     Err(error) => result.problems.push(reported(error)?),
@@ -141,7 +152,7 @@ fn is_as_planned(
     checkpoint: &Checkpoint,
     name: &str,
     bytes: u64,
-    source: &dyn crate::Source,
+    source: &dyn Source,
     tensor: usize,
 ) -> Result<bool> {
     let info = &source.tensors()[tensor];
@@ -170,7 +181,7 @@ fn is_unchanged(
     checkpoint: &Checkpoint,
     name: &str,
     bytes: u64,
-    source: &dyn crate::Source,
+    source: &dyn Source,
     tensor: usize,
 ) -> Result<bool> {
     let info = &source.tensors()[tensor];

@@ -8,7 +8,10 @@ use std::path::Path;
 use common::{
     Tensor, bf16_tensor, contents, f32_tensor, llama, numbers, safetensors_bytes, write_json, write_llama,
 };
-use liquidgemm_checkpoint::{Checkpoint, CheckpointError, OpenOptions, Plan, Problem, QuantizeOptions, open};
+use liquidgemm::Group;
+use liquidgemm_checkpoint::{
+    Checkpoint, CheckpointError, Model, OpenOptions, Plan, Problem, QuantizeOptions, open, verify,
+};
 use serde_json::{Value, json};
 
 /// Tries to quantize a model. Checks that nothing is left but the model.
@@ -331,7 +334,7 @@ fn a_folder_that_lost_its_checksums_is_read_and_its_structure_and_ranges_are_che
     let (model, out) = (folder.path().join("model"), folder.path().join("out"));
     write_llama(&model);
     let source = open(&model, OpenOptions::default()).unwrap();
-    for group in [Group::K(64), Group::K(128), Group::Channel] {
+    for group in [Group::Channel, Group::K(128), Group::K(64)] {
         let options = QuantizeOptions { group: Some(group), ..Default::default() };
         Plan::new(source.as_ref(), &options).unwrap().run(&out, true, &()).unwrap();
         let before = Checkpoint::open(&out).unwrap();
@@ -365,9 +368,13 @@ fn a_folder_that_lost_its_checksums_is_read_and_its_structure_and_ranges_are_che
     let problems = verify(&Checkpoint::open(&out).unwrap(), None, &()).unwrap().problems;
     assert!(problems.len() == 2, "{problems:?}");
     // Shapes that do not fit one another.
-    for (part, shape) in
-        [("weight_codes", 0), ("weight_codes", 2), ("weight_pairs", 1), ("weight_pairs", 2), ("weight_scales", 0)]
-    {
+    for (part, shape) in [
+        ("weight_codes", 0),
+        ("weight_codes", 2),
+        ("weight_pairs", 1),
+        ("weight_pairs", 2),
+        ("weight_scales", 0),
+    ] {
         let copy = folder.path().join("copy");
         fs::create_dir(&copy).unwrap();
         for file in ["model.safetensors", "config.json"] {

@@ -55,6 +55,11 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "ALPHA")]
     smooth: Option<Smoothing>,
 
+    /// Rotate the residual stream by Hadamard matrices, which spread outliers, folded into the weights of LLaMA, Mistral and Qwen2 models;
+    /// embedding, norms and head change too, and a head that is tied to the embedding becomes a tensor of its own
+    #[arg(long, conflicts_with = "smooth")]
+    rotate: bool,
+
     /// Quantize modules that fit this pattern although they are kept by default, such as "lm_head"
     #[arg(long, value_name = "GLOB")]
     include: Vec<String>,
@@ -81,7 +86,9 @@ pub(super) struct Arguments {
 }
 
 pub(super) fn run(arguments: &Arguments) -> anyhow::Result<Report> {
-    let source = open(&arguments.model, OpenOptions { dequantized: arguments.dequantized })?;
+    let opened = open(&arguments.model, OpenOptions { dequantized: arguments.dequantized })?;
+    let rotated = arguments.rotate.then(|| Rotated::new(opened.as_ref())).transpose()?;
+    let source = rotated.as_ref().map_or(opened.as_ref(), |rotated| rotated as &dyn Source);
     let options = QuantizeOptions {
         method: arguments.method,
         group: arguments.group,
@@ -89,11 +96,11 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<Report> {
         calibration: arguments.moments.as_ref().map(Calibration::open).transpose()?.map(Arc::new),
         smoothing: arguments.smooth,
     };
-    let plan = Plan::new(source.as_ref(), &options)?;
-    let mut result = described(source.as_ref(), &plan);
+    let plan = Plan::new(source, &options)?;
+    let mut result = described(source, &plan);
     if arguments.dry_run {
         let mut text = if arguments.json { String::new() } else { table(plan.layers()) };
-        text.push_str(&totals(source.as_ref(), plan.layers()));
+        text.push_str(&totals(source, plan.layers()));
         return Ok(if arguments.json { json_report(&result, true) } else { Report { text, success: true } });
     }
     let Some(output) = &arguments.output else { bail!("give the folder to write with --output") };
@@ -115,7 +122,7 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<Report> {
         }
         text.push_str(&table.render());
     }
-    text.push_str(&totals(source.as_ref(), plan.layers()));
+    text.push_str(&totals(source, plan.layers()));
     if summary.resumed_shards > 0 {
         writeln!(text, "resumed    {} shards were there already", summary.resumed_shards)?;
     }

@@ -471,7 +471,7 @@ fn floats(codes: Vec<u8>) -> Vec<f32> {
 }
 
 /// Transposes `[rows, columns]`.
-fn transposed(values: &[f32], rows: usize, columns: usize) -> Vec<f32> {
+pub(crate) fn transposed(values: &[f32], rows: usize, columns: usize) -> Vec<f32> {
     words::matrix(columns, rows, |column, row| values[row * columns + column])
 }
 

@@ -10,6 +10,9 @@
 //! | `P.smoothing` | F32 | `[k]` | optional: activations are divided by it |
 //! | `P.input_permutation` | I32 | `[k]` | optional: packed column `j` multiplies activation `input_permutation[j]` |
 //!
+//! The configuration says of smoothing vectors that are folded into other tensors which modules and which tensor they belong to
+//! (`smoothing.folded`), and of a rotated model the channels of a block (`rotation.block`).
+//!
 //! A shard's metadata hold the entry `liquidgemm`, a JSON text with the version, n, k, group and checksum of every
 //! matrix, and the checksum of every other tensor.
 //!

@@ -8,10 +8,13 @@ mod common;
 
 use std::fs;
 use std::path::Path;
+use std::sync::Arc;
 
 use common::{Tensor, bf16_tensor, f32_tensor, i32_tensor, safetensors_bytes};
-use liquidgemm_checkpoint::{Axis, Checkpoint, OpenOptions, Plan, QuantizeOptions, open, verify};
-use serde_json::json;
+use liquidgemm_checkpoint::{
+    Axis, Calibration, Checkpoint, Method, Model, OpenOptions, Plan, QuantizeOptions, Smoothing, open, verify,
+};
+use serde_json::{Value, json};
 
 /// Changes of a file: position, kind, byte.
 type Changes = Vec<(u16, u8, u8)>;
@@ -91,20 +94,73 @@ fn fuzz_packed_checkpoints() {
     fs::write(&file, safetensors_bytes(&tensors)).unwrap();
     let source = open(&file, OpenOptions::default()).unwrap();
     Plan::new(source.as_ref(), &QuantizeOptions::default()).unwrap().run(&out, false, &()).unwrap();
-    let files =
-        ["model.safetensors", "config.json"].map(|name| (out.join(name), fs::read(out.join(name)).unwrap()));
-    bolero::check!().with_type::<(bool, Changes)>().cloned().for_each(|(is_config, changes)| {
-        for (index, (path, bytes)) in files.iter().enumerate() {
-            let changes = if (index == 1) == is_config { &changes[..] } else { &[] };
-            fs::write(path, damage(bytes, 900, changes)).unwrap();
+    let shard = fs::read(out.join("model.safetensors")).unwrap();
+    // The same without metadata, as another program saves it.
+    let saved: Vec<Tensor> = safetensors::SafeTensors::deserialize(&shard)
+        .unwrap()
+        .iter()
+        .map(|(name, tensor)| {
+            (name.to_owned(), tensor.dtype(), tensor.shape().to_vec(), tensor.data().to_vec())
+        })
+        .collect();
+    let saved = safetensors_bytes(&saved);
+    let mut config: Value = serde_json::from_slice(&fs::read(out.join("config.json")).unwrap()).unwrap();
+    config["quantization_config"]["smoothing"] =
+        json!({"folded": [{"modules": ["a"], "into": "b"}, {"modules": ["b"], "into": "a"}]});
+    let config = config.to_string().into_bytes();
+    let folded =
+        safetensors_bytes(&[f32_tensor("a", &[140], &[2.0; 140]), f32_tensor("b", &[130], &[2.0; 130])]);
+    bolero::check!().with_type::<(u8, bool, Changes)>().cloned().for_each(|(which, is_saved, changes)| {
+        let files = [
+            ("model.safetensors", if is_saved { &saved } else { &shard }, 900),
+            ("config.json", &config, 900),
+            ("liquidgemm_folded_smoothing", &folded, 200),
+        ];
+        for (index, (name, bytes, header)) in files.into_iter().enumerate() {
+            let changes = if which as usize % files.len() == index { &changes[..] } else { &[] };
+            fs::write(out.join(name), damage(bytes, header, changes)).unwrap();
         }
         let Ok(checkpoint) = Checkpoint::open(&out) else { return };
         verify(&checkpoint, None, &()).unwrap();
+        verify(&checkpoint, Some(&Model::open(&file).unwrap()), &()).map(drop).ok();
         for module in checkpoint.modules() {
             checkpoint.packed(module.name).map(drop).ok();
             checkpoint.linear(module.name).map(drop).ok();
             checkpoint.packed_shard(module.name, Axis::N, 1, 2).map(drop).ok();
             checkpoint.packed_shard(module.name, Axis::K, 0, 2).map(drop).ok();
+        }
+    });
+}
+
+#[test]
+fn fuzz_calibrations() {
+    let folder = tempfile::tempdir().unwrap();
+    let (model, file, out) =
+        (folder.path().join("a.safetensors"), folder.path().join("inputs"), folder.path().join("out"));
+    fs::write(&model, safetensors_bytes(&[bf16_tensor("a.weight", &[64, 64], 1)])).unwrap();
+    let captured = safetensors_bytes(&[f32_tensor("a", &[3, 64], &[0.5; 192])]);
+    let tensors = [
+        f32_tensor("s.mean_square", &[64], &[1.0; 64]),
+        f32_tensor("s.absmax", &[64], &[2.0; 64]),
+        f32_tensor("s.hessian", &[64, 64], &(0..4096).map(|i| f32::from(i % 65 == 0)).collect::<Vec<_>>()),
+    ];
+    let views = tensors.iter().map(|(name, dtype, shape, bytes)| {
+        (name, safetensors::tensor::TensorView::new(*dtype, shape.clone(), bytes).unwrap())
+    });
+    let entry = r#"{"version": 1, "tokens": {"s": 3}, "layers": {"a": "s"}}"#.to_owned();
+    let metadata = std::collections::HashMap::from([("liquidgemm-calibration".to_owned(), entry)]);
+    let statistics = safetensors::serialize(views, Some(metadata)).unwrap();
+    bolero::check!().with_type::<(u8, Changes)>().cloned().for_each(|(kind, changes)| {
+        let bytes = if kind % 2 == 0 { &captured } else { &statistics };
+        fs::write(&file, damage(bytes, 500, &changes)).unwrap();
+        let Ok(calibration) = Calibration::open(&file) else { return };
+        let method = if kind & 2 == 0 { Method::Search } else { Method::Gptq };
+        let smoothing = (kind & 4 == 0).then_some(Smoothing::Auto);
+        let calibration = Some(Arc::new(calibration));
+        let options = QuantizeOptions { method, smoothing, calibration, ..Default::default() };
+        let source = open(&model, OpenOptions::default()).unwrap();
+        if let Ok(plan) = Plan::new(source.as_ref(), &options) {
+            plan.run(&out, true, &()).map(drop).ok();
         }
     });
 }

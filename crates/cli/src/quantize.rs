@@ -7,7 +7,7 @@ use std::sync::Arc;
 use anyhow::bail;
 use liquidgemm::Group;
 use liquidgemm_checkpoint::{
-    Calibration, DequantizedType, Fate, Layer, Method, OpenOptions, Patterns, Plan, QuantizeOptions,
+    Calibration, DequantizedType, Fate, Layer, Method, OpenOptions, Patterns, Plan, QuantizeOptions, Rotated,
     Smoothing, Source, open,
 };
 use serde_json::{Value, json};

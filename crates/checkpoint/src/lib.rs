@@ -7,6 +7,7 @@
 //! | task | start at |
 //! |---|---|
 //! | quantize a model | [`open`], [`Plan::new`], [`Plan::run`] |
+//! | rotate a model before it is quantized | [`Rotated::new`], and [`Plan::new`] with it |
 //! | load a packed layer | [`Checkpoint::open`], [`Checkpoint::linear`] |
 //! | load a rank's part of a layer | [`Checkpoint::packed_shard`] |
 //! | check a packed model, also against its original | [`verify`] |

@@ -192,7 +192,7 @@ fn totals(source: &dyn Source, layers: &[Layer]) -> String {
         layers.iter().filter(|layer| matches!(layer.fate, Fate::Packed { .. })).collect();
     let weights: f64 =
         packed.iter().map(|layer| layer.shape.iter().map(|&side| side as f64).product::<f64>()).sum();
-    let after: f64 = packed.iter().map(|layer| layer.bytes_after as f64).sum();
+    let after = packed.iter().map(|layer| layer.bytes_after).sum::<u64>() as f64;
     let kept = layers.iter().filter(|layer| matches!(layer.fate, Fate::Kept(_))).count();
     let sum = |of: fn(&Layer) -> u64| layers.iter().map(|layer| of(layer) as f64).sum::<f64>();
     let (all_before, all_after) = (sum(|layer| layer.bytes_before), sum(|layer| layer.bytes_after));

@@ -111,6 +111,14 @@ pub(crate) fn is_packed_folder(path: &Path) -> bool {
     read_json(&path.join("config.json")).is_ok_and(|config| own_config(&config).is_some())
 }
 
+/// Returns whether a folder is a packed checkpoint with packed modules. Without any it is a model in floating point.
+pub(crate) fn has_packed_modules(path: &Path) -> bool {
+    let has_modules = |own: &Map<String, Value>| {
+        own.get("quantized_modules").and_then(Value::as_array).is_none_or(|list| !list.is_empty())
+    };
+    read_json(&path.join("config.json")).is_ok_and(|config| own_config(&config).is_some_and(has_modules))
+}
+
 fn own_config(config: &Map<String, Value>) -> Option<&Map<String, Value>> {
     let own = config.get(CONFIG_KEY)?.as_object()?;
     (own.get("quant_method").and_then(Value::as_str) == Some(METHOD)).then_some(own)

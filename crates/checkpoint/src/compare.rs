@@ -8,7 +8,7 @@ use liquidgemm_format::brick::BRICK_CHANNELS;
 use rayon::prelude::*;
 use serde_json::Map;
 
-use crate::checkpoint::{Checkpoint, Module, is_packed_folder};
+use crate::checkpoint::{Checkpoint, Module, has_packed_modules};
 use crate::error::Result;
 use crate::progress::Progress;
 use crate::source::{self, OpenOptions, Source};
@@ -56,7 +56,7 @@ impl Model {
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let is_packed = if path.is_dir() {
-            is_packed_folder(path)
+            has_packed_modules(path)
         } else {
             TensorFile::open(path).is_ok_and(|file| file.metadata().contains_key(crate::format::METHOD))
         };

@@ -74,6 +74,21 @@ fn a_tied_head_becomes_a_tensor_of_its_own_and_verify_rotates_the_original_alike
     let verified = verify(&checkpoint, Some(&Model::open(&model).unwrap()), &()).unwrap();
     assert_eq!(verified.problems, Vec::<String>::new());
     assert!(verified.modules.iter().all(|module| (0.01..0.12).contains(&module.1.unwrap().relative)));
+    // Rotated without being quantized, it is a model like any other.
+    let float = folder.path().join("float");
+    let mut keep = QuantizeOptions::default();
+    keep.patterns.exclude.push("*".to_owned());
+    Plan::new(&rotated, &keep).unwrap().run(&float, false, &()).unwrap();
+    let source_of_again = open(&float, OpenOptions::default()).unwrap();
+    let again = folder.path().join("again");
+    Plan::new(source_of_again.as_ref(), &QuantizeOptions::default())
+        .unwrap()
+        .run(&again, false, &())
+        .unwrap();
+    let again = Checkpoint::open(&again).unwrap();
+    assert_eq!(again.modules().count(), 7);
+    let verified = verify(&again, Some(&Model::open(&float).unwrap()), &()).unwrap();
+    assert_eq!(verified.problems, Vec::<String>::new());
     // Rows are the same in blocks of any size.
     for (tensor, info) in rotated.tensors().iter().enumerate().filter(|(_, info)| info.shape.len() == 2) {
         let (rows, columns) = (info.rows(), info.columns());

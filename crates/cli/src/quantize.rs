@@ -56,7 +56,8 @@ pub(super) struct Arguments {
     smooth: Option<Smoothing>,
 
     /// Rotate the residual stream by Hadamard matrices, which spread outliers, folded into the weights of LLaMA, Mistral and Qwen2 models;
-    /// embedding, norms and head change too, and a head that is tied to the embedding becomes a tensor of its own
+    /// embedding, norms and head change too, and a head that is tied to the embedding becomes a tensor of its own.
+    /// It does not help every model: measure it
     #[arg(long, conflicts_with = "smooth")]
     rotate: bool,
 

@@ -240,6 +240,12 @@ fn format_of(config: &Value) -> Result<Option<Format>, Problem> {
         Some("awq") => awq::check(config).map(|()| Some(Format::Awq)),
         Some("qqq") => qqq::check(config).map(|()| Some(Format::Qqq)),
         Some("qserve" | "qoq") => qserve::check(config).map(|()| Some(Format::Qserve)),
+        // Everything was kept: the weights are floating-point numbers, as those of a model that was only rotated.
+        Some("liquidgemm")
+            if config.get("quantized_modules").is_some_and(|list| *list == Value::Array(Vec::new())) =>
+        {
+            Ok(None)
+        }
         Some("liquidgemm") => refuse("this model is packed already"),
         Some("mxfp4") => refuse(
             "MXFP4 weights are floating-point codes (e2m1), which no integer scale maps to the packed format's integers",

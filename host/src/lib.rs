@@ -92,7 +92,10 @@ pub use plan::{Algorithm, GroupedPlan, GroupedProblem, Plan, Skinny, TileConfig,
 pub use problem::Problem;
 #[cfg(feature = "gptq")]
 pub use quantize::{GptqOptions, Hessian, HessianBuilder};
-pub use quantize::{InputStatistics, InputStatisticsBuilder, rotate, smoothing_auto, smoothing_vector};
+pub use quantize::{
+    InputStatistics, InputStatisticsBuilder, SMOOTHING_SAMPLE, rotate, smoothing_auto,
+    smoothing_auto_of_sample, smoothing_vector,
+};
 pub use quantize::{Inputs, Method, OutputError, QuantizeOptions};
 
 /// The activation function of a gated operation.

@@ -5,7 +5,7 @@
 >>> model = AutoModelForCausalLM.from_pretrained("folder", dtype="bfloat16")  # doctest: +SKIP
 
 Each quantized linear layer becomes a `liquidgemm.torch.LiquidLinear`. `save_pretrained` writes a folder that
-`from_pretrained` loads again. It has no checksums, so `liquidgemm verify` takes only the folders of `liquidgemm quantize`.
+`from_pretrained` loads again. It has no checksums: `liquidgemm verify` checks its structure and ranges, and says so.
 Written for transformers 5, and tested with 5.17.
 """
 

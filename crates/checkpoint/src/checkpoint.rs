@@ -12,8 +12,12 @@ use xxhash_rust::xxh3::Xxh3;
 
 use crate::error::{CheckpointError, Problem, Result, weights_error};
 use crate::files::{Folder, read_json};
-use crate::format::{CONFIG_KEY, METHOD, Matrix, MatrixMetadata, Part, ShardMetadata, VERSION, digits};
+use crate::format::{
+    CONFIG_KEY, FOLDED_FILE, METHOD, Matrix, MatrixMetadata, Part, ROTATION_KEY, SMOOTHING_KEY,
+    ShardMetadata, VERSION, digits,
+};
 use crate::number::{decode, is_weight_type};
+use crate::smooth::FoldedVector;
 use crate::source::shard_names;
 use crate::tensor_file::{FileTensor, TensorFile};
 
@@ -25,6 +29,7 @@ pub struct Checkpoint {
     files: Vec<TensorFile>,
     modules: BTreeMap<String, Packed>,
     tensors: BTreeMap<String, Kept>,
+    folded: Folded,
 }
 
 /// A packed module.
@@ -34,7 +39,7 @@ struct Packed {
     matrix: Matrix,
     /// In the order of [`Part::ALL`].
     parts: [Option<FileTensor>; 5],
-    checksum: String,
+    checksum: Option<String>,
 }
 
 /// Any other tensor.
@@ -42,7 +47,24 @@ struct Packed {
 struct Kept {
     file: usize,
     tensor: FileTensor,
-    checksum: String,
+    checksum: Option<String>,
+}
+
+/// Smoothing vectors that are folded into other tensors.
+#[derive(Debug, Default)]
+struct Folded {
+    /// From the module whose columns are multiplied by a vector to the vector's name.
+    columns: BTreeMap<String, String>,
+    /// From the module or norm that is divided by a vector to the vector's name.
+    divided: BTreeMap<String, String>,
+    /// `None` if there is no such file.
+    file: Option<TensorFile>,
+}
+
+/// What a folder's configuration says of its modules. Files of other programs have no description of their own.
+struct Listed {
+    modules: BTreeSet<String>,
+    group: Group,
 }
 
 /// A packed module of a [`Checkpoint`].
@@ -89,6 +111,14 @@ pub(crate) fn is_packed_folder(path: &Path) -> bool {
     read_json(&path.join("config.json")).is_ok_and(|config| own_config(&config).is_some())
 }
 
+/// Returns whether a folder is a packed checkpoint with packed modules. Without any it is a model in floating point.
+pub(crate) fn has_packed_modules(path: &Path) -> bool {
+    let has_modules = |own: &Map<String, Value>| {
+        own.get("quantized_modules").and_then(Value::as_array).is_none_or(|list| !list.is_empty())
+    };
+    read_json(&path.join("config.json")).is_ok_and(|config| own_config(&config).is_some_and(has_modules))
+}
+
 fn own_config(config: &Map<String, Value>) -> Option<&Map<String, Value>> {
     let own = config.get(CONFIG_KEY)?.as_object()?;
     (own.get("quant_method").and_then(Value::as_str) == Some(METHOD)).then_some(own)
@@ -97,12 +127,15 @@ fn own_config(config: &Map<String, Value>) -> Option<&Map<String, Value>> {
 impl Checkpoint {
     /// Opens a folder that [`Plan::run`](crate::Plan::run) wrote, or one shard of it. Reads and checks all headers.
     ///
+    /// Also opens such a folder that another program has saved again, as `save_pretrained` of transformers does. Its shards
+    /// have lost their checksums and the length of K: k is then a multiple of 64, unless a smoothing vector or a permutation tells it.
+    ///
     /// # Errors
     /// [`CheckpointError::Input`] with the first problem found.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         if !path.is_dir() {
-            return Self::assemble(path, Map::new(), vec![TensorFile::open(path)?]);
+            return Self::assemble(path, Map::new(), vec![TensorFile::open(path)?], None);
         }
         let folder = Folder::open(path)?;
         let config_path = folder.file(Path::new("config.json"))?;
@@ -127,48 +160,80 @@ impl Checkpoint {
         let listed = listed.and_then(|list| list.iter().map(Value::as_str).collect::<Option<BTreeSet<_>>>());
         let reason = format!("{CONFIG_KEY} has no list \"quantized_modules\"");
         let listed = listed.ok_or_else(|| Problem::Json { reason }.at(&config_path))?;
-        let listed: BTreeSet<String> = listed.into_iter().map(str::to_owned).collect();
-        let checkpoint = Self::assemble(path, config, files)?;
+        let modules: BTreeSet<String> = listed.into_iter().map(str::to_owned).collect();
+        let group = own.get("group").and_then(Value::as_str).and_then(|group| group.parse().ok());
+        let listed = Listed { modules, group: group.unwrap_or_default() };
+        let folded =
+            Folded::open(&folder, own).map_err(|reason| Problem::Json { reason }.at(&config_path))??;
+        let mut checkpoint = Self::assemble(path, config, files, Some(&listed))?;
+        checkpoint.folded = folded;
         let present: BTreeSet<String> = checkpoint.modules.keys().cloned().collect();
-        if let Some(name) = listed.symmetric_difference(&present).next() {
+        if let Some(name) = listed.modules.symmetric_difference(&present).next() {
             let reason = format!("{CONFIG_KEY} and the shards do not agree whether {name:?} is quantized");
             return Err(Problem::Json { reason }.at(&config_path));
         }
         Ok(checkpoint)
     }
 
-    fn assemble(path: &Path, config: Map<String, Value>, files: Vec<TensorFile>) -> Result<Self> {
+    fn assemble(
+        path: &Path,
+        config: Map<String, Value>,
+        files: Vec<TensorFile>,
+        listed: Option<&Listed>,
+    ) -> Result<Self> {
         let mut checkpoint = Self {
             path: path.to_owned(),
             config,
             files: Vec::new(),
             modules: BTreeMap::new(),
             tensors: BTreeMap::new(),
+            folded: Folded::default(),
         };
         for (index, file) in files.iter().enumerate() {
-            checkpoint.add(index, file).map_err(|problem| problem.at(file.path()))?;
+            checkpoint.add(index, file, listed).map_err(|problem| problem.at(file.path()))?;
         }
         checkpoint.files = files;
         Ok(checkpoint)
     }
 
     /// Adds the contents of one shard.
-    fn add(&mut self, index: usize, file: &TensorFile) -> Result<(), Problem> {
-        let text = file.metadata().get(METHOD).ok_or_else(|| Problem::Unsupported {
-            what: format!("the file's metadata have no entry {METHOD:?}"),
-            remedy: "packed shards are made with `liquidgemm quantize`",
-        })?;
-        let metadata = parse_metadata(text)?;
+    fn add(&mut self, index: usize, file: &TensorFile, listed: Option<&Listed>) -> Result<(), Problem> {
         let mut tensors: BTreeMap<&str, &FileTensor> =
             file.tensors().iter().map(|tensor| (tensor.name.as_str(), tensor)).collect();
-        for (module, MatrixMetadata { n, k, group, checksum }) in metadata.matrices {
-            let bad = |reason: String| Problem::tensor(&module, reason);
-            let parsed: Group = group.parse().map_err(|error: liquidgemm::Error| bad(error.to_string()))?;
-            if parsed.to_string() != group {
-                return Err(bad(format!("has the group {group:?}, not written as {:?}", parsed.to_string())));
+        let mut matrices = Vec::new();
+        let mut checksums = None;
+        match (file.metadata().get(METHOD), listed) {
+            (Some(text), _) => {
+                let metadata = parse_metadata(text)?;
+                for (module, MatrixMetadata { n, k, group, checksum }) in metadata.matrices {
+                    let bad = |reason: String| Problem::tensor(&module, reason);
+                    let parsed: Group =
+                        group.parse().map_err(|error: liquidgemm::Error| bad(error.to_string()))?;
+                    if parsed.to_string() != group {
+                        let parsed = parsed.to_string();
+                        return Err(bad(format!("has the group {group:?}, not written as {parsed:?}")));
+                    }
+                    matrices.push((module, Matrix { n, k, group: parsed }, Some(checksum)));
+                }
+                checksums = Some(metadata.tensors);
             }
-            let matrix = Matrix { n, k, group: parsed };
-            matrix.check().map_err(|error| bad(error.to_string()))?;
+            (None, Some(listed)) => {
+                for module in &listed.modules {
+                    if let Some(codes) = tensors.get(Part::Codes.name(module).as_str()) {
+                        let matrix = matrix_of_shapes(module, codes, &tensors, listed.group)?;
+                        matrices.push((module.clone(), matrix, None));
+                    }
+                }
+            }
+            (None, None) => {
+                return Err(Problem::Unsupported {
+                    what: format!("the file's metadata have no entry {METHOD:?}"),
+                    remedy: "packed shards are made with `liquidgemm quantize`",
+                });
+            }
+        }
+        for (module, matrix, checksum) in matrices {
+            matrix.check().map_err(|error| Problem::tensor(&module, error.to_string()))?;
             let mut parts = [const { None }; 5];
             for (part, slot) in Part::ALL.into_iter().zip(&mut parts) {
                 let name = part.name(&module);
@@ -191,10 +256,14 @@ impl Checkpoint {
                 return Err(Problem::Twice { name: module, other: format!("shard {}", other.file + 1) });
             }
         }
-        let mut checksums = metadata.tensors;
         for (name, tensor) in tensors {
-            let missing = || Problem::tensor(name, "has no checksum in the file's metadata");
-            let checksum = checksums.remove(name).ok_or_else(missing)?;
+            let checksum = match &mut checksums {
+                None => None,
+                Some(checksums) => {
+                    let missing = || Problem::tensor(name, "has no checksum in the file's metadata");
+                    Some(checksums.remove(name).ok_or_else(missing)?)
+                }
+            };
             let kept = Kept { file: index, tensor: tensor.clone(), checksum };
             if let Some(other) = self.tensors.insert(name.to_owned(), kept) {
                 return Err(Problem::Twice {
@@ -203,10 +272,33 @@ impl Checkpoint {
                 });
             }
         }
-        match checksums.into_keys().next() {
+        match checksums.unwrap_or_default().into_keys().next() {
             Some(name) => Err(Problem::Missing { name }),
             None => Ok(()),
         }
+    }
+
+    /// Returns the number of modules and other tensors that have no checksum, because another program has saved them.
+    pub fn without_checksum(&self) -> usize {
+        let modules = self.modules.values().filter(|packed| packed.checksum.is_none()).count();
+        modules + self.tensors.values().filter(|kept| kept.checksum.is_none()).count()
+    }
+
+    /// Returns whether the residual stream of the model is rotated.
+    pub(crate) fn is_rotated(&self) -> bool {
+        own_config(&self.config).is_some_and(|own| own.contains_key(ROTATION_KEY))
+    }
+
+    /// Returns the vector that multiplies the columns of a module, if it is not stored but folded into the layer before: `[k]`.
+    pub(crate) fn folded_columns(&self, module: &str) -> Result<Option<Vec<f32>>> {
+        let Some(vector) = self.folded.columns.get(module) else { return Ok(None) };
+        self.folded.read(vector, self.find(module)?.matrix.k, &self.path).map(Some)
+    }
+
+    /// Returns the vector that divides the rows of a module, or the weight of a norm, or their bias: `[length]`.
+    pub(crate) fn folded_divisors(&self, name: &str, length: usize) -> Result<Option<Vec<f32>>> {
+        let Some(vector) = self.folded.divided.get(name) else { return Ok(None) };
+        self.folded.read(vector, length, &self.path).map(Some)
     }
 
     /// Returns the path that was opened.
@@ -451,20 +543,19 @@ impl Checkpoint {
 
     fn check_sum(&self, module: &str, packed: &Packed, hashes: Vec<String>) -> Result<()> {
         let computed = packed.matrix.checksum(VERSION, hashes);
-        self.compare_sums(module, packed.file, &packed.checksum, computed)
+        self.compare_sums(module, packed.file, packed.checksum.as_deref(), computed)
     }
 
     /// Fails unless this is the checksum of a tensor that is not packed.
     pub(crate) fn check_tensor_sum(&self, name: &str, computed: String) -> Result<()> {
         let kept =
             self.tensors.get(name).ok_or_else(|| CheckpointError::NoTensor { tensor: name.to_owned() })?;
-        self.compare_sums(name, kept.file, &kept.checksum, computed)
+        self.compare_sums(name, kept.file, kept.checksum.as_deref(), computed)
     }
 
-    fn compare_sums(&self, name: &str, file: usize, found: &str, computed: String) -> Result<()> {
-        if found == computed {
-            return Ok(());
-        }
+    /// What has no checksum passes.
+    fn compare_sums(&self, name: &str, file: usize, found: Option<&str>, computed: String) -> Result<()> {
+        let Some(found) = found.filter(|&found| found != computed) else { return Ok(()) };
         let problem = Problem::Checksum { name: name.to_owned(), found: found.to_owned(), computed };
         Err(problem.at(self.files[file].path()))
     }
@@ -497,6 +588,87 @@ impl Checkpoint {
         let Some(tensor) = packed.part(part) else { return Ok(None) };
         Ok(Some(self.files[packed.file].read_all(tensor)?))
     }
+}
+
+impl Folded {
+    /// Reads what the configuration says of folded vectors, and opens their file. The outer error is one of the configuration.
+    fn open(folder: &Folder, own: &Map<String, Value>) -> Result<Result<Self>, String> {
+        let Some(list) = own.get(SMOOTHING_KEY).and_then(|smoothing| smoothing.get("folded")) else {
+            return Ok(Ok(Self::default()));
+        };
+        let list: Vec<FoldedVector> = serde_json::from_value(list.clone())
+            .map_err(|error| format!("the list of folded smoothing vectors is not valid: {error}"))?;
+        let mut folded = Self::default();
+        for FoldedVector { modules, into } in list {
+            let Some(vector) = modules.first().cloned() else { continue };
+            folded.divided.insert(into, vector.clone());
+            folded.columns.extend(modules.into_iter().map(|module| (module, vector.clone())));
+        }
+        if folder.has(FOLDED_FILE) {
+            match folder.file(Path::new(FOLDED_FILE)).and_then(|path| TensorFile::open(&path)) {
+                Ok(file) => folded.file = Some(file),
+                Err(error) => return Ok(Err(error)),
+            }
+        }
+        Ok(Ok(folded))
+    }
+
+    fn read(&self, name: &str, length: usize, folder: &Path) -> Result<Vec<f32>> {
+        let Some(file) = &self.file else {
+            let what =
+                format!("smoothing vectors are folded into other tensors, and {FOLDED_FILE} is missing");
+            let remedy = "comparing with another model needs that file too";
+            return Err(Problem::Unsupported { what, remedy }.at(folder));
+        };
+        let bad = |reason: String| Problem::tensor(name, reason).at(file.path());
+        let tensor = file.tensors().iter().find(|tensor| tensor.name == name);
+        let tensor = tensor.ok_or_else(|| bad("is missing".to_owned()))?;
+        if tensor.dtype != Dtype::F32 || tensor.shape != [length] {
+            let reason = format!("is {:?} {:?}; F32 [{length}] expected", tensor.dtype, tensor.shape);
+            return Err(bad(reason));
+        }
+        let vector = floats(&file.read_all(tensor)?);
+        match vector.iter().find(|factor| !(factor.is_finite() && **factor > 0.0)) {
+            Some(factor) => Err(bad(format!("has the factor {factor}; factors are finite and positive"))),
+            None => Ok(vector),
+        }
+    }
+}
+
+/// Returns the sizes of a module by the shapes of its tensors. `usual` is the group of most modules.
+fn matrix_of_shapes(
+    module: &str,
+    codes: &FileTensor,
+    tensors: &BTreeMap<&str, &FileTensor>,
+    usual: Group,
+) -> Result<Matrix, Problem> {
+    let shape = |part: Part| tensors.get(part.name(module).as_str()).map(|tensor| &tensor.shape[..]);
+    let missing = |part: Part| Problem::Missing { name: part.name(module) };
+    let bad = |part: Part| {
+        let found = shape(part).unwrap_or_default();
+        Problem::tensor(
+            &part.name(module),
+            format!("has the shape {found:?}, which is none of packed weights"),
+        )
+    };
+    let &[n] = shape(Part::Scales).ok_or_else(|| missing(Part::Scales))? else {
+        return Err(bad(Part::Scales));
+    };
+    let &[_, groups, _] = shape(Part::Pairs).ok_or_else(|| missing(Part::Pairs))? else {
+        return Err(bad(Part::Pairs));
+    };
+    let &[_, k_blocks, _] = &codes.shape[..] else { return Err(bad(Part::Codes)) };
+    let exact = [Part::Smoothing, Part::InputPermutation].into_iter().find_map(|part| match shape(part) {
+        Some(&[k]) => Some(k),
+        _ => None,
+    });
+    let k = exact.unwrap_or_else(|| k_blocks.saturating_mul(BRICK_K));
+    let fits = |group: Group| group.count(k).is_ok_and(|count| count == groups);
+    let blocks = k_blocks.checked_div(groups).map(|_| k_blocks.div_ceil(groups)).unwrap_or(0);
+    let found = [usual, Group::Channel, Group::K(blocks.saturating_mul(BRICK_K))]
+        .into_iter()
+        .find(|&group| fits(group));
+    found.map(|group| Matrix { n, k, group }).ok_or_else(|| bad(Part::Pairs))
 }
 
 impl Packed {

@@ -8,7 +8,7 @@ use liquidgemm_format::brick::BRICK_CHANNELS;
 use rayon::prelude::*;
 use serde_json::Map;
 
-use crate::checkpoint::{Checkpoint, Module, is_packed_folder};
+use crate::checkpoint::{Checkpoint, Module, has_packed_modules};
 use crate::error::Result;
 use crate::progress::Progress;
 use crate::source::{self, OpenOptions, Source};
@@ -56,7 +56,7 @@ impl Model {
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let is_packed = if path.is_dir() {
-            is_packed_folder(path)
+            has_packed_modules(path)
         } else {
             TensorFile::open(path).is_ok_and(|file| file.metadata().contains_key(crate::format::METHOD))
         };
@@ -81,23 +81,21 @@ impl Model {
                 let packed = checkpoint.modules();
                 packed.map(|module| (module.name.to_owned(), Reader::packed(checkpoint, module))).collect()
             }
-            Model::Source(source) => {
-                let tensors = source.tensors().iter().enumerate();
-                let matrices = tensors.filter(|(_, tensor)| tensor.is_readable && tensor.shape.len() == 2);
-                matrices
-                    .filter_map(|(index, tensor)| {
-                        let module = tensor.name.strip_suffix(".weight")?;
-                        let reader = Reader::Source {
-                            source: source.as_ref(),
-                            tensor: index,
-                            shape: [tensor.shape[0], tensor.shape[1]],
-                        };
-                        Some((module.to_owned(), reader))
-                    })
-                    .collect()
-            }
+            Model::Source(source) => source_readers(source.as_ref()),
         }
     }
+}
+
+/// Returns readers of all matrices of a source by module.
+pub(crate) fn source_readers(source: &dyn Source) -> BTreeMap<String, Reader<'_>> {
+    let tensors = source.tensors().iter().enumerate();
+    let matrices = tensors.filter(|(_, tensor)| tensor.is_readable && tensor.shape.len() == 2);
+    let readers = matrices.filter_map(|(index, tensor)| {
+        let module = tensor.name.strip_suffix(".weight")?;
+        let shape = [tensor.shape[0], tensor.shape[1]];
+        Some((module.to_owned(), Reader::Source { source, tensor: index, shape }))
+    });
+    readers.collect()
 }
 
 /// Reads the weights of one module as f32.
@@ -120,13 +118,20 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// Reads the weights of some strips, row-major: without smoothing, and in the order of the activations.
+    /// Reads the weights of some strips, row-major: without smoothing, folded or not, and in the order of the activations.
     fn strips(&self, strips: Range<usize>) -> Result<Vec<f32>> {
         let [n, k] = self.shape();
         match self {
             Reader::Packed { checkpoint, module } => {
-                let mut weights = checkpoint.block(module.name, strips)?.dequantize();
-                if let Some(smoothing) = checkpoint.smoothing(module.name)? {
+                let mut weights = checkpoint.block(module.name, strips.clone())?.dequantize();
+                if let Some(divisors) = checkpoint.folded_divisors(module.name, n)? {
+                    let divisors = &divisors[strips.start * BRICK_CHANNELS..];
+                    for (row, divisor) in weights.chunks_exact_mut(k).zip(divisors) {
+                        row.iter_mut().for_each(|weight| *weight *= divisor);
+                    }
+                }
+                let smoothing = checkpoint.smoothing(module.name)?;
+                for smoothing in [smoothing, checkpoint.folded_columns(module.name)?].into_iter().flatten() {
                     for row in weights.chunks_exact_mut(k) {
                         row.iter_mut().zip(&smoothing).for_each(|(weight, factor)| *weight /= factor);
                     }

@@ -10,6 +10,9 @@
 //! | `P.smoothing` | F32 | `[k]` | optional: activations are divided by it |
 //! | `P.input_permutation` | I32 | `[k]` | optional: packed column `j` multiplies activation `input_permutation[j]` |
 //!
+//! The configuration says of smoothing vectors that are folded into other tensors which modules and which tensor they belong to
+//! (`smoothing.folded`), and of a rotated model the channels of a block (`rotation.block`).
+//!
 //! A shard's metadata hold the entry `liquidgemm`, a JSON text with the version, n, k, group and checksum of every
 //! matrix, and the checksum of every other tensor.
 //!
@@ -31,6 +34,13 @@ pub(crate) const METHOD: &str = "liquidgemm";
 pub(crate) const VERSION: u32 = 1;
 /// The key of the configuration in config.json.
 pub(crate) const CONFIG_KEY: &str = "quantization_config";
+/// The key of what that configuration says of smoothing.
+pub(crate) const SMOOTHING_KEY: &str = "smoothing";
+/// The key of what it says of rotation.
+pub(crate) const ROTATION_KEY: &str = "rotation";
+/// The file of the smoothing vectors that are folded into other tensors: safetensors, a vector for each entry of the configuration,
+/// under the name of its first module. Only comparing with the original needs it, so its name is not that of weights.
+pub(crate) const FOLDED_FILE: &str = "liquidgemm_folded_smoothing";
 
 /// The tensors of a packed module.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

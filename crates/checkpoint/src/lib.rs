@@ -7,6 +7,7 @@
 //! | task | start at |
 //! |---|---|
 //! | quantize a model | [`open`], [`Plan::new`], [`Plan::run`] |
+//! | rotate a model before it is quantized | [`Rotated::new`], and [`Plan::new`] with it |
 //! | load a packed layer | [`Checkpoint::open`], [`Checkpoint::linear`] |
 //! | load a rank's part of a layer | [`Checkpoint::packed_shard`] |
 //! | check a packed model, also against its original | [`verify`] |
@@ -38,7 +39,9 @@ mod progress;
 mod quantize;
 mod select;
 mod shard_writer;
+mod smooth;
 mod source;
+mod structure;
 mod tensor_file;
 mod verify;
 
@@ -52,5 +55,6 @@ pub use plan::{Fate, Layer, Plan};
 pub use progress::Progress;
 pub use quantize::Summary;
 pub use select::{Kept, Patterns};
-pub use source::{DequantizedType, OpenOptions, SideContents, SideFile, Source, SourceTensor, open};
+pub use smooth::Smoothing;
+pub use source::{DequantizedType, OpenOptions, Rotated, SideContents, SideFile, Source, SourceTensor, open};
 pub use verify::{Verification, verify};

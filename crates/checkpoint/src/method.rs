@@ -9,6 +9,7 @@ use liquidgemm::{GptqOptions, Group, Hessian, InputStatistics, PackedWeights};
 use crate::calibration::Calibration;
 use crate::error::{CheckpointError, Result, weights_error};
 use crate::select::Patterns;
+use crate::smooth::Smoothing;
 
 /// A method that chooses codes and pairs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -61,8 +62,9 @@ pub struct QuantizeOptions {
     pub patterns: Patterns,
     /// Statistics of the layers' inputs.
     pub calibration: Option<Arc<Calibration>>,
-    /// Smooths the inputs: the exponent of SmoothQuant, 0 to 1. Modules with the same input share a smoothing vector.
-    pub smoothing: Option<f32>,
+    /// Smooths the inputs (SmoothQuant, arXiv 2211.10438). Modules with the same input share a smoothing vector.
+    /// In LLaMA, Mistral and Qwen2 it is folded into the norm or the layer before where that is possible, else stored.
+    pub smoothing: Option<Smoothing>,
 }
 
 impl QuantizeOptions {
@@ -75,7 +77,7 @@ impl QuantizeOptions {
         if self.calibration.is_some() && self.method == Method::Rtn && self.smoothing.is_none() {
             return refuse("rtn does not use a calibration; leave it out, or choose another method");
         }
-        if self.smoothing.is_some_and(|alpha| !(0.0..=1.0).contains(&alpha)) {
+        if matches!(self.smoothing, Some(Smoothing::Alpha(alpha)) if !(0.0..=1.0).contains(&alpha)) {
             return refuse("the exponent of smoothing must be from 0 to 1");
         }
         Ok(())
@@ -88,8 +90,8 @@ impl QuantizeOptions {
         format!("{} {:?} {calibration:?} {:?}", self.method, self.group, self.smoothing)
     }
 
-    /// Prepares to quantize a module whose inputs are divided by `smoothing`.
-    pub(crate) fn quantizer(&self, module: &str, k: usize, smoothing: Option<&[f32]>) -> Result<Quantizer> {
+    /// Prepares to quantize a module whose inputs are not those that the calibration has seen.
+    pub(crate) fn quantizer(&self, module: &str, k: usize, inputs: &ChangedInputs<'_>) -> Result<Quantizer> {
         let Some(calibration) = &self.calibration else {
             return Ok(if self.method == Method::Rtn { Quantizer::Rtn } else { Quantizer::Search(None) });
         };
@@ -97,27 +99,51 @@ impl QuantizeOptions {
             Method::Rtn => Quantizer::Rtn,
             Method::Search => {
                 let InputStatistics { mut second_moments, .. } = calibration.statistics(module, k)?;
-                if let Some(smoothing) = smoothing {
-                    second_moments
-                        .iter_mut()
-                        .zip(smoothing)
-                        .for_each(|(moment, factor)| *moment /= factor * factor);
+                for (column, moment) in second_moments.iter_mut().enumerate() {
+                    *moment *= inputs.factor(column).powi(2);
+                }
+                if let Some(block) = inputs.block {
+                    // Rotated, each of a block's channels has their mean, if they are uncorrelated.
+                    for block in second_moments.chunks_mut(block) {
+                        block.fill(block.iter().sum::<f32>() / block.len() as f32);
+                    }
                 }
                 Quantizer::Search(Some(second_moments))
             }
             Method::Gptq => {
-                let hessian = calibration.hessian(module, k)?;
-                Quantizer::Gptq(match smoothing {
-                    None => hessian,
-                    Some(smoothing) => {
-                        let scaled = hessian.values().iter().enumerate();
-                        let scaled = scaled
-                            .map(|(index, value)| value / (smoothing[index / k] * smoothing[index % k]));
-                        Hessian::new(scaled.collect(), k).map_err(weights_error(module))?
-                    }
-                })
+                let mut hessian = calibration.hessian(module, k)?;
+                if inputs.smoothing.is_some() || inputs.norm.is_some() {
+                    let factors: Vec<f32> = (0..k).map(|column| inputs.factor(column)).collect();
+                    let scaled = hessian.values().iter().enumerate();
+                    let scaled =
+                        scaled.map(|(index, value)| value * (factors[index / k] * factors[index % k]));
+                    hessian = Hessian::new(scaled.collect(), k).map_err(weights_error(module))?;
+                }
+                if let Some(block) = inputs.block {
+                    hessian = hessian.rotated(block).map_err(weights_error(module))?;
+                }
+                Quantizer::Gptq(hessian)
             }
         })
+    }
+}
+
+/// How the inputs of a module differ from those that the calibration has seen.
+pub(crate) struct ChangedInputs<'a> {
+    /// They are divided by this vector, `[k]`.
+    pub(crate) smoothing: Option<&'a [f32]>,
+    /// They lack this norm's weight, `[k]`.
+    pub(crate) norm: Option<&'a [f32]>,
+    /// They are rotated in blocks of so many channels.
+    pub(crate) block: Option<usize>,
+}
+
+impl ChangedInputs<'_> {
+    /// Returns what a channel is multiplied by. Nothing is known of a channel whose norm's weight is 0.
+    fn factor(&self, column: usize) -> f32 {
+        let divisor = |vector: Option<&[f32]>| vector.map_or(1.0, |vector| vector[column]);
+        let divisor = divisor(self.smoothing) * divisor(self.norm);
+        if divisor == 0.0 { 0.0 } else { 1.0 / divisor }
     }
 }
 

@@ -6,11 +6,12 @@ use liquidgemm::Group;
 use serde_json::{Map, Value, json};
 use xxhash_rust::xxh3::Xxh3;
 
-use crate::error::{Result, weights_error};
-use crate::format::{CONFIG_KEY, METHOD, Matrix, Part, VERSION, digits};
+use crate::error::{CheckpointError, Result, weights_error};
+use crate::format::{CONFIG_KEY, METHOD, Matrix, Part, ROTATION_KEY, SMOOTHING_KEY, VERSION, digits};
 use crate::method::{Method, QuantizeOptions};
 use crate::select::{Kept, Selection};
 use crate::shard_writer::{OutputTensor, check_names};
+use crate::smooth::{Making, Sites};
 use crate::source::{Source, SourceTensor};
 
 /// A plan to quantize a model.
@@ -18,6 +19,7 @@ pub struct Plan<'a> {
     pub(crate) source: &'a dyn Source,
     pub(crate) options: QuantizeOptions,
     layers: Vec<Layer>,
+    pub(crate) sites: Sites,
 }
 
 /// What becomes of one tensor of the source.
@@ -37,6 +39,18 @@ pub struct Layer {
     pub bytes_after: u64,
     /// What becomes of it.
     pub fate: Fate,
+    /// Whether it is divided by the smoothing vector of the layers behind it.
+    pub is_divided: bool,
+}
+
+impl Layer {
+    /// Returns the module if it is packed.
+    pub(crate) fn packed_module(&self) -> Option<&str> {
+        match &self.fate {
+            Fate::Packed { module, .. } => Some(module),
+            _ => None,
+        }
+    }
 }
 
 /// What becomes of a tensor.
@@ -66,6 +80,11 @@ impl<'a> Plan<'a> {
     /// - [`CheckpointError::Weights`](crate::CheckpointError::Weights) if a matrix cannot be packed.
     pub fn new(source: &'a dyn Source, options: &QuantizeOptions) -> Result<Self> {
         options.check()?;
+        if source.rotation().is_some() && options.smoothing.is_some() {
+            // The calibration has seen the largest inputs of the model as it was.
+            let reason = "a rotated model can't be smoothed by a calibration of the original; choose --rotate or --smooth";
+            return Err(CheckpointError::Options { reason: reason.to_owned() });
+        }
         let selection = Selection::new(source, &options.patterns)?;
         // The scales of a weight count as the weight's bytes.
         let mut scale_bytes = vec![0; source.tensors().len()];
@@ -108,6 +127,7 @@ impl<'a> Plan<'a> {
                 bytes_before: if tensor.scales_of.is_some() { 0 } else { bytes_before },
                 bytes_after,
                 fate,
+                is_divided: false,
             });
         }
         let packed: Vec<bool> =
@@ -118,7 +138,17 @@ impl<'a> Plan<'a> {
                 layer.bytes_after = 0;
             }
         }
-        let plan = Self { source, options: options.clone(), layers };
+        let sites = match options.smoothing.and(options.calibration.as_ref()) {
+            Some(calibration) => Sites::new(source, &layers, calibration),
+            None => Sites::default(),
+        };
+        for (index, layer) in layers.iter_mut().enumerate() {
+            layer.is_divided = sites.of_divided(index).is_some();
+            if sites.of_reader(index).is_some() && !sites.is_stored(index) {
+                layer.bytes_after -= 4 * layer.shape[1] as u64;
+            }
+        }
+        let plan = Self { source, options: options.clone(), layers, sites };
         let outputs = plan.outputs();
         let names = outputs.iter().zip(source.shards());
         let names =
@@ -135,6 +165,12 @@ impl<'a> Plan<'a> {
     /// Returns the names of the output's shards.
     pub fn shards(&self) -> &[String] {
         self.source.shards()
+    }
+
+    /// Returns what smoothing vectors are made from, if there are any.
+    pub(crate) fn making(&self, block_bytes: usize) -> Option<Making<'_>> {
+        let (smoothing, calibration) = self.options.smoothing.zip(self.options.calibration.as_deref())?;
+        Some(Making { source: self.source, layers: &self.layers, calibration, smoothing, block_bytes })
     }
 
     /// Returns the layers of a shard.
@@ -159,7 +195,7 @@ impl<'a> Plan<'a> {
                     for part in Part::ALL {
                         let is_present = match part {
                             Part::Codes | Part::Pairs | Part::Scales => true,
-                            Part::Smoothing => is_smoothed(&self.options, source),
+                            Part::Smoothing => self.sites.is_stored(layer.tensor),
                             Part::InputPermutation => source.permuted,
                         };
                         if is_present {
@@ -190,10 +226,14 @@ impl<'a> Plan<'a> {
 
     /// Returns the output's `config.json`.
     pub(crate) fn config(&self) -> Map<String, Value> {
-        let packed = self.layers.iter().filter_map(|layer| match &layer.fate {
-            Fate::Packed { module, .. } => Some(module.as_str()),
+        let packed = self.layers.iter().filter_map(Layer::packed_module);
+        // The group of all modules, unless another quantizer has chosen several.
+        let mut groups = self.layers.iter().filter_map(|layer| match layer.fate {
+            Fate::Packed { group, .. } => Some(group),
             _ => None,
         });
+        let first = groups.next();
+        let group = first.filter(|&first| groups.all(|group| group == first)).or(self.options.group);
         let kept =
             self.layers.iter().filter(|layer| matches!(&layer.fate, Fate::Kept(kept) if kept.is_linear()));
         let kept = kept.filter_map(|layer| layer.name.strip_suffix(".weight"));
@@ -204,10 +244,18 @@ impl<'a> Plan<'a> {
             "bits": 4,
             "activation_bits": 8,
             "method": self.options.method.to_string(),
-            "group": self.options.group.unwrap_or_default().to_string(),
+            "group": group.unwrap_or_default().to_string(),
             "quantized_modules": packed.collect::<Vec<_>>(),
             "modules_to_not_convert": kept.collect::<Vec<_>>(),
         });
+        if let Some(smoothing) = self.options.smoothing {
+            let folded: Vec<_> =
+                self.sites.folded(&self.layers).into_iter().map(|(_, folded)| folded).collect();
+            own[SMOOTHING_KEY] = json!({"exponent": smoothing.to_string(), "folded": folded});
+        }
+        if let Some(block) = self.source.rotation() {
+            own[ROTATION_KEY] = json!({"block": block});
+        }
         let mut config = self.source.config().clone();
         if let Some(before) = config.get(CONFIG_KEY) {
             // Kept fp8 tensors still follow the configuration that they came with.

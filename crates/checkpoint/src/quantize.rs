@@ -9,19 +9,22 @@ use std::ffi::OsString;
 use std::fs::{self, File, TryLockError};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use liquidgemm::{PackedWeights, smooth_weights, smoothing_vector};
+use liquidgemm::{PackedWeights, smooth_weights};
+use safetensors::tensor::{Dtype, TensorView};
 use serde_json::{Value, json};
 
 use crate::checkpoint::is_packed_folder;
 use crate::error::{CheckpointError, Result, io_error, weights_error};
 use crate::files::{is_plain_name, read_json};
-use crate::format::Part;
+use crate::format::{FOLDED_FILE, Part};
 use crate::import::{self, ImportOutcome};
-use crate::method::{Method, Quantizer};
+use crate::method::{ChangedInputs, Method, Quantizer};
 use crate::plan::{Fate, Layer, Plan, matrix_of};
 use crate::progress::Progress;
 use crate::shard_writer::{ShardWriter, TEMPORARY_PREFIX};
+use crate::smooth::encode;
 use crate::source::{INDEX, SideContents};
 
 /// The bytes of f32 weights that are quantized at a time, unless 64 channels have more.
@@ -114,6 +117,10 @@ impl Plan<'_> {
                 progress.item(&layer.name);
                 match &layer.fate {
                     Fate::Dropped => {}
+                    Fate::Kept(_) if layer.is_divided => {
+                        self.divide(layer, &mut writer, block_bytes)?;
+                        progress.advance(layer.bytes_before);
+                    }
                     Fate::Kept(_) => self.copy(layer, &mut writer, progress)?,
                     Fate::Packed { module, .. } => {
                         summary.imports.extend(self.pack(
@@ -129,6 +136,7 @@ impl Plan<'_> {
             writer.finish()?;
         }
         self.write_side_files(folder)?;
+        self.write_folded(folder, block_bytes)?;
         Ok(summary)
     }
 
@@ -145,6 +153,23 @@ impl Plan<'_> {
             progress.advance(meter.advance(count));
         }
         Ok(())
+    }
+
+    /// Writes a norm's weight or a bias that is divided by a smoothing vector, in the type that it is kept in.
+    fn divide(&self, layer: &Layer, writer: &mut ShardWriter, block_bytes: usize) -> Result<()> {
+        let tensor = &self.source.tensors()[layer.tensor];
+        let mut values = vec![0f32; tensor.columns()];
+        self.source.read_rows(layer.tensor, 0..1, &mut values)?;
+        if let Some(vector) = self.vector(self.sites.of_divided(layer.tensor), block_bytes)? {
+            values.iter_mut().zip(&*vector).for_each(|(value, factor)| *value /= factor);
+        }
+        writer.append(&layer.name, &encode(&values, tensor.kept))
+    }
+
+    /// Returns the smoothing vector of a site.
+    fn vector(&self, site: Option<usize>, block_bytes: usize) -> Result<Option<Arc<Vec<f32>>>> {
+        let (Some(site), Some(making)) = (site, self.making(block_bytes)) else { return Ok(None) };
+        self.sites.vector(site, &making).map(Some)
     }
 
     /// Quantizes a module in blocks of channels. Channels are independent, so the blocks' size changes nothing.
@@ -174,17 +199,21 @@ impl Plan<'_> {
             return Ok(Some(ImportOutcome { module: module.to_owned(), kind, error }));
         }
         let is_imported = self.source.tensors()[layer.tensor].is_imported;
-        let smoothing = if is_imported { None } else { self.smoothing(module, matrix.k, block_bytes)? };
+        let smoothing = self.vector(self.sites.of_reader(layer.tensor), block_bytes)?;
+        let divisors = self.vector(self.sites.of_divided(layer.tensor), block_bytes)?;
         let quantizer = if is_imported {
             data_free
         } else {
-            self.options.quantizer(module, matrix.k, smoothing.as_deref())?
+            let norm = self.source.norm_before(layer.tensor)?;
+            let inputs = ChangedInputs {
+                smoothing: smoothing.as_ref().map(|vector| &vector[..]),
+                block: self.source.rotation().filter(|_| norm.is_some()),
+                norm: norm.as_deref(),
+            };
+            self.options.quantizer(module, matrix.k, &inputs)?
         };
-        if let Some(smoothing) = &smoothing {
-            writer.append(
-                &names[3],
-                &smoothing.iter().flat_map(|factor| factor.to_le_bytes()).collect::<Vec<u8>>(),
-            )?;
+        if let Some(smoothing) = smoothing.as_ref().filter(|_| self.sites.is_stored(layer.tensor)) {
+            writer.append(&names[3], &encode(smoothing, Dtype::F32))?;
         }
         let block_bytes = if quantizer.wants_all_channels() { usize::MAX } else { block_bytes };
         let mut meter = Meter::new(layer.bytes_before, matrix.n);
@@ -195,43 +224,17 @@ impl Plan<'_> {
                 weights = smooth_weights(&weights, rows.len(), matrix.k, smoothing)
                     .map_err(weights_error(module))?;
             }
+            if let Some(divisors) = &divisors {
+                for (row, divisor) in weights.chunks_exact_mut(matrix.k).zip(&divisors[rows.clone()]) {
+                    row.iter_mut().for_each(|weight| *weight /= divisor);
+                }
+            }
             let packed = quantizer.quantize(&weights, rows.len(), matrix.k, group);
             let packed = packed.map_err(|error| weights_error(module)(shifted(error, rows.start)))?;
             write_packed(writer, &names, &packed)?;
             progress.advance(meter.advance(rows.len()));
         }
         Ok(None)
-    }
-
-    /// Returns the smoothing vector of a module. Modules with the same inputs have the same vector, made from the weights
-    /// of all of them, so that their activations can be quantized once.
-    fn smoothing(&self, module: &str, k: usize, block_bytes: usize) -> Result<Option<Vec<f32>>> {
-        let Some((alpha, calibration)) = self.options.smoothing.zip(self.options.calibration.as_ref()) else {
-            return Ok(None);
-        };
-        let set = calibration.set(module);
-        let mut largest = vec![0f32; k];
-        for layer in self.layers() {
-            let Fate::Packed { module: other, .. } = &layer.fate else { continue };
-            let is_imported = self.source.tensors()[layer.tensor].is_imported;
-            if is_imported || calibration.set(other) != set || layer.shape[1] != k {
-                continue;
-            }
-            for rows in blocks(layer.shape[0], k * size_of::<f32>(), block_bytes, 1) {
-                let mut weights = vec![0f32; rows.len() * k];
-                self.source.read_rows(layer.tensor, rows, &mut weights)?;
-                for row in weights.chunks_exact(k) {
-                    // NaN stays NaN, and the vector's check finds it.
-                    largest.iter_mut().zip(row).for_each(|(largest, weight)| {
-                        if weight.is_nan() || weight.abs() > *largest {
-                            *largest = weight.abs();
-                        }
-                    });
-                }
-            }
-        }
-        let statistics = calibration.statistics(module, k)?;
-        smoothing_vector(&statistics.largest, &largest, 1, k, alpha).map(Some).map_err(weights_error(module))
     }
 
     /// Writes configuration, index and the source's side files.
@@ -260,6 +263,25 @@ impl Plan<'_> {
         }
         Ok(())
     }
+
+    /// Writes the smoothing vectors that are folded into other tensors, for comparisons with the original.
+    fn write_folded(&self, folder: &Path, block_bytes: usize) -> Result<()> {
+        let mut vectors = Vec::new();
+        for (site, folded) in self.sites.folded(self.layers()) {
+            if let Some(vector) = self.vector(Some(site), block_bytes)? {
+                vectors.push((folded.modules[0].clone(), vector.len(), encode(&vector, Dtype::F32)));
+            }
+        }
+        if vectors.is_empty() {
+            return Ok(());
+        }
+        let path = folder.join(FOLDED_FILE);
+        let views = vectors.iter().map(|(name, k, bytes)| {
+            (name, TensorView::new(Dtype::F32, vec![*k], bytes).expect("bytes of [k]"))
+        });
+        let bytes = safetensors::serialize(views, None).expect("small tensors with names of their own");
+        fs::write(&path, bytes).map_err(io_error(&path, "write"))
+    }
 }
 
 /// Appends packed weights to the tensors of their module, whose names are in the order of [`Part::ALL`].
@@ -281,7 +303,7 @@ fn shifted(error: liquidgemm::Error, first: usize) -> liquidgemm::Error {
 }
 
 /// Cuts rows into blocks of about `bytes`, each a multiple of `multiple` rows but the last.
-fn blocks(
+pub(crate) fn blocks(
     rows: usize,
     row_bytes: usize,
     bytes: usize,

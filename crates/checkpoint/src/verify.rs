@@ -3,10 +3,12 @@
 use xxhash_rust::xxh3::Xxh3;
 
 use crate::checkpoint::Checkpoint;
-use crate::compare::{Difference, Model, Reader, difference};
-use crate::error::{CheckpointError, Result};
-use crate::format::digits;
+use crate::compare::{Difference, Model, Reader, difference, source_readers};
+use crate::error::{CheckpointError, Problem, Result};
+use crate::format::{Part, digits};
+use crate::number::{decode, is_weight_type};
 use crate::progress::Progress;
+use crate::source::{Rotated, Source};
 
 /// Bytes of a tensor that are read at a time.
 const READ_BYTES: u64 = 16 << 20;
@@ -18,6 +20,8 @@ pub struct Verification {
     pub modules: Vec<(String, Option<Difference>)>,
     /// Tensors that were checked beside them.
     pub tensors: usize,
+    /// Those modules and tensors among them that have no checksum: only their structure, shapes and ranges were checked.
+    pub without_checksum: usize,
     /// Everything that is wrong, one line each. Empty if the checkpoint is sound.
     pub problems: Vec<String>,
 }
@@ -34,11 +38,22 @@ pub fn verify(
     original: Option<&Model>,
     progress: &dyn Progress,
 ) -> Result<Verification> {
-    let mut result = Verification::default();
+    let mut result =
+        Verification { without_checksum: checkpoint.without_checksum(), ..Verification::default() };
     let modules: Vec<_> = checkpoint.modules().collect();
     let tensors: Vec<_> = checkpoint.tensors().collect();
     progress.begin(modules.iter().map(|m| m.bytes).chain(tensors.iter().map(|tensor| tensor.3)).sum());
-    let originals = original.map(|model| model.readers());
+    let source = match original {
+        Some(Model::Source(source)) => Some(source.as_ref()),
+        _ => None,
+    };
+    // A rotated model is compared with its original, rotated alike.
+    let rotated = source.filter(|_| checkpoint.is_rotated()).map(Rotated::new).transpose()?;
+    let source = rotated.as_ref().map(|rotated| rotated as &dyn Source).or(source);
+    let originals = match source {
+        Some(source) => Some(source_readers(source)),
+        None => original.map(|model| model.readers()),
+    };
     for module in &modules {
         progress.item(module.name);
         let mut figures = None;
@@ -71,14 +86,14 @@ pub fn verify(
         progress.item(name);
         if let Err(error) = check_tensor(checkpoint, name, bytes) {
             result.problems.push(reported(error)?);
-        } else if let Some(Model::Source(source)) = original {
+        } else if let Some(source) = source {
             match source.tensors().iter().position(|tensor| tensor.name == name) {
                 None => result.problems.push(format!("{name}: the original has no such tensor")),
-                Some(tensor) => {
-                    if !is_unchanged(checkpoint, name, bytes, source.as_ref(), tensor)? {
-                        result.problems.push(format!("{name}: it differs from the original's"));
-                    }
-                }
+                Some(tensor) => match is_as_planned(checkpoint, name, bytes, source, tensor) {
+                    Ok(true) => {}
+                    Ok(false) => result.problems.push(format!("{name}: it differs from the original's")),
+                    Err(error) => result.problems.push(reported(error)?),
+                },
             }
         }
         result.tensors += 1;
@@ -109,6 +124,10 @@ fn check_module(checkpoint: &Checkpoint, module: &str) -> Result<()> {
         let mut hash = Xxh3::new();
         smoothing.iter().for_each(|factor| hash.update(&factor.to_le_bytes()));
         sums.push(digits(&hash));
+        if let Some(bad) = smoothing.iter().find(|factor| !(factor.is_finite() && **factor > 0.0)) {
+            let reason = format!("has the factor {bad}; factors are finite and positive");
+            return Err(Problem::tensor(&Part::Smoothing.name(module), reason).at(checkpoint.path()));
+        }
     }
     if let Some(permutation) = checkpoint.input_permutation(module)? {
         let mut hash = Xxh3::new();
@@ -128,12 +147,41 @@ fn check_tensor(checkpoint: &Checkpoint, name: &str, bytes: u64) -> Result<()> {
     checkpoint.check_tensor_sum(name, digits(&hash))
 }
 
+/// Returns whether a kept tensor is that of the source, divided by a smoothing vector if one is folded into it.
+fn is_as_planned(
+    checkpoint: &Checkpoint,
+    name: &str,
+    bytes: u64,
+    source: &dyn Source,
+    tensor: usize,
+) -> Result<bool> {
+    let info = &source.tensors()[tensor];
+    let owner = [".weight", ".bias"].into_iter().find_map(|suffix| name.strip_suffix(suffix));
+    let divisors = match owner {
+        Some(owner) if info.shape.len() == 1 => checkpoint.folded_divisors(owner, info.columns())?,
+        _ => None,
+    };
+    let Some(divisors) = divisors else { return is_unchanged(checkpoint, name, bytes, source, tensor) };
+    if bytes != (info.columns() * info.kept.bitsize() / 8) as u64 || !is_weight_type(info.kept) {
+        return Ok(false);
+    }
+    let (mut theirs, mut ours, mut stored) =
+        (vec![0.0; info.columns()], vec![0.0; info.columns()], vec![0; bytes as usize]);
+    source.read_rows(tensor, 0..1, &mut theirs)?;
+    checkpoint.tensor_bytes(name, 0, &mut stored)?;
+    decode(info.kept, &stored, &mut ours);
+    // One rounding in the tensor's type.
+    let within = if info.kept.bitsize() == 32 { 1e-6 } else { 1.0 / 128.0 };
+    let expected = theirs.iter().zip(&divisors).map(|(value, divisor)| value / divisor);
+    Ok(expected.zip(ours).all(|(expected, ours)| (ours - expected).abs() <= within * expected.abs()))
+}
+
 /// Returns whether a tensor has the bytes that the source would keep.
 fn is_unchanged(
     checkpoint: &Checkpoint,
     name: &str,
     bytes: u64,
-    source: &dyn crate::Source,
+    source: &dyn Source,
     tensor: usize,
 ) -> Result<bool> {
     let info = &source.tensors()[tensor];

@@ -13,7 +13,7 @@ use liquidgemm::{
 };
 use liquidgemm_checkpoint::{
     Calibration, Checkpoint, CheckpointError, Method, Model, OpenOptions, Plan, Problem, QuantizeOptions,
-    open, verify,
+    Smoothing, open, verify,
 };
 use safetensors::tensor::TensorView;
 
@@ -56,7 +56,7 @@ fn write_calibration(path: &Path) {
 }
 
 /// A quantized layer 0 of the small LLaMA.
-fn quantized(method: Method, smoothing: Option<f32>) -> (tempfile::TempDir, Checkpoint) {
+fn quantized(method: Method, smoothing: Option<Smoothing>) -> (tempfile::TempDir, Checkpoint) {
     let folder = tempfile::tempdir().unwrap();
     let (model, file, out) =
         (folder.path().join("model"), folder.path().join("calibration"), folder.path().join("out"));
@@ -105,7 +105,7 @@ fn gptq_takes_the_hessian_of_the_inputs() {
 #[test]
 fn modules_with_the_same_inputs_share_a_smoothing_vector_and_keep_their_weights() {
     for method in [Method::Rtn, Method::Search, Method::Gptq] {
-        let (folder, checkpoint) = quantized(method, Some(0.5));
+        let (folder, checkpoint) = quantized(method, Some(Smoothing::Alpha(0.5)));
         let shared = checkpoint.smoothing(QUERY).unwrap().unwrap();
         assert_eq!(checkpoint.smoothing(UP).unwrap().unwrap(), shared);
         let mut builder = InputStatisticsBuilder::new(192).unwrap();
@@ -158,10 +158,14 @@ fn options_that_lack_or_waste_statistics_are_errors() {
     assert!(missing.to_string().contains("model.layers.1."), "{missing}");
     for options in [
         QuantizeOptions { method: Method::Gptq, ..base() },
-        QuantizeOptions { smoothing: Some(0.5), ..base() },
+        QuantizeOptions { smoothing: Some(Smoothing::Alpha(0.5)), ..base() },
         QuantizeOptions { method: Method::Rtn, calibration: calibration.clone(), ..base() },
-        QuantizeOptions { smoothing: Some(1.5), calibration: calibration.clone(), ..base() },
-        QuantizeOptions { smoothing: Some(f32::NAN), calibration, ..base() },
+        QuantizeOptions {
+            smoothing: Some(Smoothing::Alpha(1.5)),
+            calibration: calibration.clone(),
+            ..base()
+        },
+        QuantizeOptions { smoothing: Some(Smoothing::Alpha(f32::NAN)), calibration, ..base() },
     ] {
         assert!(matches!(error(options), CheckpointError::Options { .. }));
     }

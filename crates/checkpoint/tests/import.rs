@@ -6,7 +6,10 @@ mod common;
 use std::fs;
 use std::path::Path;
 
-use common::{Tensor, bf16_tensor, contents, f32_tensor, i32_tensor, numbers, safetensors_bytes, write_json};
+use common::{
+    Tensor, bf16_tensor, contents, f16_tensor, f32_tensor, i32_tensor, numbers, safetensors_bytes, write_json,
+};
+use half::f16;
 use liquidgemm::{Group, QuantizedActivations, cpu};
 use liquidgemm_checkpoint::{
     Checkpoint, CheckpointError, ImportKind, Model, OpenOptions, Plan, QuantizeOptions, Summary, open, verify,
@@ -124,6 +127,101 @@ impl Matrix {
             f32_tensor(&format!("{module}.scales"), &[groups, n], &transposed(&self.scales, n, groups)),
         ]
     }
+}
+
+/// Writers of the two formats whose layout is that of a kernel. They go through the steps of the quantizers' own packers:
+/// cut the matrix into blocks, permute the axes, and take elements in the order of the tensor core's fragments.
+impl Matrix {
+    /// Codes are 8 above the signed ones. `channel` is the part of the scales that is the channel's.
+    fn qqq(&self, module: &str, channel: &[f32]) -> Vec<Tensor> {
+        let Self { n, k, .. } = *self;
+        let groups = self.groups();
+        let by_k: Vec<u8> = (0..k * n).map(|i| self.codes[i % n * k + i / n]).collect();
+        let tiles = permuted(&by_k, &[k / 16, 16, n / 16, 16], &[0, 2, 1, 3]);
+        let mut order = Vec::new();
+        for lane in 0..32 {
+            for tile in 0..4 {
+                for half in 0..2 {
+                    for row in 0..4 {
+                        order.push(256 * tile + 16 * (4 * (lane % 4) + row) + lane / 4 + 8 * half);
+                    }
+                }
+            }
+        }
+        let of_word: [usize; 8] =
+            if groups > 1 { [0, 2, 4, 6, 1, 3, 5, 7] } else { [4, 0, 5, 1, 6, 2, 7, 3] };
+        let words: Vec<u32> = (0..n * k / 8)
+            .map(|word| {
+                let (block, first) = (word * 8 / 1024 * 1024, word * 8 % 1024);
+                (0..8).fold(0, |bits, i| {
+                    let code = u32::from(tiles[block + order[first + of_word[i]]]);
+                    let code = if groups > 1 { code } else { code.wrapping_sub(8) & 15 };
+                    bits | code << (4 * i)
+                })
+            })
+            .collect();
+        let pairs = [0, 1, 8, 9, 16, 17, 24, 25];
+        let single: Vec<usize> = (0..4).flat_map(|i| pairs.map(|j| 2 * i + j)).collect();
+        let scaled: Vec<f32> = channel.iter().map(|x| if groups > 1 { *x } else { x / 16.0 }).collect();
+        let s_channel: Vec<f32> = (0..n).map(|i| scaled[i / 32 * 32 + single[i % 32]]).collect();
+        let mut tensors = vec![
+            i32_tensor(&format!("{module}.B"), &[k / 16, 2 * n], &words),
+            f32_tensor(&format!("{module}.s_channel"), &[1, n], &s_channel),
+        ];
+        if groups > 1 {
+            let of_group = transposed(&self.scales, n, groups);
+            let of_group = of_group.iter().enumerate().map(|(i, s)| s / channel[i % n]).collect::<Vec<_>>();
+            let wide: Vec<usize> = (0..8).flat_map(|i| (0..8).map(move |j| i + 8 * j)).collect();
+            let s_group: Vec<f32> = (0..groups * n).map(|i| of_group[i / 64 * 64 + wide[i % 64]]).collect();
+            tensors.push(f16_tensor(&format!("{module}.s_group"), &[groups, n], &s_group));
+        } else {
+            tensors.push(f16_tensor(&format!("{module}.s_group"), &[0], &[]));
+        }
+        tensors
+    }
+
+    /// `channel` is the part of the scales that is the channel's.
+    /// Without groups, `zero` is stored for a channel in place of the product of its zero and scale, if it is there.
+    fn qserve(&self, module: &str, channel: &[f32], zero: Option<&[f32]>) -> Vec<Tensor> {
+        let Self { n, k, .. } = *self;
+        let groups = self.groups();
+        let blocks = permuted(&self.codes, &[n / 32, 2, 2, 8, k / 32, 2, 4, 4], &[0, 4, 3, 6, 5, 2, 7, 1]);
+        let bytes = blocks.as_chunks::<2>().0.iter().map(|[low, high]| high << 4 | low).collect();
+        let mut tensors = vec![
+            (format!("{module}.qweight"), safetensors::Dtype::I8, vec![n, k / 2], bytes),
+            f16_tensor(&format!("{module}.s1_scales"), &[n], channel),
+        ];
+        if groups == 1 {
+            let product: Vec<f32> = (0..n).map(|i| f32::from(self.zeros[i]) * channel[i]).collect();
+            let zero = zero.map_or(product, <[f32]>::to_vec);
+            tensors.push(f16_tensor(&format!("{module}.s1_szeros"), &[n], &zero));
+            return tensors;
+        }
+        let scale = |i: usize| (self.scales[i] / channel[i / groups]).round() as i32;
+        let second: Vec<[u8; 2]> =
+            (0..n * groups).map(|i| [scale(i) as u8, (-i32::from(self.zeros[i]) * scale(i)) as u8]).collect();
+        let second = permuted(&second, &[n / 32, 4, 8, groups], &[3, 0, 2, 1]);
+        for (index, name) in ["s2_scales", "s2_zeros"].iter().enumerate() {
+            let bytes = second.iter().map(|both| both[index]).collect();
+            tensors.push((format!("{module}.{name}"), safetensors::Dtype::I8, vec![groups, n], bytes));
+        }
+        tensors
+    }
+}
+
+/// Permutes the axes of a row-major array of this shape.
+fn permuted<T: Copy>(values: &[T], shape: &[usize], axes: &[usize]) -> Vec<T> {
+    let strides: Vec<usize> = (0..shape.len()).map(|axis| shape[axis + 1..].iter().product()).collect();
+    (0..values.len())
+        .map(|mut index| {
+            let mut from = 0;
+            for &axis in axes.iter().rev() {
+                from += index % shape[axis] * strides[axis];
+                index /= shape[axis];
+            }
+            values[from]
+        })
+        .collect()
 }
 
 /// An element of a row-major matrix, or 0 outside it.
@@ -290,6 +388,125 @@ fn activation_order_is_stored_as_a_permutation_of_the_inputs() {
     assert!(matches!(taken.checkpoint.linear("fc"), Err(CheckpointError::Options { .. })));
 }
 
+const QQQ: &str = r#"{"quant_method": "qqq", "wbits": 4, "group_size": 128}"#;
+/// QServe's converter writes no configuration.
+const QSERVE: &str = "null";
+const QOQ: &str = r#"{"quant_method": "qoq", "wbits": 4, "group_size": 128}"#;
+
+/// Scales of channels that are f16 numbers, as are their products with numbers up to 16.
+fn channel_scales(n: usize) -> Vec<f32> {
+    (0..n).map(|channel| (channel % 61 + 3) as f32 / 4096.0).collect()
+}
+
+#[test]
+fn qqq_and_qserve_with_one_scale_a_channel_are_taken_over_exactly() {
+    let channel = channel_scales(192);
+    let symmetric = Matrix::new([192, 320, 320], |row, _| channel[row], |_, _| 8);
+    let other = Matrix::new([192, 320, 320], |row, _| channel[row], |row, _| (row % 16) as u8);
+    for (matrix, tensors, config) in [
+        (&symmetric, symmetric.qqq("fc", &channel), QQQ),
+        (&symmetric, symmetric.qserve("fc", &channel, None), QSERVE),
+        (&other, other.qserve("fc", &channel, None), QSERVE),
+        (&other, other.qserve("fc", &channel, None), QOQ),
+    ] {
+        let taken = take(tensors, config, None);
+        assert_eq!(taken.summary.imports[0].kind, ImportKind::Exact, "{config}");
+        assert_eq!(taken.error, 0.0, "{config}");
+        assert_eq!(taken.checkpoint.packed("fc").unwrap().group(), Group::Channel);
+        check_product(&taken, matrix, 1e-6);
+    }
+}
+
+#[test]
+fn qserve_zeros_that_were_rounded_to_f16_are_still_integers_and_others_are_approximated() {
+    let channel: Vec<f32> = (0..64).map(|row| f16::from_f32(0.001 + row as f32 * 0.00013).to_f32()).collect();
+    let matrix = Matrix::new([64, 128, 128], |row, _| channel[row], |row, _| (row % 13 + 3) as u8);
+    let product = |row: usize, extra: f32| (f32::from(matrix.zeros[row]) + extra) * channel[row];
+    let stored =
+        |extra: f32| -> Vec<f32> { (0..64).map(|row| f16::from_f32(product(row, extra)).to_f32()).collect() };
+    assert!((0..64).any(|row| stored(0.0)[row] != product(row, 0.0)));
+    let taken = take(matrix.qserve("fc", &channel, Some(&stored(0.0))), QSERVE, None);
+    assert_eq!((taken.summary.imports[0].kind, taken.error), (ImportKind::Exact, 0.0));
+    check_product(&taken, &matrix, 1e-6);
+
+    // Zeros between integers: the source's own dequantization is code · scale − zero.
+    let taken = take(matrix.qserve("fc", &channel, Some(&stored(0.4))), QSERVE, None);
+    assert_ne!(taken.summary.imports[0].kind, ImportKind::Exact);
+    let packed = taken.checkpoint.packed("fc").unwrap().dequantize();
+    let (mut square, mut error) = (0.0, 0.0);
+    for (i, found) in packed.iter().enumerate() {
+        let weight = f32::from(matrix.codes[i]) * channel[i / 128] - stored(0.4)[i / 128];
+        square += f64::from(weight).powi(2);
+        error += f64::from(found - weight).powi(2);
+    }
+    let error = (error / square).sqrt();
+    assert!((taken.error - error).abs() < 1e-6 && error < 0.15, "{error} {}", taken.error);
+}
+
+#[test]
+fn qserve_with_groups_is_taken_over_exactly_also_where_codes_must_be_shifted() {
+    let channel = channel_scales(192);
+    // s from 1 to 16, and all zeros. Codes keep within what makes int8 weights.
+    let s = |row: usize, group: usize| (row * 5 + group * 3) % 16 + 1;
+    let mut matrix = Matrix::new(
+        [192, 512, 128],
+        |row, group| channel[row] * s(row, group) as f32,
+        |row, group| ((row / 3 + group) % 16) as u8,
+    );
+    let mut beyond = [false; 2];
+    for i in 0..192 * 512 {
+        let (row, group) = (i / 512, i % 512 / 128);
+        let (s, zero) = (s(row, group) as i32, i32::from(matrix.zeros[row * 4 + group]));
+        let range = ((-128 / s + zero).max(0), (127 / s + zero).min(15));
+        matrix.codes[i] = i32::from(matrix.codes[i]).clamp(range.0, range.1) as u8;
+        // Pairs that break the invariant without a shift, and zeros that wrap.
+        beyond[0] |= 15 * s + 128 - zero * s > 255;
+        beyond[1] |= zero * s > 128;
+    }
+    assert_eq!(beyond, [true; 2]);
+    for config in [QSERVE, QOQ] {
+        for group in [None, Some(Group::K(64))] {
+            let taken = take(matrix.qserve("fc", &channel, None), config, group);
+            assert_eq!(taken.summary.imports[0].kind, ImportKind::Exact);
+            assert!(taken.error < 1e-6, "{}", taken.error);
+            assert_eq!(taken.checkpoint.packed("fc").unwrap().group(), group.unwrap_or(Group::K(128)));
+            check_product(&taken, &matrix, 1e-5);
+        }
+    }
+}
+
+#[test]
+fn qqq_with_groups_keeps_its_codes_and_snaps_its_scales() {
+    let channel = channel_scales(192);
+    let s_group =
+        |row: usize, group: usize| f16::from_f32(9.0 + 7.0 * ((row * 7 + group * 3) as f32).sin()).to_f32();
+    let matrix = Matrix::new([192, 512, 128], |row, group| channel[row] * s_group(row, group), |_, _| 8);
+    let taken = take(matrix.qqq("fc", &channel), QQQ, None);
+    let outcome = &taken.summary.imports[0];
+    assert_eq!(outcome.kind, ImportKind::Snapped);
+    assert!((outcome.error - taken.error).abs() < 1e-9);
+    assert!((0.001..0.05).contains(&outcome.error), "{}", outcome.error);
+    check_product(&taken, &matrix, 0.06);
+    // Integers as group scales are multiples already.
+    let whole = |row: usize, group: usize| channel[row] * ((row + group) % 8 + 1) as f32;
+    let matrix = Matrix::new([192, 512, 128], whole, |_, _| 8);
+    let taken = take(matrix.qqq("fc", &channel), QQQ, None);
+    assert_eq!(taken.summary.imports[0].kind, ImportKind::Exact);
+    check_product(&taken, &matrix, 1e-5);
+}
+
+#[test]
+fn qserve_groups_whose_weights_exceed_int8_are_an_error() {
+    let matrix = Matrix::new([64, 256, 128], |_, _| 16.0 / 4096.0, |_, _| 15);
+    let folder = tempfile::tempdir().unwrap();
+    write(&folder.path().join("model"), matrix.qserve("fc", &[1.0 / 4096.0; 64], None), QSERVE);
+    let source = open(folder.path().join("model"), OpenOptions::default()).unwrap();
+    let plan = Plan::new(source.as_ref(), &QuantizeOptions::default()).unwrap();
+    let error = plan.run(&folder.path().join("out"), false, &()).unwrap_err().to_string();
+    assert!(error.contains("s2_zeros") && error.contains("int8"), "{error}");
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+}
+
 #[test]
 fn layers_that_the_quantizer_kept_are_kept() {
     let matrix = Matrix::new([128, 256, 256], |_, _| 0.01, |_, _| 8);
@@ -300,11 +517,13 @@ fn layers_that_the_quantizer_kept_are_kept() {
 
 #[test]
 fn parts_that_are_missing_or_have_another_shape_are_errors_and_leave_nothing() {
-    let matrix = Matrix::new([128, 256, 128], |_, _| 0.01, |_, _| 8);
-    for (tensors, config) in formats(&matrix, true) {
+    let matrix = Matrix::new([128, 256, 128], |_, _| 2.0, |_, _| 8);
+    let mut all = formats(&matrix, true);
+    all.extend([(matrix.qqq("fc", &[0.5; 128]), QQQ), (matrix.qserve("fc", &[0.5; 128], None), QOQ)]);
+    for (tensors, config) in all {
         for index in 0..tensors.len() {
             let is_optional =
-                ["g_idx", "weight_zero_point"].iter().any(|name| tensors[index].0.ends_with(name));
+                ["g_idx", "weight_zero_point", "s_group"].iter().any(|name| tensors[index].0.ends_with(name));
             let mut missing = tensors.clone();
             missing.remove(index);
             let mut short = tensors.clone();
@@ -317,6 +536,8 @@ fn parts_that_are_missing_or_have_another_shape_are_errors_and_leave_nothing() {
             other[index].1 = match other[index].1 {
                 safetensors::Dtype::F32 => safetensors::Dtype::I32,
                 safetensors::Dtype::I64 => safetensors::Dtype::F64,
+                safetensors::Dtype::F16 => safetensors::Dtype::I16,
+                safetensors::Dtype::I8 => safetensors::Dtype::BOOL,
                 _ => safetensors::Dtype::F32,
             };
             // With one group less, symmetric codes without zeros are another valid matrix.

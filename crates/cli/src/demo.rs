@@ -7,9 +7,11 @@ use std::time::{Duration, Instant};
 use clap::ValueEnum;
 use half::{bf16, f16};
 use liquidgemm::{Backend, Group, Output, OutputType, PackedWeights, Plan, Problem, QuantizedActivations};
+use serde_json::{Value, json};
 
 use super::check::{self, Accuracy, Exactness};
 use super::layer::{self, Layer};
+use super::models::{EXIT_CODES, json_report};
 use super::progress::Progress;
 use super::timing::{self, Timing};
 use super::units::{bytes, digits, duration};
@@ -22,6 +24,7 @@ use super::{Place, Report};
 /// With any of the three options, a problem of that size is generated.
 /// The exit code is 1 if any compared output differs in any bit from the oracle's.
 #[derive(clap::Args)]
+#[command(after_help = EXIT_CODES)]
 pub(super) struct Arguments {
     /// Generate a problem with this many tokens [default if --n or --k is given: 16]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..), value_name = "TOKENS")]
@@ -50,6 +53,10 @@ pub(super) struct Arguments {
     /// Type of the outputs; i32 is the raw accumulator, without scales and bias
     #[arg(long, value_enum, default_value = "bf16")]
     output: OutputChoice,
+
+    /// Write the result as JSON
+    #[arg(long)]
+    json: bool,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -125,7 +132,11 @@ fn run_as<T: Output>(arguments: &Arguments, value: fn(T, [f32; 2]) -> f32) -> an
         exactness,
         packed_bytes: weights.bytes(),
     };
-    Ok(Report { success: figures.exactness.different == 0, text: figures.render() })
+    let success = figures.exactness.different == 0;
+    if arguments.json {
+        return Ok(json_report(&figures.json(), success));
+    }
+    Ok(Report { success, text: figures.render() })
 }
 
 fn problem(arguments: &Arguments) -> anyhow::Result<Layer> {
@@ -139,6 +150,21 @@ fn problem(arguments: &Arguments) -> anyhow::Result<Layer> {
 }
 
 impl Figures {
+    fn json(&self) -> Value {
+        let Layer { m, n, k, ref description, .. } = self.problem;
+        json!({
+            "m": m, "n": n, "k": k, "problem": description, "with_bias": self.with_bias, "output": self.output.to_string(),
+            "backend": self.backend.to_string(), "because": self.backend.reason(), "group": self.group.to_string(),
+            "quantize_seconds": self.quantize.as_secs_f64(), "plan": self.plan.map(|plan| plan.to_string()),
+            "multiply_seconds": self.multiply.median.as_secs_f64(), "median_of": self.multiply.runs,
+            "packed_bytes": self.packed_bytes, "f16_bytes": n * k * size_of::<f16>(),
+            "relative_error": self.accuracy.relative_frobenius, "signal_to_noise_db": self.accuracy.decibels(),
+            "largest_error": self.accuracy.largest, "tokens_compared": self.accuracy.tokens,
+            "oracle": self.exactness.oracle, "outputs_compared": self.exactness.compared,
+            "outputs_different": self.exactness.different,
+        })
+    }
+
     fn render(&self) -> String {
         let Layer { m, n, k, ref description, .. } = self.problem;
         let bias = if self.with_bias { " + bias" } else { "" };

@@ -16,21 +16,24 @@ use liquidgemm_estimate::report::{
     CACHE_BITS, MOST_BATCH, MOST_GPUS, MOST_LENGTH, MOST_PRICE, Settings, report,
 };
 use liquidgemm_estimate::{models, page, table};
+use serde_json::{Value, json};
 
 use super::Report;
+use super::models::{EXIT_CODES, json_report};
 
 /// Estimate memory, speed and cost of serving a model in W4A8, W8A8, FP8, W4A16 and BF16
 ///
 /// Times are the bench's measurements where it has the layer on this GPU, else predictions of a cost model whose formulas,
 /// assumptions and errors are printed with them.
 #[derive(clap::Args)]
+#[command(after_help = EXIT_CODES)]
 pub(super) struct Arguments {
     /// Folder with a config.json, such a file, or a built-in model (see --list)
     #[arg(required_unless_present = "list")]
     model: Option<String>,
 
     /// List the built-in models and the GPUs
-    #[arg(long, exclusive = true)]
+    #[arg(long, conflicts_with_all = ["model", "html", "price"])]
     list: bool,
 
     /// Sequences decoded together: a list, or powers of two in a range
@@ -116,6 +119,9 @@ fn parse_gpu(text: &str) -> anyhow::Result<&'static Gpu> {
 
 pub(super) fn run(arguments: &Arguments) -> anyhow::Result<Report> {
     if arguments.list {
+        if arguments.json {
+            return Ok(json_report(&list_json()?, true));
+        }
         return Ok(Report { text: list()?, success: true });
     }
     let Some(model) = &arguments.model else { bail!("no model was given") };
@@ -140,6 +146,23 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<Report> {
     let text =
         if arguments.json { serde_json::to_string_pretty(&report)? + "\n" } else { table::text(&report) };
     Ok(Report { text, success: true })
+}
+
+fn list_json() -> anyhow::Result<Value> {
+    let mut known = Vec::new();
+    for model in models::built_in() {
+        known.push(json!({"name": model.name, "parameters": model.model()?.parameters()}));
+    }
+    let gpus = GPUS.iter().map(|gpu| {
+        json!({
+            "key": gpu.key, "memory_gb": gpu.memory_gb,
+            "memory_bytes_per_second": gpu.figures.memory_bytes_per_second, "int8_tops": gpu.int8_tops,
+            "fp8_tflops": gpu.fp8_tflops, "bf16_tflops": gpu.bf16_tflops,
+            "multiprocessors": gpu.figures.multiprocessors, "clock_hz": gpu.figures.clock_hz,
+            "link_gb_per_second": gpu.link_gb_per_second, "source": gpu.source.to_string(),
+        })
+    });
+    Ok(json!({"models": known, "gpus": gpus.collect::<Vec<_>>()}))
 }
 
 fn list() -> anyhow::Result<String> {

@@ -3,19 +3,30 @@
 
 use std::fmt::Write;
 
+use liquidgemm::Backend;
 use liquidgemm::cpu::Kernel;
+use serde_json::{Value, json};
 
+use super::models::{EXIT_CODES, json_report};
 use super::{Place, Report};
 
 /// Show the backend that would be used and why, driver, GPU, CPU kernels, and the hash of the kernel sources
 #[derive(clap::Args)]
+#[command(after_help = EXIT_CODES)]
 pub(super) struct Arguments {
     #[command(flatten)]
     place: Place,
+
+    /// Write the result as JSON
+    #[arg(long)]
+    json: bool,
 }
 
 pub(super) fn run(arguments: &Arguments) -> anyhow::Result<Report> {
     let backend = arguments.place.open()?;
+    if arguments.json {
+        return Ok(json_report(&described(&backend), true));
+    }
     let mut text = String::new();
     let mut line =
         |what: &str, value: String| writeln!(text, "{what:<9} {value}").expect("a String takes all");
@@ -48,14 +59,37 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<Report> {
             ),
         );
     }
-    let kernels = |are_available| {
-        let of_them = Kernel::ALL.iter().filter(|kernel| kernel.is_available() == are_available);
-        of_them.map(ToString::to_string).collect::<Vec<_>>().join(", ")
-    };
-    line("CPU", format!("{}, kernels: {}", std::env::consts::ARCH, kernels(true)));
-    if !kernels(false).is_empty() {
-        line("unusable", format!("CPU kernels whose instructions this CPU lacks: {}", kernels(false)));
+    line("CPU", format!("{}, kernels: {}", std::env::consts::ARCH, kernels(true).join(", ")));
+    let unusable = kernels(false);
+    if !unusable.is_empty() {
+        line("unusable", format!("CPU kernels whose instructions this CPU lacks: {}", unusable.join(", ")));
     }
     line("PTX", format!("built from sources {}", liquidgemm::gpu::ptx_hash()));
     Ok(Report { text, success: true })
+}
+
+/// Returns the names of the CPU kernels that this CPU can or can't run.
+fn kernels(are_available: bool) -> Vec<String> {
+    let of_them = Kernel::ALL.iter().filter(|kernel| kernel.is_available() == are_available);
+    of_them.map(ToString::to_string).collect()
+}
+
+/// Returns what the command shows as JSON.
+fn described(backend: &Backend) -> Value {
+    let driver = match cuda_driver::load() {
+        Ok(driver) => json!({"cuda": driver.version().to_string()}),
+        Err(error) => json!({"error": error.to_string()}),
+    };
+    let gpu = backend.as_gpu().map(|gpu| {
+        let figures = gpu.figures();
+        json!({
+            "description": gpu.description(), "memory_bytes_per_second": figures.memory_bytes_per_second,
+            "clock_hz": figures.clock_hz, "resident_clusters": figures.clusters,
+        })
+    });
+    json!({
+        "version": env!("CARGO_PKG_VERSION"), "backend": backend.to_string(), "because": backend.reason(),
+        "driver": driver, "gpu": gpu, "cpu": std::env::consts::ARCH, "cpu_kernels": kernels(true),
+        "unusable_cpu_kernels": kernels(false), "ptx": liquidgemm::gpu::ptx_hash(),
+    })
 }

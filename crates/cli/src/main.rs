@@ -35,7 +35,7 @@ use liquidgemm::{Backend, Error};
 
 /// W4A8 matrix multiplication for NVIDIA Hopper: 4-bit weights, 8-bit activations, exact integer accumulation
 #[derive(Parser)]
-#[command(name = "liquidgemm", version)]
+#[command(name = "liquidgemm", version, after_help = models::EXIT_CODES)]
 struct Arguments {
     #[command(subcommand)]
     command: Command,

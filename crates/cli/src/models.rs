@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use super::Report;
 
-/// The exit codes, for the help of the commands on models.
+/// The exit codes, for the help of the commands.
 pub(super) const EXIT_CODES: &str =
     "Exit codes: 0 success; 1 an error, or a check that failed; 2 invalid arguments.
 Results go to stdout, progress and errors to stderr.";

@@ -7,8 +7,8 @@ use std::sync::Arc;
 use anyhow::bail;
 use liquidgemm::Group;
 use liquidgemm_checkpoint::{
-    Calibration, DequantizedType, Fate, Layer, Method, OpenOptions, Patterns, Plan, QuantizeOptions, Source,
-    open,
+    Calibration, DequantizedType, Fate, Layer, Method, OpenOptions, Patterns, Plan, QuantizeOptions, Rotated,
+    Smoothing, Source, open,
 };
 use serde_json::{Value, json};
 
@@ -20,7 +20,8 @@ use super::units::bytes;
 /// Pack the linear layers of a model to 4 bits, and write a complete folder
 ///
 /// MODEL is a Hugging Face folder (config.json and .safetensors files of f32, f16, bf16 or fp8-e4m3 weights),
-/// one .safetensors file, or a GGUF file.
+/// one .safetensors file, or a GGUF file. Models that compressed-tensors, GPTQ, AWQ, QQQ or QServe has quantized to 4 bits are taken over:
+/// the result lists for each module whether its weights are exact, snapped to the scales that the format has, or requantized.
 /// Embeddings, norms, heads and routers are kept, as all other tensors and the files beside the weights.
 ///
 /// The output grows in the folder OUTPUT.partial, which gets its final name when it is complete.
@@ -49,9 +50,16 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "FILE")]
     moments: Option<PathBuf>,
 
-    /// Divide inputs by a smoothing vector, which the output stores, with this exponent from 0 to 1; needs --moments
+    /// Divide inputs by a smoothing vector with this exponent from 0 to 1, or "auto" for the best of 0.1 to 0.9 for each input;
+    /// needs --moments. In LLaMA, Mistral and Qwen2 the vector is folded into the norm or the layer before, else stored
     #[arg(long, value_name = "ALPHA")]
-    smooth: Option<f32>,
+    smooth: Option<Smoothing>,
+
+    /// Rotate the residual stream by Hadamard matrices, which spread outliers, folded into the weights of LLaMA, Mistral and Qwen2 models;
+    /// embedding, norms and head change too, and a head that is tied to the embedding becomes a tensor of its own.
+    /// It does not help every model: measure it
+    #[arg(long, conflicts_with = "smooth")]
+    rotate: bool,
 
     /// Quantize modules that fit this pattern although they are kept by default, such as "lm_head"
     #[arg(long, value_name = "GLOB")]
@@ -79,7 +87,9 @@ pub(super) struct Arguments {
 }
 
 pub(super) fn run(arguments: &Arguments) -> anyhow::Result<Report> {
-    let source = open(&arguments.model, OpenOptions { dequantized: arguments.dequantized })?;
+    let opened = open(&arguments.model, OpenOptions { dequantized: arguments.dequantized })?;
+    let rotated = arguments.rotate.then(|| Rotated::new(opened.as_ref())).transpose()?;
+    let source = rotated.as_ref().map_or(opened.as_ref(), |rotated| rotated as &dyn Source);
     let options = QuantizeOptions {
         method: arguments.method,
         group: arguments.group,
@@ -87,11 +97,11 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<Report> {
         calibration: arguments.moments.as_ref().map(Calibration::open).transpose()?.map(Arc::new),
         smoothing: arguments.smooth,
     };
-    let plan = Plan::new(source.as_ref(), &options)?;
-    let mut result = described(source.as_ref(), &plan);
+    let plan = Plan::new(source, &options)?;
+    let mut result = described(source, &plan);
     if arguments.dry_run {
         let mut text = if arguments.json { String::new() } else { table(plan.layers()) };
-        text.push_str(&totals(source.as_ref(), plan.layers()));
+        text.push_str(&totals(source, plan.layers()));
         return Ok(if arguments.json { json_report(&result, true) } else { Report { text, success: true } });
     }
     let Some(output) = &arguments.output else { bail!("give the folder to write with --output") };
@@ -113,7 +123,7 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<Report> {
         }
         text.push_str(&table.render());
     }
-    text.push_str(&totals(source.as_ref(), plan.layers()));
+    text.push_str(&totals(source, plan.layers()));
     if summary.resumed_shards > 0 {
         writeln!(text, "resumed    {} shards were there already", summary.resumed_shards)?;
     }
@@ -127,6 +137,7 @@ fn described(source: &dyn Source, plan: &Plan<'_>) -> Value {
         let mut value = json!({
             "name": layer.name, "shape": layer.shape, "stored": layer.stored,
             "bytes_before": layer.bytes_before, "bytes_after": layer.bytes_after,
+            "divided_by_smoothing": layer.is_divided,
         });
         match &layer.fate {
             Fate::Packed { module, group } => {
@@ -157,11 +168,14 @@ fn table(layers: &[Layer]) -> String {
         &[false, false, false, true, true, false],
     );
     for layer in layers {
-        let fate = match &layer.fate {
+        let mut fate = match &layer.fate {
             Fate::Packed { group, .. } => format!("packed, group {group}"),
             Fate::Kept(kept) => format!("kept: {}", kept.reason()),
             Fate::Dropped => "scales of a packed weight".to_owned(),
         };
+        if layer.is_divided {
+            fate.push_str(", smoothing folded in");
+        }
         table.row([
             layer.name.clone(),
             shape(&layer.shape),
@@ -179,7 +193,7 @@ fn totals(source: &dyn Source, layers: &[Layer]) -> String {
         layers.iter().filter(|layer| matches!(layer.fate, Fate::Packed { .. })).collect();
     let weights: f64 =
         packed.iter().map(|layer| layer.shape.iter().map(|&side| side as f64).product::<f64>()).sum();
-    let after: f64 = packed.iter().map(|layer| layer.bytes_after as f64).sum();
+    let after = packed.iter().map(|layer| layer.bytes_after).sum::<u64>() as f64;
     let kept = layers.iter().filter(|layer| matches!(layer.fate, Fate::Kept(_))).count();
     let sum = |of: fn(&Layer) -> u64| layers.iter().map(|layer| of(layer) as f64).sum::<f64>();
     let (all_before, all_after) = (sum(|layer| layer.bytes_before), sum(|layer| layer.bytes_after));

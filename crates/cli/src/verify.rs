@@ -14,6 +14,8 @@ use super::units::digits;
 /// Check every checksum and every pair of a packed model, and its error against the original
 ///
 /// The error of a module is ‖packed − original‖ / ‖original‖. Tensors that are kept must be unchanged.
+/// A folder that another program has saved again, such as `save_pretrained` of transformers, has no checksums. Its structure, shapes and
+/// ranges are checked, and the result says so.
 /// The exit code is 1 if anything is wrong; everything that is wrong is listed.
 #[derive(clap::Args)]
 #[command(after_help = EXIT_CODES)]
@@ -44,7 +46,7 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<Report> {
         });
         let value = json!({
             "path": arguments.path, "sound": success, "modules": modules.collect::<Vec<_>>(),
-            "tensors": found.tensors, "problems": found.problems,
+            "tensors": found.tensors, "without_checksum": found.without_checksum, "problems": found.problems,
         });
         return Ok(json_report(&value, success));
     }
@@ -62,6 +64,14 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<Report> {
     }
     for problem in &found.problems {
         writeln!(text, "wrong: {}", printable(problem))?;
+    }
+    if found.without_checksum > 0 {
+        writeln!(
+            text,
+            "no checksums: {} of them were saved without one, so changed bytes can't be seen; \
+             structure, shapes and ranges were checked",
+            found.without_checksum
+        )?;
     }
     let verdict = if success { "sound" } else { "DAMAGED OR DIFFERENT" };
     writeln!(text, "{verdict}: {} modules and {} tensors checked", found.modules.len(), found.tensors)?;

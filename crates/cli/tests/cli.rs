@@ -144,6 +144,46 @@ fn info_shows_backend_reason_and_sources() {
     assert!(field(&report, "PTX").ends_with(liquidgemm::gpu::ptx_hash()));
 }
 
+/// Runs the command with `--json`, and parses what it prints.
+fn json(arguments: &[&str]) -> (i32, serde_json::Value) {
+    let (code, report, errors) = run(&[arguments, &["--json"]].concat());
+    assert_eq!(errors, "", "{report}");
+    (code, serde_json::from_str(&report).unwrap())
+}
+
+#[test]
+fn json_has_the_figures_of_the_report() {
+    let size = ["demo", "--m", "3", "--n", "70", "--k", "130", "--backend", "cpu", "--group", "channel"];
+    let (code, found) = json(&size);
+    assert_eq!((code, &found["outputs_different"]), (0, &0.into()));
+    assert_eq!((&found["outputs_compared"], &found["group"]), (&210.into(), &"channel".into()));
+    let error = found["relative_error"].as_f64().unwrap();
+    let (_, report, _) = run(&size);
+    let percent: f64 = field(&report, "error").split(' ').next().unwrap().parse().unwrap();
+    assert!((error * 100.0 / percent - 1.0).abs() < 0.01, "{error} {percent}");
+
+    let (code, found) = json(&["info", "--backend", "cpu"]);
+    assert_eq!(code, 0);
+    assert_eq!(found["version"], env!("CARGO_PKG_VERSION"));
+    assert_eq!(found["ptx"], liquidgemm::gpu::ptx_hash());
+    assert!(found["gpu"].is_null() && !found["cpu_kernels"].as_array().unwrap().is_empty());
+}
+
+#[test]
+fn every_subcommand_documents_its_exit_codes_and_writes_json() {
+    let (_, help, _) = run(&["--help"]);
+    let commands = help.split("Commands:").nth(1).unwrap().split("Options:").next().unwrap();
+    let names: Vec<&str> = commands.lines().filter_map(|line| line.split_whitespace().next()).collect();
+    assert!(names.len() > 8, "{names:?}");
+    for name in names.into_iter().filter(|&name| name != "help") {
+        let (code, help, _) = run(&[name, "--help"]);
+        assert_eq!(code, 0);
+        assert!(help.contains("xit code"), "{name}:\n{help}");
+        // A completion script has no other form.
+        assert!(help.contains("--json") || name == "completions", "{name}:\n{help}");
+    }
+}
+
 #[test]
 fn help_names_every_option() {
     let (code, help, _) = run(&["demo", "--help"]);

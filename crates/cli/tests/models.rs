@@ -73,6 +73,42 @@ fn a_model_is_planned_quantized_inspected_verified_and_compared() {
 }
 
 #[test]
+fn a_folder_without_checksums_is_verified_as_far_as_it_can_be() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    write_model(folder);
+    assert_eq!(run(folder, &["quantize", "model", "-o", "out", "--method", "rtn"]).0, 0);
+    let (_, found) = json(folder, &["verify", "out"]);
+    assert_eq!(found["without_checksum"], 0);
+    let shard = folder.join("out").join("model.safetensors");
+    let bytes = fs::read(&shard).unwrap();
+    let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    fs::write(&shard, safetensors::serialize(tensors.iter(), None).unwrap()).unwrap();
+    let (code, report, errors) = run(folder, &["verify", "out", "--against", "model"]);
+    assert_eq!((code, errors.as_str()), (0, ""), "{report}");
+    assert!(report.contains("no checksums: 2 of them"), "{report}");
+    let (code, found) = json(folder, &["verify", "out"]);
+    assert_eq!((code, &found["without_checksum"], &found["sound"]), (0, &2.into(), &Value::Bool(true)));
+}
+
+#[test]
+fn smoothing_and_rotation_name_what_they_lack() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    write_model(folder);
+    let (code, _, errors) = run(folder, &["quantize", "model", "-o", "x", "--smooth", "auto"]);
+    assert_eq!(code, 1);
+    assert!(errors.contains("calibration"), "{errors}");
+    let (code, _, errors) = run(folder, &["quantize", "model", "-o", "x", "--rotate"]);
+    assert_eq!(code, 1);
+    assert!(errors.contains("model.embed_tokens.weight"), "{errors}");
+    for arguments in [&["--smooth", "2"][..], &["--smooth", "best"], &["--smooth", "auto", "--rotate"]] {
+        assert_eq!(run(folder, &[&["quantize", "model", "-o", "x"], arguments].concat()).0, 2);
+    }
+    assert_eq!(fs::read_dir(folder).unwrap().count(), 1);
+}
+
+#[test]
 fn every_json_result_names_what_the_text_names() {
     let folder = tempfile::tempdir().unwrap();
     let folder = folder.path();

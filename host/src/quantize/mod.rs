@@ -43,7 +43,7 @@ pub use gptq::GptqOptions;
 pub use hessian::{Hessian, HessianBuilder};
 pub use output_error::{Inputs, OutputError};
 pub use rotation::rotate;
-pub use smoothing::{smoothing_auto, smoothing_vector};
+pub use smoothing::{SMOOTHING_SAMPLE, smoothing_auto, smoothing_auto_of_sample, smoothing_vector};
 pub use statistics::{InputStatistics, InputStatisticsBuilder};
 
 /// The protective range: int8 weights stay within ±119, so that the second level has room to round up.

@@ -15,7 +15,7 @@ use crate::{
 const TENTHS: std::ops::RangeInclusive<u8> = 0..=9;
 
 /// Channels of the weights on which [`smoothing_auto`] measures.
-const SAMPLE: usize = 256;
+pub const SMOOTHING_SAMPLE: usize = 256;
 
 /// The largest code of an activation.
 const ACTIVATION_LIMIT: f64 = 127.0;
@@ -74,21 +74,36 @@ pub fn smoothing_auto<T: Float>(
     group: Group,
 ) -> Result<(Vec<f32>, Option<f32>), Error> {
     check_weights(weights, n, k, group)?;
-    check_moments(&inputs.second_moments, k)?;
-    check_length("largest magnitudes", "[k]", k, inputs.largest.len())?;
-    check_moments(&inputs.largest, k)?;
-    let largest_weights = largest_of_columns(weights, k);
-    let sampled = n.min(SAMPLE);
+    let sampled = n.min(SMOOTHING_SAMPLE);
     let mut sample = vec![0f32; sampled * k];
     for (index, row) in sample.chunks_exact_mut(k).enumerate() {
         widen(&weights[index * n / sampled * k..][..k], row);
     }
+    smoothing_auto_of_sample(inputs, &largest_of_columns(weights, k), &sample, group)
+}
 
+/// As [`smoothing_auto`], from what it takes of the weights: `largest_w`, the largest magnitude in each column, `[k]`,
+/// and some channels, `[·, k]`, of which [`SMOOTHING_SAMPLE`] are enough.
+///
+/// # Errors
+/// As [`smoothing_auto`].
+pub fn smoothing_auto_of_sample(
+    inputs: &InputStatistics,
+    largest_w: &[f32],
+    sample: &[f32],
+    group: Group,
+) -> Result<(Vec<f32>, Option<f32>), Error> {
+    let k = largest_w.len();
+    check_weights(largest_w, 1, k, group)?;
+    check_weights(sample, sample.len() / k, k, group)?;
+    check_moments(&inputs.second_moments, k)?;
+    check_length("largest magnitudes", "[k]", k, inputs.largest.len())?;
+    check_moments(&inputs.largest, k)?;
     let mut best: Option<(f64, Vec<f32>, Option<f32>)> = None;
     for tenths in TENTHS {
         let alpha = (tenths > 0).then_some(f32::from(tenths) / 10.0);
-        let factors = alpha.map_or(vec![1.0; k], |alpha| vector(&inputs.largest, &largest_weights, alpha));
-        let Some(error) = expected_error(inputs, &sample, k, &factors, group)? else { continue };
+        let factors = alpha.map_or(vec![1.0; k], |alpha| vector(&inputs.largest, largest_w, alpha));
+        let Some(error) = expected_error(inputs, sample, k, &factors, group)? else { continue };
         if best.as_ref().is_none_or(|(least, ..)| error < *least) {
             best = Some((error, factors, alpha));
         }

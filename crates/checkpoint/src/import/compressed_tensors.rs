@@ -63,7 +63,18 @@ pub(super) fn find(model: &SafetensorsModel, parts: &Parts<'_>) -> Result<Vec<Fo
         if let Some(zeros) = zeros {
             parts.expect(zeros, &[n.div_ceil(CODES), groups])?;
         }
-        all.push(Found { module, n, k, groups, codes, scales, zeros, group_index, others: vec![shape] });
+        all.push(Found {
+            module,
+            n,
+            k,
+            groups,
+            codes,
+            scales,
+            group_scales: None,
+            zeros,
+            group_index,
+            others: vec![shape],
+        });
     }
     Ok(all)
 }

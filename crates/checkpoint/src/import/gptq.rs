@@ -49,6 +49,7 @@ pub(super) fn find(parts: &Parts<'_>) -> Result<Vec<Found>, Problem> {
             groups,
             codes,
             scales,
+            group_scales: None,
             zeros: Some(zeros),
             group_index,
             others: Vec::new(),

@@ -2,13 +2,15 @@
 //!
 //! | file | |
 //! |---|---|
-//! | `compressed_tensors.rs`, `gptq.rs`, `awq.rs` | where a format keeps codes, scales and zeros |
+//! | `compressed_tensors.rs`, `gptq.rs`, `awq.rs`, `qqq.rs`, `qserve.rs` | where a format keeps codes, scales and zeros |
 //! | `words.rs` | codes in 32-bit words |
 //! | `snap.rs` | takes codes, scales and zeros to packed weights |
 
 mod awq;
 mod compressed_tensors;
 mod gptq;
+mod qqq;
+mod qserve;
 mod snap;
 mod words;
 
@@ -44,8 +46,8 @@ pub struct Imported {
     pub group: usize,
     /// Scales, row-major `[n, groups]`.
     pub scales: Vec<f32>,
-    /// Zeros, 0 to 16, row-major `[n, groups]`.
-    pub zeros: Vec<u8>,
+    /// Zeros, row-major `[n, groups]`. In most formats they are integers from 0 to 16.
+    pub zeros: Vec<f32>,
     /// If the columns were sorted by group: the activation that each column multiplies.
     pub permutation: Option<Vec<i32>>,
 }
@@ -61,11 +63,14 @@ impl Imported {
         let groups = self.groups();
         for (column, value) in values.iter_mut().enumerate() {
             let group = channel * groups + column / self.group;
-            let code = i32::from(self.codes[channel * self.k + column]) - i32::from(self.zeros[group]);
-            *value = code as f32 * self.scales[group];
+            let code = f32::from(self.codes[channel * self.k + column]);
+            *value = (code - self.zeros[group]) * self.scales[group];
         }
     }
 }
+
+/// The zero of symmetric codes.
+const MIDDLE: u8 = 8;
 
 /// The formats.
 #[derive(Clone, Copy, Debug)]
@@ -76,6 +81,32 @@ enum Format {
         more: u8,
     },
     Awq,
+    Qqq,
+    Qserve,
+}
+
+impl Format {
+    /// Returns the name for reports.
+    fn name(self) -> &'static str {
+        match self {
+            Format::CompressedTensors => "compressed-tensors",
+            Format::Gptq { .. } => "GPTQ",
+            Format::Awq => "AWQ",
+            Format::Qqq => "QQQ",
+            Format::Qserve => "QServe",
+        }
+    }
+}
+
+/// What elements a tensor of a matrix has.
+#[derive(Clone, Copy, PartialEq)]
+enum Elements {
+    /// One of the types of weights.
+    Floats,
+    /// I32.
+    Words,
+    /// I8 or U8.
+    Bytes,
 }
 
 /// A matrix in one of the formats: its sizes, and the indices of its tensors.
@@ -86,6 +117,8 @@ pub(crate) struct Found {
     groups: usize,
     codes: usize,
     scales: usize,
+    /// Scales of groups, if `scales` has those of channels.
+    group_scales: Option<usize>,
     zeros: Option<usize>,
     group_index: Option<usize>,
     others: Vec<usize>,
@@ -93,8 +126,26 @@ pub(crate) struct Found {
 
 impl Found {
     fn tensors(&self) -> impl Iterator<Item = usize> {
-        let required = [self.codes, self.scales].into_iter().chain(self.zeros).chain(self.group_index);
+        let required = [self.codes, self.scales].into_iter().chain(self.group_scales);
+        let required = required.chain(self.zeros).chain(self.group_index);
         required.chain(self.others.iter().copied())
+    }
+
+    /// Returns the elements that each tensor must have, but for the others.
+    fn elements(&self, format: Format) -> impl Iterator<Item = (usize, Elements)> {
+        let (codes, group_scales, zeros) = match format {
+            Format::Qserve if self.group_scales.is_some() => {
+                (Elements::Bytes, Elements::Bytes, Elements::Bytes)
+            }
+            Format::Qserve => (Elements::Bytes, Elements::Bytes, Elements::Floats),
+            _ => (Elements::Words, Elements::Floats, Elements::Words),
+        };
+        let optional =
+            [(self.group_scales, group_scales), (self.zeros, zeros), (self.group_index, Elements::Words)];
+        let required = [(self.codes, codes), (self.scales, Elements::Floats)];
+        required
+            .into_iter()
+            .chain(optional.into_iter().filter_map(|(tensor, elements)| Some((tensor?, elements))))
     }
 
     /// Returns the columns in a group.
@@ -160,8 +211,12 @@ pub(crate) fn wrap(model: SafetensorsModel) -> Result<Box<dyn Source>> {
     let path = model.path().to_owned();
     let config = model.config().get("quantization_config").cloned().unwrap_or(Value::Null);
     let format = match format_of(&config).map_err(|problem| problem.at(&path))? {
-        None => return Ok(Box::new(model)),
         Some(format) => format,
+        // QServe's converter leaves the configuration as it was.
+        None if config.is_null() && model.tensors().iter().any(|tensor| qserve::is_mark(&tensor.name)) => {
+            Format::Qserve
+        }
+        None => return Ok(Box::new(model)),
     };
     let imported = ImportedModel::new(model, format).map_err(|problem| problem.at(&path))?;
     Ok(Box::new(imported))
@@ -183,6 +238,14 @@ fn format_of(config: &Value) -> Result<Option<Format>, Problem> {
         }
         Some("gptq") => gptq::check(config).map(|more| Some(Format::Gptq { more })),
         Some("awq") => awq::check(config).map(|()| Some(Format::Awq)),
+        Some("qqq") => qqq::check(config).map(|()| Some(Format::Qqq)),
+        Some("qserve" | "qoq") => qserve::check(config).map(|()| Some(Format::Qserve)),
+        // Everything was kept: the weights are floating-point numbers, as those of a model that was only rotated.
+        Some("liquidgemm")
+            if config.get("quantized_modules").is_some_and(|list| *list == Value::Array(Vec::new())) =>
+        {
+            Ok(None)
+        }
         Some("liquidgemm") => refuse("this model is packed already"),
         Some("mxfp4") => refuse(
             "MXFP4 weights are floating-point codes (e2m1), which no integer scale maps to the packed format's integers",
@@ -220,19 +283,19 @@ impl ImportedModel {
             Format::CompressedTensors => compressed_tensors::find(&model, &parts)?,
             Format::Gptq { .. } => gptq::find(&parts)?,
             Format::Awq => awq::find(&parts)?,
+            Format::Qqq => qqq::find(&parts)?,
+            Format::Qserve => qserve::find(&parts)?,
         };
         let mut matrices: HashMap<usize, Found> = HashMap::new();
         let mut absorbed = vec![false; model.tensors().len()];
         for found in found {
-            for (tensor, is_float) in [
-                (Some(found.codes), false),
-                (Some(found.scales), true),
-                (found.zeros, false),
-                (found.group_index, false),
-            ] {
-                let Some(tensor) = tensor else { continue };
+            for (tensor, elements) in found.elements(format) {
                 let info = &model.tensors()[tensor];
-                let fits = if is_float { info.is_readable } else { info.kept == Dtype::I32 };
+                let fits = match elements {
+                    Elements::Floats => info.is_readable,
+                    Elements::Words => info.kept == Dtype::I32,
+                    Elements::Bytes => matches!(info.kept, Dtype::I8 | Dtype::U8),
+                };
                 if !fits {
                     return Err(Problem::tensor(
                         &info.name,
@@ -299,8 +362,7 @@ impl Found {
         };
         let method = match format {
             Format::CompressedTensors => "int4",
-            Format::Gptq { .. } => "GPTQ",
-            Format::Awq => "AWQ",
+            other => other.name(),
         };
         let group_name = if self.groups == 1 { "channel".to_owned() } else { group.to_string() };
         let permuted = match self.group_index {
@@ -327,24 +389,49 @@ impl Found {
     fn read(&self, model: &SafetensorsModel, format: Format) -> Result<Imported> {
         let (n, k, groups, group) = (self.n, self.k, self.groups, self.group());
         let codes = model.read_bytes(self.codes)?;
-        let zeros = self.zeros.map(|zeros| model.read_bytes(zeros)).transpose()?;
         let scales = model.read_all(self.scales)?;
-        let (codes, zeros, scales) = match format {
+        let stored_zeros = || self.zeros.map(|zeros| model.read_bytes(zeros)).transpose();
+        let about = |tensor: usize, reason: String| {
+            Problem::tensor(&model.tensors()[tensor].name, reason).at(model.path())
+        };
+        // Codes and scales, and zeros unless they are in the middle of symmetric codes.
+        let (codes, scales, zeros) = match format {
             Format::CompressedTensors => {
-                let zeros = zeros.map(|zeros| compressed_tensors::zeros(&zeros, n, groups));
-                (compressed_tensors::codes(&codes, n, k), zeros, scales)
+                let zeros = stored_zeros()?.map(|zeros| compressed_tensors::zeros(&zeros, n, groups));
+                (compressed_tensors::codes(&codes, n, k), scales, zeros.map(floats))
             }
             Format::Gptq { more } => {
-                let zeros = zeros.map(|zeros| gptq::zeros(&zeros, n, groups, more));
-                (gptq::codes(&codes, n, k), zeros, transposed(&scales, groups, n))
+                let zeros = stored_zeros()?.map(|zeros| gptq::zeros(&zeros, n, groups, more));
+                (gptq::codes(&codes, n, k), transposed(&scales, groups, n), zeros.map(floats))
             }
             Format::Awq => {
-                let zeros = zeros.map(|zeros| awq::zeros(&zeros, n, groups));
-                (awq::codes(&codes, n, k), zeros, transposed(&scales, groups, n))
+                let zeros = stored_zeros()?.map(|zeros| awq::zeros(&zeros, n, groups));
+                (awq::codes(&codes, n, k), transposed(&scales, groups, n), zeros.map(floats))
+            }
+            Format::Qqq => {
+                let group_scales = self.group_scales.map(|tensor| model.read_all(tensor)).transpose()?;
+                let codes = qqq::codes(&codes, n, k, group_scales.is_some());
+                (codes, qqq::scales(&scales, group_scales.as_deref(), n), None)
+            }
+            Format::Qserve => {
+                let codes = qserve::codes(&codes, n, k);
+                let tensor = self.zeros.unwrap_or(self.scales);
+                let (scales, zeros) = match self.group_scales {
+                    None => {
+                        let zeros = qserve::channel_zeros(&scales, &model.read_all(tensor)?);
+                        (scales, zeros.map_err(|reason| about(tensor, reason))?)
+                    }
+                    Some(group_scales) => {
+                        let group_scales = model.read_bytes(group_scales)?;
+                        let zeros = stored_zeros()?.unwrap_or_default();
+                        qserve::group_levels(&codes, &scales, &group_scales, &zeros, k, group)
+                            .map_err(|reason| about(tensor, reason))?
+                    }
+                };
+                (codes, scales, Some(zeros))
             }
         };
-        // Symmetric codes have their zero in the middle.
-        let zeros = zeros.unwrap_or_else(|| vec![8; n * groups]);
+        let zeros = zeros.unwrap_or_else(|| vec![f32::from(MIDDLE); n * groups]);
         let mut imported = Imported { n, k, codes, group, scales, zeros, permutation: None };
         let name = &model.tensors()[self.scales].name;
         if let Some(bad) = imported.scales.iter().find(|scale| !scale.is_finite()) {
@@ -385,8 +472,12 @@ fn sorted_columns(of: &[u32], groups: usize, group: usize) -> Result<Vec<i32>, S
     Ok(order)
 }
 
+fn floats(codes: Vec<u8>) -> Vec<f32> {
+    codes.into_iter().map(f32::from).collect()
+}
+
 /// Transposes `[rows, columns]`.
-fn transposed(values: &[f32], rows: usize, columns: usize) -> Vec<f32> {
+pub(crate) fn transposed(values: &[f32], rows: usize, columns: usize) -> Vec<f32> {
     words::matrix(columns, rows, |column, row| values[row * columns + column])
 }
 
@@ -396,12 +487,7 @@ impl Source for ImportedModel {
     }
 
     fn format(&self) -> String {
-        let format = match self.format {
-            Format::CompressedTensors => "compressed-tensors",
-            Format::Gptq { .. } => "GPTQ",
-            Format::Awq => "AWQ",
-        };
-        format!("{}, {format}", self.model.format())
+        format!("{}, {}", self.model.format(), self.format.name())
     }
 
     fn config(&self) -> &Map<String, Value> {

@@ -1,7 +1,7 @@
 //! Takes another quantizer's codes to packed weights.
 //!
 //! The packed format represents `(q − z)·S` of a group exactly if `S = s·s1`, with an integer `s` and one `s1` for the channel,
-//! and if the pair `s`, `a = 128 − z·s` keeps the invariant. With one group a channel, `s = 1` and `s1 = S` always do.
+//! if `z·s` is an integer, and if the pair `s`, `a = 128 − z·s` keeps the invariant. With one group a channel, `s = 1` and `s1 = S` always do.
 //! Otherwise `s1` is chosen so that the scales lie near its multiples, and each scale becomes the nearest one.
 //! If requantizing the weights gives a smaller error, that is taken.
 
@@ -19,6 +19,10 @@ const ZERO: i32 = 128;
 const STEPS: usize = 16;
 /// A relative deviation of this much is the rounding of f32.
 const ROUNDING: f64 = 1.0 / (1 << 22) as f64;
+/// `z·s` this near to an integer is that integer: `z` is an f32, and `z·s` is below 256.
+const OFFSET_ROUNDING: f64 = 1.0 / (1 << 13) as f64;
+/// Larger offsets than this fit no pair.
+const MOST_OFFSET: f64 = 65_536.0;
 
 /// How a matrix was taken over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -113,20 +117,68 @@ fn sums(imported: &Imported, packed: &PackedWeights) -> (f64, f64) {
 /// One group of a channel.
 struct Part {
     scale: f64,
-    zero: i32,
+    zero: f64,
     /// The smallest and the largest code.
     range: (i32, i32),
+    /// The number of codes.
+    count: f64,
+    /// Σ (code − zero).
+    sum: f64,
     /// Σ (code − zero)².
     weight: f64,
 }
 
 impl Part {
+    fn new(codes: &[u8], scale: f32, zero: f32) -> Self {
+        let zero = f64::from(zero);
+        let mut part = Self { scale: scale.into(), zero, range: (15, 0), count: 0.0, sum: 0.0, weight: 0.0 };
+        for &code in codes {
+            part.range = (part.range.0.min(code.into()), part.range.1.max(code.into()));
+            let distance = f64::from(code) - zero;
+            part.count += 1.0;
+            part.sum += distance;
+            part.weight += distance * distance;
+        }
+        part
+    }
+
+    /// Returns `zero·s` as an integer, and how far that is below `zero·s`.
+    fn offset(&self, s: i32) -> (i32, f64) {
+        let offset = (self.zero * f64::from(s)).clamp(-MOST_OFFSET, MOST_OFFSET);
+        (offset.round() as i32, offset - offset.round())
+    }
+
     /// Returns what is added to the codes so that the pair with this `s` keeps the invariant: the smallest such shift.
     fn shift(&self, s: i32) -> Option<i32> {
-        // 0 ≤ a = 128 − (zero + shift)·s ≤ 255 − 15·s, and all codes stay within 0 to 15.
-        let least = (-self.range.0).max(-((127 - 15 * s).div_euclid(s)) - self.zero);
-        let most = (15 - self.range.1).min(ZERO / s - self.zero);
+        let offset = self.offset(s).0;
+        // 0 ≤ a = 128 − offset − shift·s ≤ 255 − 15·s, and all codes stay within 0 to 15.
+        let least = (-self.range.0).max(-(127 + offset - 15 * s).div_euclid(s));
+        let most = (15 - self.range.1).min((ZERO - offset).div_euclid(s));
         (least <= most).then(|| 0.clamp(least, most))
+    }
+
+    /// Returns the sums `Σ w·v` and `Σ v²` over the codes, where `w` is the weight and `v = code·s − offset` its integer.
+    fn products(&self, s: i32) -> [f64; 2] {
+        let (rest, s) = (self.offset(s).1, f64::from(s));
+        [
+            self.scale * (s * self.weight + rest * self.sum),
+            s * s * self.weight + 2.0 * s * rest * self.sum + rest * rest * self.count,
+        ]
+    }
+
+    /// Returns the squared error with this `s` and `s1`.
+    fn error(&self, s: i32, base: f64) -> f64 {
+        // An integer's weight is off by (code − zero)·of_scale + of_offset.
+        let (of_scale, of_offset) = (f64::from(s) * base - self.scale, base * self.offset(s).1);
+        of_scale * of_scale * self.weight
+            + 2.0 * of_scale * of_offset * self.sum
+            + of_offset * of_offset * self.count
+    }
+
+    /// Returns whether this `s` and `s1` give every weight.
+    fn is_exact(&self, s: i32, base: f64) -> bool {
+        let is_near = (base * f64::from(s) - self.scale).abs() <= self.scale * ROUNDING;
+        self.weight == 0.0 || (is_near && self.offset(s).1.abs() <= OFFSET_ROUNDING)
     }
 
     /// Returns the valid `s` nearest to `ratio`.
@@ -166,20 +218,13 @@ fn snapped(imported: &Imported, group: Group) -> Result<Option<(PackedWeights, b
             let codes = &imported.codes[channel * k..][..k];
             let parts: Vec<Part> = (0..groups)
                 .map(|group| {
+                    let at = channel * groups + group;
                     let codes = &codes[group * columns..k.min((group + 1) * columns)];
-                    let zero = i32::from(imported.zeros[channel * groups + group]);
-                    let squares = codes.iter().map(|&code| f64::from((i32::from(code) - zero).pow(2)));
-                    let extremes = codes.iter().fold((15, 0), |(least, most), &code| {
-                        (i32::min(least, code.into()), i32::max(most, code.into()))
-                    });
-                    let scale = f64::from(imported.scales[channel * groups + group]);
-                    Part { scale, zero, range: extremes, weight: squares.sum() }
+                    Part::new(codes, imported.scales[at], imported.zeros[at])
                 })
                 .collect();
             let (scale, pairs) = snap_channel(&parts)?;
-            let is_exact = parts.iter().zip(&pairs).all(|(part, &s)| {
-                part.weight == 0.0 || (scale * f64::from(s) - part.scale).abs() <= part.scale * ROUNDING
-            });
+            let is_exact = parts.iter().zip(&pairs).all(|(part, &s)| part.is_exact(s, scale));
             let mut shifted = codes.to_vec();
             let mut out_pairs = Vec::with_capacity(out_groups);
             for (group, (part, &s)) in parts.iter().zip(&pairs).enumerate() {
@@ -187,7 +232,7 @@ fn snapped(imported: &Imported, group: Group) -> Result<Option<(PackedWeights, b
                 for code in &mut shifted[group * columns..k.min((group + 1) * columns)] {
                     *code = (i32::from(*code) + shift) as u8;
                 }
-                let pair = (s as u8, (ZERO - (part.zero + shift) * s) as u8);
+                let pair = (s as u8, (ZERO - part.offset(s).0 - shift * s) as u8);
                 out_pairs.extend(std::iter::repeat_n(pair, finer.min(out_groups - out_pairs.len())));
             }
             Some(Snapped { codes: shifted, pairs: out_pairs, scale: scale as f32, is_exact })
@@ -228,19 +273,49 @@ fn snap_channel(parts: &[Part]) -> Option<(f64, Vec<i32>)> {
         let choose = |part: &Part| part.nearest(if part.weight > 0.0 { part.scale / base } else { 1.0 });
         let pairs = parts.iter().map(choose).collect::<Option<Vec<_>>>()?;
         // The base with the least squares for these multiples.
-        let products = parts.iter().zip(&pairs).fold([0.0; 2], |[top, bottom], (part, &s)| {
-            let s = f64::from(s);
-            [top + part.weight * s * part.scale, bottom + part.weight * s * s]
-        });
+        let products = parts.iter().zip(&pairs).map(|(part, &s)| part.products(s));
+        let products = products.fold([0.0; 2], |sums, of| [sums[0] + of[0], sums[1] + of[1]]);
         let base = f64::from((products[0] / products[1]) as f32);
-        let error: f64 = parts
-            .iter()
-            .zip(&pairs)
-            .map(|(part, &s)| part.weight * (f64::from(s) * base - part.scale).powi(2))
-            .sum();
+        // Every weight may round to 0.
+        if !(base.is_finite() && base > 0.0) {
+            continue;
+        }
+        let error: f64 = parts.iter().zip(&pairs).map(|(part, &s)| part.error(s, base)).sum();
         if best.as_ref().is_none_or(|(least, ..)| error < *least) {
             best = Some((error, base, pairs));
         }
     }
     best.map(|(_, base, pairs)| (base, pairs))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_group_of_int8_weights_with_a_scale_up_to_16_has_a_shift_that_keeps_the_invariant() {
+        let mut broken = 0;
+        for s in 1..=16 {
+            // The offset is zero · s, also where zero is no integer.
+            for offset in 0..=255 {
+                for least in 0..=15u8 {
+                    for most in least..=15u8 {
+                        let weight = |code: u8| i32::from(code) * s - offset;
+                        if weight(least) < -128 || weight(most) > 127 {
+                            continue;
+                        }
+                        let part = Part::new(&[least, most], 1.0, offset as f32 / s as f32);
+                        assert_eq!(part.offset(s).0, offset);
+                        let shift = part.shift(s).unwrap_or_else(|| panic!("{s} {offset} {least} {most}"));
+                        let a = ZERO - offset - shift * s;
+                        assert!(a >= 0 && 15 * s + a <= 255 && part.is_exact(s, 1.0 / f64::from(s)));
+                        let codes = [least, most].map(|code| i32::from(code) + shift);
+                        assert!(codes.iter().all(|code| (0..=15).contains(code)));
+                        broken += i32::from(shift != 0);
+                    }
+                }
+            }
+        }
+        assert!(broken > 10_000, "{broken}");
+    }
 }

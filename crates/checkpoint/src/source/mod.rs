@@ -2,6 +2,7 @@
 
 mod folder;
 mod gguf;
+mod rotated;
 mod side_files;
 
 use std::fmt;
@@ -15,6 +16,7 @@ use serde_json::{Map, Value};
 
 pub(crate) use folder::{INDEX, SafetensorsModel, shard_names};
 pub use gguf::DequantizedType;
+pub use rotated::Rotated;
 pub use side_files::{SideContents, SideFile};
 
 use crate::error::Result;
@@ -64,6 +66,20 @@ pub trait Source: Send + Sync {
     /// # Errors
     /// If the file can't be read, or its codes contradict its description.
     fn import(&self, _tensor: usize) -> Result<Option<Arc<Imported>>> {
+        Ok(None)
+    }
+
+    /// Returns the channels of a block in which the model's residual stream is rotated, or `None` if it is not.
+    fn rotation(&self) -> Option<usize> {
+        None
+    }
+
+    /// Returns the weight of the norm before a tensor, if rotation has taken that into the tensor: its inputs are the model's original ones,
+    /// divided by this weight and rotated.
+    ///
+    /// # Errors
+    /// If the file can't be read.
+    fn norm_before(&self, _tensor: usize) -> Result<Option<Vec<f32>>> {
         Ok(None)
     }
 

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::path::Path;
 
-use half::bf16;
+use half::{bf16, f16};
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::{Value, json};
 
@@ -37,6 +37,16 @@ pub fn bf16_tensor(name: &str, shape: &[usize], seed: u32) -> Tensor {
 /// The f32 values of [`bf16_tensor`].
 pub fn bf16_values(tensor: &Tensor) -> Vec<f32> {
     tensor.3.as_chunks().0.iter().map(|&bytes| bf16::from_le_bytes(bytes).to_f32()).collect()
+}
+
+/// An f16 tensor. The values must be f16 numbers.
+pub fn f16_tensor(name: &str, shape: &[usize], values: &[f32]) -> Tensor {
+    let encode = |&value: &f32| {
+        let rounded = f16::from_f32(value);
+        assert_eq!(rounded.to_f32(), value);
+        rounded.to_le_bytes()
+    };
+    (name.to_owned(), Dtype::F16, shape.to_vec(), values.iter().flat_map(encode).collect())
 }
 
 pub fn i32_tensor(name: &str, shape: &[usize], words: &[u32]) -> Tensor {

@@ -7,3 +7,4 @@ mod moments;
 mod plain;
 mod quantized;
 mod refused;
+mod transformed;

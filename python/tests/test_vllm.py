@@ -37,6 +37,14 @@ def test_the_wheel_names_the_plugin():
     assert point.load() is liquidgemm.vllm.register
 
 
+def test_a_vllm_that_does_not_fit_gets_a_warning_and_goes_on():
+    code = (
+        "import sys, types, liquidgemm.vllm; sys.modules['vllm'] = types.ModuleType('vllm'); liquidgemm.vllm.register()"
+    )
+    result = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert result.returncode == 0 and "does not fit this version of vLLM" in result.stderr
+
+
 STACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
 
 

@@ -18,6 +18,8 @@ The first two and `_int4.py` know nothing of vLLM. Importing this package does n
 Checked against the sources of vLLM 0.33.0. It was not run in an engine: see the package's README.
 """
 
+import logging
+
 __all__ = ["register"]
 
 _registered = False
@@ -28,12 +30,20 @@ def register() -> None:
     global _registered
     if _registered:
         return
-    from vllm.model_executor.layers.quantization import register_quantization_config
+    _registered = True
+    try:
+        from vllm.model_executor.layers.quantization import register_quantization_config
 
-    from .._checkpoint import METHOD
-    from ._config import LiquidGemmConfig
-    from ._kernel import register_kernel
-
+        from .._checkpoint import METHOD
+        from ._config import LiquidGemmConfig
+        from ._kernel import register_kernel
+    except ImportError as error:
+        # An exception here would stop vLLM also for models that have nothing to do with this package.
+        logging.getLogger(__name__).warning(
+            "liquidgemm does not fit this version of vLLM (%s), so packed folders do not load; "
+            "install vLLM 0.33.0, or a liquidgemm that names your version",
+            error,
+        )
+        return
     register_quantization_config(METHOD)(LiquidGemmConfig)
     register_kernel()
-    _registered = True

@@ -24,7 +24,10 @@ def register_kernel() -> None:
     try:
         from vllm.model_executor.kernels.linear import register_linear_kernel
     except ImportError:
-        logging.getLogger(__name__).warning("this version of vLLM takes no kernels for compressed-tensors; packed folders load")
+        logging.getLogger(__name__).warning(
+            "this version of vLLM has no register_linear_kernel, so liquidgemm does not run compressed-tensors checkpoints; "
+            "convert them with `liquidgemm quantize`"
+        )
         return
     register_linear_kernel(LiquidGemmLinearKernel, PlatformEnum.CUDA, "mp")
 

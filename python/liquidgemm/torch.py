@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from . import _abi
 from ._abi import Handle, PerThread, checked, constants
+from ._checkpoint import NEEDED
 from ._errors import InvalidArgumentError
 from ._numpy import Group, PackedWeights, group_code
 
@@ -857,7 +858,7 @@ class LiquidLinear(nn.Module):
         error_msgs: List[str],
     ) -> None:
         state_dict = dict(state_dict)
-        parts = {name: state_dict.pop(prefix + name, None) for name in _PARTS}
+        parts = {name: state_dict.pop(prefix + name, None) for name in NEEDED}
         missing = [prefix + name for name, part in parts.items() if part is None]
         if not missing:
             try:
@@ -874,16 +875,13 @@ class LiquidLinear(nn.Module):
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         missing_keys.extend(missing)
-        for name in (*_PARTS, "packed"):
+        for name in (*NEEDED, "packed"):
             if prefix + name in unexpected_keys:
                 unexpected_keys.remove(prefix + name)
 
 
-_PARTS = ("weight_codes", "weight_pairs", "weight_scales")
-
-
 def _parts_of(weights: PackedWeights) -> Dict[str, Any]:
-    return dict(zip(_PARTS, (weights.packed_codes, weights.packed_pairs, weights.channel_scales)))
+    return dict(zip(NEEDED, (weights.packed_codes, weights.packed_pairs, weights.channel_scales)))
 
 
 class LiquidMoE(nn.Module):

@@ -17,22 +17,11 @@ from torch import nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ._checkpoint import DTYPES, FORMAT_VERSION, METHOD, NEEDED, check_version, group_of, packed_weights
 from ._errors import InvalidArgumentError
-from ._numpy import PackedWeights
 from .torch import LiquidLinear
 
 __all__ = ["LiquidGemmConfig", "LiquidGemmQuantizer"]
-
-METHOD = "liquidgemm"
-_NEEDED = ("weight_codes", "weight_pairs", "weight_scales")
-_OPTIONAL = ("smoothing", "input_permutation")
-_DTYPES = {
-    "weight_codes": torch.uint8,
-    "weight_pairs": torch.uint8,
-    "weight_scales": torch.float32,
-    "smoothing": torch.float32,
-    "input_permutation": torch.int32,
-}
 
 
 @register_quantization_config(METHOD)
@@ -41,7 +30,7 @@ class LiquidGemmConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
-        format_version: int = 1,
+        format_version: int = FORMAT_VERSION,
         group: str = "64",
         quantized_modules: Optional[List[str]] = None,
         modules_to_not_convert: Optional[List[str]] = None,
@@ -65,15 +54,14 @@ class _Loading(nn.Module):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         for name, shape in shapes.items():
-            self.register_buffer(name, torch.empty(shape, dtype=_DTYPES[name], device="meta"))
+            self.register_buffer(name, torch.empty(shape, dtype=DTYPES[name], device="meta"))
         self.bias = linear.bias
 
     def finished(self, name: str, group: Any) -> LiquidLinear:
         """Makes the layer of the loaded tensors."""
         if self.weight_codes.is_meta:
             raise InvalidArgumentError(f"{name} is not on a device; load without offloading to the disk")
-        host = [getattr(self, part).cpu().contiguous().numpy() for part in _NEEDED]
-        weights = PackedWeights.from_parts(*host, self.in_features, group)
+        weights = packed_weights({part: getattr(self, part) for part in NEEDED}, self.in_features, group)
         if weights.n != self.out_features:
             raise InvalidArgumentError(f"{name} has {weights.n} output channels; the model has {self.out_features}")
         layer = LiquidLinear.from_packed(
@@ -94,10 +82,7 @@ class LiquidGemmQuantizer(HfQuantizer):
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Fails for a folder of another version."""
-        if self.quantization_config.format_version != 1:
-            raise InvalidArgumentError(
-                f"the folder has format version {self.quantization_config.format_version}; this package reads version 1"
-            )
+        check_version(self.quantization_config.format_version)
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The layers take bf16 and f16."""
@@ -116,10 +101,10 @@ class LiquidGemmQuantizer(HfQuantizer):
             _replace(model, name, _Loading(parts, linear))
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        text = self.quantization_config.group
+        group = group_of(self.quantization_config.group)
         for name, module in list(model.named_modules()):
             if isinstance(module, _Loading):
-                _replace(model, name, module.finished(name, text if text == "channel" else int(text)))
+                _replace(model, name, module.finished(name, group))
         return model
 
     def is_serializable(self) -> bool:
@@ -149,10 +134,10 @@ def _shapes(files: List[str]) -> Dict[str, Dict[str, Tuple[int, ...]]]:
         with safe_open(file, framework="pt") as tensors:
             for key in tensors.keys():
                 module, _, part = key.rpartition(".")
-                if part in _DTYPES:
+                if part in DTYPES:
                     found.setdefault(module, {})[part] = tuple(tensors.get_slice(key).get_shape())
     for module, parts in found.items():
-        missing = [part for part in _NEEDED if part not in parts]
+        missing = [part for part in NEEDED if part not in parts]
         if missing:
             raise InvalidArgumentError(f"{module} has no {missing[0]}")
     return found

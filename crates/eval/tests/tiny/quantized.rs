@@ -150,7 +150,9 @@ fn the_float_layers_score_as_the_float_run() {
     let [Score::Language { increase_percent, agreement, divergence, .. }] = score[..] else {
         panic!("{score:?}")
     };
-    assert_eq!((increase_percent, agreement, divergence), (0.0, 1.0, 0.0));
+    assert_eq!((increase_percent, agreement), (0.0, 1.0));
+    // Probabilities are kept in f32.
+    assert!(divergence.abs() < 1e-6, "{divergence}");
     let errors = evaluate::layer_errors(&model, task(&model).pieces(), &float, &()).unwrap();
     assert!(errors.iter().all(|error| error.relative_error == 0.0));
 }

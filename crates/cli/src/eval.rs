@@ -9,7 +9,7 @@ use liquidgemm::{Backend, Group, NewFile};
 use liquidgemm_eval::evaluate::{self, Task};
 use liquidgemm_eval::model::Layers;
 use liquidgemm_eval::report::{self, Evaluation, Row};
-use liquidgemm_eval::{Calibration, Method, Model, Recipe, Smooth, texts};
+use liquidgemm_eval::{Calibration, Method, Model, Recipe, Smoothing, texts};
 
 use super::progress::Stages;
 use super::{Place, Report};
@@ -42,7 +42,7 @@ pub(super) struct Arguments {
 
     /// Divide inputs by a smoothing vector with this exponent, from 0 to 1, or "auto"
     #[arg(long, value_name = "ALPHA")]
-    smooth: Option<Smooth>,
+    smooth: Option<Smoothing>,
 
     /// Measure every method, group and smoothing of the accuracy page, and write PATH.md and PATH.json
     #[arg(long, value_name = "PATH", conflicts_with_all = ["method", "group", "smooth"])]

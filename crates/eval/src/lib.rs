@@ -25,9 +25,10 @@ pub mod texts;
 mod tokenizer;
 
 pub use error::{Error, SUPPORTED};
+pub use liquidgemm_checkpoint::Smoothing;
 pub use model::Model;
 pub use moments::{Calibration, Moments, Recorder};
-pub use recipe::{Method, Recipe, Smooth};
+pub use recipe::{Method, Recipe};
 
 /// Where a longer computation reports how far it is.
 pub trait Progress {

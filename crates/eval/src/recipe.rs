@@ -5,6 +5,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 
 use liquidgemm::{Backend, GptqOptions, Group, Hessian, InputStatistics, PackedWeights, QuantizeOptions};
+use liquidgemm_checkpoint::Smoothing;
 
 use crate::layers::{A8, Linear, W4A8};
 use crate::model::{LinearWeights, Model};
@@ -54,34 +55,6 @@ impl FromStr for Method {
     }
 }
 
-/// How inputs are smoothed: divided by a vector that the weights are multiplied by (arXiv 2211.10438).
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Smooth {
-    /// By `max|x|^α / max|w|^(1 − α)`.
-    Alpha(f32),
-    /// By the exponent with the smallest expected error, chosen for each input.
-    Auto,
-}
-
-impl fmt::Display for Smooth {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Smooth::Alpha(alpha) => alpha.fmt(f),
-            Smooth::Auto => f.pad("auto"),
-        }
-    }
-}
-
-impl FromStr for Smooth {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let alpha = text.parse().ok().filter(|alpha| (0.0..=1.0).contains(alpha)).map(Smooth::Alpha);
-        let auto = (text == "auto").then_some(Smooth::Auto);
-        alpha.or(auto).ok_or_else(|| format!("{text:?} is neither a number from 0 to 1 nor \"auto\""))
-    }
-}
-
 /// How the layers of a model are made.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Recipe {
@@ -89,8 +62,8 @@ pub struct Recipe {
     pub method: Method,
     /// The weights that share a pair. [`Method::A8`] has no groups.
     pub group: Group,
-    /// Whether inputs are smoothed, and how.
-    pub smooth: Option<Smooth>,
+    /// Whether inputs are smoothed, and by which exponent (arXiv 2211.10438).
+    pub smooth: Option<Smoothing>,
 }
 
 impl Recipe {
@@ -232,8 +205,10 @@ impl Recipe {
             let k = layer.shape().1;
             let n = weights.len() / k;
             let vector = match smooth {
-                Smooth::Alpha(alpha) => liquidgemm::smoothing_vector(&moments.absmax, &weights, n, k, alpha),
-                Smooth::Auto => {
+                Smoothing::Alpha(alpha) => {
+                    liquidgemm::smoothing_vector(&moments.absmax, &weights, n, k, alpha)
+                }
+                Smoothing::Auto => {
                     let statistics = InputStatistics {
                         second_moments: moments.mean_square.clone(),
                         largest: moments.absmax.clone(),

@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use crate::evaluate::{LayerError, Score};
 use crate::model::Network;
-use crate::{Method, Recipe, Smooth};
+use crate::{Method, Recipe, Smoothing};
 
 /// The figures of one model.
 #[derive(Clone, Debug, Serialize)]
@@ -58,16 +58,17 @@ pub fn recipes(network: &Network) -> Vec<Recipe> {
     let groups = [Group::K(64), Group::K(128), Group::Channel];
     let groups = if encoder { &groups[..] } else { &groups[..2] };
     let recipe = |method, group, smooth| Recipe { method, group, smooth };
-    let half = Some(Smooth::Alpha(0.5));
+    let half = Some(Smoothing::Alpha(0.5));
     let mut recipes = Vec::new();
     for method in [Method::Rtn, Method::Search, Method::Weighted, Method::Gptq] {
         recipes.extend(groups.iter().map(|&group| recipe(method, group, None)));
     }
-    for smooth in [half, Some(Smooth::Auto)] {
+    for smooth in [half, Some(Smoothing::Auto)] {
         recipes.extend(groups.iter().map(|&group| recipe(Method::Gptq, group, smooth)));
     }
-    recipes
-        .extend([None, half, Some(Smooth::Auto)].map(|smooth| recipe(Method::A8, Group::default(), smooth)));
+    recipes.extend(
+        [None, half, Some(Smoothing::Auto)].map(|smooth| recipe(Method::A8, Group::default(), smooth)),
+    );
     recipes
 }
 
@@ -217,7 +218,8 @@ mod tests {
     use super::*;
 
     fn evaluation(score: Score) -> Evaluation {
-        let recipe = Recipe { method: Method::Rtn, group: Group::Channel, smooth: Some(Smooth::Alpha(0.5)) };
+        let recipe =
+            Recipe { method: Method::Rtn, group: Group::Channel, smooth: Some(Smoothing::Alpha(0.5)) };
         let layers = vec![LayerError { layer: "first".into(), relative_error: 0.125 }];
         Evaluation {
             model: "tiny".into(),

@@ -7,7 +7,7 @@ use liquidgemm::{Backend, Group, PackedWeights, QuantizedActivations};
 use liquidgemm_eval::evaluate::{self, Score, Task};
 use liquidgemm_eval::layers::{A8, FloatLayers, Linear, W4A8};
 use liquidgemm_eval::model::{Layers, LinearWeights};
-use liquidgemm_eval::{Method, Model, Recipe, Smooth};
+use liquidgemm_eval::{Method, Model, Recipe, Smoothing};
 use tempfile::tempdir;
 
 use super::fixture::{TEXT, bert_config, bert_tensors, llama_config, llama_tensors, write_folder};
@@ -29,7 +29,7 @@ fn task(model: &Model) -> Task {
 fn recipes() -> Vec<Recipe> {
     let mut recipes = Vec::new();
     for method in Method::ALL {
-        for smooth in [None, Some(Smooth::Alpha(0.5)), Some(Smooth::Auto)] {
+        for smooth in [None, Some(Smoothing::Alpha(0.5)), Some(Smoothing::Auto)] {
             recipes.push(Recipe { method, group: Group::default(), smooth });
         }
     }
@@ -180,7 +180,7 @@ fn scores_are_the_same_for_any_number_of_threads() {
     let recipes = [Method::Search, Method::Gptq].map(|method| Recipe {
         method,
         group: Group::default(),
-        smooth: Some(Smooth::Alpha(0.5)),
+        smooth: Some(Smoothing::Alpha(0.5)),
     });
     let run = |threads| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();

@@ -7,7 +7,7 @@ use liquidgemm::{Backend, Group};
 use liquidgemm_eval::evaluate::Task;
 use liquidgemm_eval::layers::FloatLayers;
 use liquidgemm_eval::model::Network;
-use liquidgemm_eval::{Calibration, Method, Model, Recipe, Smooth};
+use liquidgemm_eval::{Calibration, Method, Model, Recipe, Smoothing};
 use serde_json::json;
 use tempfile::{TempDir, tempdir};
 
@@ -120,7 +120,7 @@ fn methods_without_their_moments_say_what_is_missing() {
     };
     let error = without(Method::Weighted, None, None);
     assert!(error.contains("second moments of layer model.layers.0.self_attn.q_proj"), "{error}");
-    assert!(without(Method::A8, Some(Smooth::Alpha(0.5)), None).contains("second moments"));
+    assert!(without(Method::A8, Some(Smoothing::Alpha(0.5)), None).contains("second moments"));
     let task = Task::new(&model, TEXT, 16, None).unwrap();
     let calibration = liquidgemm_eval::evaluate::calibrate(&model, &task, false, &()).unwrap();
     let error = without(Method::Gptq, None, Some(&calibration));
@@ -131,9 +131,9 @@ fn methods_without_their_moments_say_what_is_missing() {
 fn unknown_names_of_methods_and_exponents_are_refused() {
     assert!("awq".parse::<Method>().unwrap_err().contains("rtn, search"));
     assert_eq!("gptq".parse(), Ok(Method::Gptq));
-    assert_eq!("auto".parse(), Ok(Smooth::Auto));
-    assert_eq!("0.5".parse(), Ok(Smooth::Alpha(0.5)));
+    assert_eq!("auto".parse(), Ok(Smoothing::Auto));
+    assert_eq!("0.5".parse(), Ok(Smoothing::Alpha(0.5)));
     for text in ["1.5", "-0.1", "NaN", "half"] {
-        assert!(text.parse::<Smooth>().unwrap_err().contains(text), "{text}");
+        assert!(text.parse::<Smoothing>().unwrap_err().contains(text), "{text}");
     }
 }

@@ -40,7 +40,7 @@ const STEPS: [(&str, &[Step]); 4] = [
             Step("verify minilm-w4 --against minilm", "Check it against the original:"),
             Step("calibrate minilm -o minilm.moments --hessian", "Record what the layers get as inputs:"),
             Step(
-                "quantize minilm -o minilm-gptq --method gptq --moments minilm.moments --exclude pooler.dense",
+                "quantize minilm -o minilm-gptq --method gptq --calibration minilm.moments --exclude pooler.dense",
                 "Pack it by GPTQ with them. Sentence embeddings are means and do not use the pooler, so it has no inputs to record:",
             ),
             Step("compare minilm-w4 minilm-gptq", "Compare both with each other:"),
@@ -64,7 +64,7 @@ const STEPS: [(&str, &[Step]); 4] = [
                 "Record what the layers get as inputs, over 8,192 tokens:",
             ),
             Step(
-                "quantize smollm2.gguf -o smollm2-gptq --method gptq --group 128 --moments smollm2.moments",
+                "quantize smollm2.gguf -o smollm2-gptq --method gptq --group 128 --calibration smollm2.moments",
                 "Pack it by GPTQ with them:",
             ),
             Step("compare smollm2-w4 smollm2-gptq", "Compare both:"),

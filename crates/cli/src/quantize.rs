@@ -37,7 +37,7 @@ pub(super) struct Arguments {
     output: Option<PathBuf>,
 
     /// How codes are chosen: rtn rounds to nearest, search minimizes the weights' squared error,
-    /// gptq minimizes the outputs' error and needs --moments with Hessians
+    /// gptq minimizes the outputs' error and needs --calibration with Hessians
     #[arg(long, default_value_t)]
     method: Method,
 
@@ -48,10 +48,10 @@ pub(super) struct Arguments {
 
     /// Calibration file with statistics of the layers' inputs, or a safetensors file of captured inputs
     #[arg(long, value_name = "FILE")]
-    moments: Option<PathBuf>,
+    calibration: Option<PathBuf>,
 
     /// Divide inputs by a smoothing vector with this exponent from 0 to 1, or "auto" for the best of 0.1 to 0.9 for each input;
-    /// needs --moments. In LLaMA, Mistral and Qwen2 the vector is folded into the norm or the layer before, else stored
+    /// needs --calibration. In LLaMA, Mistral and Qwen2 the vector is folded into the norm or the layer before, else stored
     #[arg(long, value_name = "ALPHA")]
     smooth: Option<Smoothing>,
 
@@ -94,7 +94,7 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<Report> {
         method: arguments.method,
         group: arguments.group,
         patterns: Patterns { include: arguments.include.clone(), exclude: arguments.exclude.clone() },
-        calibration: arguments.moments.as_ref().map(Calibration::open).transpose()?.map(Arc::new),
+        calibration: arguments.calibration.as_ref().map(Calibration::open).transpose()?.map(Arc::new),
         smoothing: arguments.smooth,
     };
     let plan = Plan::new(source, &options)?;

@@ -137,7 +137,7 @@ fn quantize_takes_what_calibrate_writes() {
     assert_eq!(code, 0, "{errors}");
     let calibrated: Value = serde_json::from_str(&report).unwrap();
     let quantize =
-        ["quantize", "model", "-o", "packed", "--method", "gptq", "--moments", "moments.safetensors"];
+        ["quantize", "model", "-o", "packed", "--method", "gptq", "--calibration", "moments.safetensors"];
     let (code, _, errors) = run(&quantize, folder.path());
     assert_eq!(code, 0, "{errors}");
     let config = fs::read_to_string(folder.path().join("packed/config.json")).unwrap();

@@ -43,19 +43,7 @@ pub(super) fn find(parts: &Parts<'_>) -> Result<Vec<Found>, Problem> {
         }
         parts.expect(codes, &[k, n / CODES])?;
         parts.expect(zeros, &[groups, n / CODES])?;
-        let (zeros, others) = (Some(zeros), Vec::new());
-        all.push(Found {
-            module,
-            n,
-            k,
-            groups,
-            codes,
-            scales,
-            group_scales: None,
-            zeros,
-            group_index: None,
-            others,
-        });
+        all.push(Found { zeros: Some(zeros), ..Found::new(module, [n, k], groups, [codes, scales]) });
     }
     Ok(all)
 }

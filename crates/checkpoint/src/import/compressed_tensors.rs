@@ -63,18 +63,9 @@ pub(super) fn find(model: &SafetensorsModel, parts: &Parts<'_>) -> Result<Vec<Fo
         if let Some(zeros) = zeros {
             parts.expect(zeros, &[n.div_ceil(CODES), groups])?;
         }
-        all.push(Found {
-            module,
-            n,
-            k,
-            groups,
-            codes,
-            scales,
-            group_scales: None,
-            zeros,
-            group_index,
-            others: vec![shape],
-        });
+        let others = vec![shape];
+        let found = Found::new(module, [n, k], groups, [codes, scales]);
+        all.push(Found { zeros, group_index, others, ..found });
     }
     Ok(all)
 }

@@ -42,18 +42,8 @@ pub(super) fn find(parts: &Parts<'_>) -> Result<Vec<Found>, Problem> {
         let k = rows.checked_mul(CODES).ok_or_else(|| parts.wrong_shape(codes, "[k/8, n]"))?;
         parts.expect(codes, &[rows, n])?;
         parts.expect(zeros, &[groups, n.div_ceil(CODES)])?;
-        all.push(Found {
-            module,
-            n,
-            k,
-            groups,
-            codes,
-            scales,
-            group_scales: None,
-            zeros: Some(zeros),
-            group_index,
-            others: Vec::new(),
-        });
+        let found = Found::new(module, [n, k], groups, [codes, scales]);
+        all.push(Found { zeros: Some(zeros), group_index, ..found });
     }
     Ok(all)
 }

@@ -125,6 +125,12 @@ pub(crate) struct Found {
 }
 
 impl Found {
+    /// Returns a matrix `[n, k]` that has codes and scales only.
+    fn new(module: String, [n, k]: [usize; 2], groups: usize, [codes, scales]: [usize; 2]) -> Self {
+        let (group_scales, zeros, group_index, others) = (None, None, None, Vec::new());
+        Self { module, n, k, groups, codes, scales, group_scales, zeros, group_index, others }
+    }
+
     fn tensors(&self) -> impl Iterator<Item = usize> {
         let required = [self.codes, self.scales].into_iter().chain(self.group_scales);
         let required = required.chain(self.zeros).chain(self.group_index);

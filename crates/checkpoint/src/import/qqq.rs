@@ -64,8 +64,8 @@ pub(super) fn find(parts: &Parts<'_>) -> Result<Vec<Found>, Problem> {
         let buffers = [".workspace", ".reduce_buffer"].map(|suffix| parts.optional(&module, suffix));
         others.extend(buffers.into_iter().flatten());
         let group_scales = group_scales.filter(|_| !group_scales_are_empty);
-        let (zeros, group_index) = (None, None);
-        all.push(Found { module, n, k, groups, codes, scales, group_scales, zeros, group_index, others });
+        let found = Found::new(module, [n, k], groups, [codes, scales]);
+        all.push(Found { group_scales, others, ..found });
     }
     Ok(all)
 }

@@ -71,8 +71,8 @@ pub(super) fn find(parts: &Parts<'_>) -> Result<Vec<Found>, Problem> {
                 (zeros, groups)
             }
         };
-        let (zeros, group_index, others) = (Some(zeros), None, Vec::new());
-        all.push(Found { module, n, k, groups, codes, scales, group_scales, zeros, group_index, others });
+        let found = Found::new(module, [n, k], groups, [codes, scales]);
+        all.push(Found { group_scales, zeros: Some(zeros), ..found });
     }
     Ok(all)
 }

@@ -33,7 +33,9 @@ pub(super) struct Arguments {
     model: Option<String>,
 
     /// List the built-in models and the GPUs
-    #[arg(long, conflicts_with_all = ["model", "html", "price"])]
+    #[arg(long, conflicts_with_all = [
+        "model", "batch", "input", "output", "gpu", "gpus", "price", "memory", "kv_bits", "measurements", "html",
+    ])]
     list: bool,
 
     /// Sequences decoded together: a list, or powers of two in a range
@@ -153,16 +155,7 @@ fn list_json() -> anyhow::Result<Value> {
     for model in models::built_in() {
         known.push(json!({"name": model.name, "parameters": model.model()?.parameters()}));
     }
-    let gpus = GPUS.iter().map(|gpu| {
-        json!({
-            "key": gpu.key, "memory_gb": gpu.memory_gb,
-            "memory_bytes_per_second": gpu.figures.memory_bytes_per_second, "int8_tops": gpu.int8_tops,
-            "fp8_tflops": gpu.fp8_tflops, "bf16_tflops": gpu.bf16_tflops,
-            "multiprocessors": gpu.figures.multiprocessors, "clock_hz": gpu.figures.clock_hz,
-            "link_gb_per_second": gpu.link_gb_per_second, "source": gpu.source.to_string(),
-        })
-    });
-    Ok(json!({"models": known, "gpus": gpus.collect::<Vec<_>>()}))
+    Ok(json!({"models": known, "gpus": GPUS}))
 }
 
 fn list() -> anyhow::Result<String> {

@@ -51,6 +51,8 @@ fn exit_code_is_1_for_what_cannot_be_used_and_2_for_invalid_arguments() {
         (&["Yi-34B", "--memory", "1.1"], 2, "fraction"),
         (&["Yi-34B", "--kv-bits", "7"], 2, "4, 8 or 16"),
         (&["Yi-34B", "--list"], 2, "cannot be used with"),
+        (&["--list", "--batch", "4"], 2, "cannot be used with"),
+        (&["--list", "--kv-bits", "8"], 2, "cannot be used with"),
     ] {
         let output = estimate(arguments);
         let stderr = String::from_utf8_lossy(&output.stderr);
@@ -63,4 +65,6 @@ fn exit_code_is_1_for_what_cannot_be_used_and_2_for_invalid_arguments() {
     assert!(list.status.success());
     let text = String::from_utf8(list.stdout).unwrap();
     assert!(text.contains("DeepSeek-V3") && text.contains("gh200-144gb"));
+    let list: serde_json::Value = serde_json::from_slice(&estimate(&["--list", "--json"]).stdout).unwrap();
+    assert!(list["gpus"].as_array().unwrap().iter().any(|gpu| gpu["key"] == "gh200-144gb"), "{list}");
 }

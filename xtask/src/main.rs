@@ -41,7 +41,7 @@ enum Command {
     GpuTest(gpu_test::Arguments),
     /// Write the C header from its sources
     Header,
-    /// Run the commands on whole models with real models, and write docs/walkthrough.md
+    /// Run every command on two whole models, and write docs/walkthrough.md
     Walkthrough,
     Wheel(wheel::Arguments),
 }

@@ -1,4 +1,4 @@
-//! `cargo xtask walkthrough`: runs every command on whole models with the two models of `accuracy`, in an empty folder,
+//! `cargo xtask walkthrough`: runs the commands for whole models on the two models of `accuracy`, in an empty folder,
 //! and writes docs/walkthrough.md with the commands and what they print.
 
 use std::fmt::Write as _;

@@ -136,7 +136,7 @@ mod tests {
     #[test]
     fn absolute_paths_lose_their_directories() {
         for (argument, expected) in [
-            ("/root/out/moe.json", "moe.json"),
+            ("/data/out/moe.json", "moe.json"),
             ("--json=/a/b.json", "--json=b.json"),
             ("/a/b.json,/c/d.json", "b.json,d.json"),
             ("/usr/bin/python3", "python3"),

@@ -181,7 +181,7 @@ fn write_all<'a>(files: impl IntoIterator<Item = &'a mut PtxFile>, directory: &P
     for file in files {
         let path = directory.join(format!("{}.ptx", file.entry));
         if fs::read_to_string(&path).ok().as_deref() != Some(&file.text) {
-            write_file(&path, directory, &file.text)?;
+            write_atomically(&path, directory, &file.text)?;
         }
         current.insert(path.clone());
         file.path = Some(path);
@@ -196,7 +196,7 @@ fn write_all<'a>(files: impl IntoIterator<Item = &'a mut PtxFile>, directory: &P
 }
 
 /// Writes a file atomically: a reader sees the old text or the new one, never a part.
-fn write_file(path: &Path, directory: &Path, text: &str) -> Result<(), Error> {
+fn write_atomically(path: &Path, directory: &Path, text: &str) -> Result<(), Error> {
     let mut options = tempfile::Builder::new();
     #[cfg(unix)]
     {

@@ -17,6 +17,7 @@ _FOLDER = Path(__file__).parent
 _SCALARS = {
     "size_t": ctypes.c_size_t,
     "uintptr_t": ctypes.c_size_t,
+    "uint64_t": ctypes.c_uint64,
     "uint32_t": ctypes.c_uint32,
     "int32_t": ctypes.c_int32,
     "float": ctypes.c_float,

@@ -21,6 +21,7 @@ of its own synchronizes the stream before the next call; `load_state_dict`, `fro
 
 import ctypes
 import threading
+from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
@@ -72,13 +73,14 @@ _gpu_quantize = checked("lg_gpu_quantize")
 _gpu_gemm = checked("lg_gpu_gemm")
 _gpu_weights_in = checked("lg_gpu_weights_in")
 _gpu_experts_in = checked("lg_gpu_experts_in")
-_gpu_linear_forward_in = _abi.function("lg_gpu_linear_forward_in")
 _gpu_grouped_gemm = checked("lg_gpu_grouped_gemm")
 _gpu_combine = checked("lg_gpu_combine")
+_torch_attach = checked("lg_torch_attach")
+_torch_add_stream = checked("lg_torch_add_stream")
 
 #: Structures that each thread fills again and again. A call does not hold what they point to.
 _filled = PerThread(
-    linear="lg_linear_memory", input="lg_input", output="lg_output", quantized="lg_quantized", grouped="lg_grouped"
+    input="lg_input", output="lg_output", quantized="lg_quantized", grouped="lg_grouped"
 )
 
 
@@ -98,7 +100,6 @@ class _Device:
     def __init__(self, index: int) -> None:
         self.index = index
         self.gpu = Handle(_gpu_open, "lg_gpu_free", index)
-        self.address = self.gpu.address
         self._handles: List[Handle] = []
         #: The address of each stream's workspace.
         self.workspaces: Dict[int, int] = {}
@@ -126,6 +127,7 @@ class _Device:
                         "this stream is captured and has no workspace yet; "
                         "call the layer once, or liquidgemm.torch.prepare, before the capture"
                     )
+                _torch_add_stream(self.index, stream, self.gpu.address, made.address)
                 self._handles.append(made)
                 self.workspaces[stream] = made.address
             return self.workspaces[stream]
@@ -146,6 +148,70 @@ def _device(index: int) -> _Device:
                 _devices[index] = _Device(index)
             found = _devices[index]
     return found
+
+
+# --- Kernels that torch calls without Python ---
+
+
+def _first_call(index: int, stream: Optional[int], message: int, message_bytes: int) -> int:
+    """Makes what the launches on a stream share. If it can't, it writes why."""
+    try:
+        _device(index).workspace(stream or 0)
+    except Exception as error:  # the caller throws it, as a RuntimeError
+        text = str(error).encode()[: message_bytes - 1] + b"\0"
+        ctypes.memmove(message, text, len(text))
+        return 1
+    return 0
+
+
+_first_call_address = ctypes.CFUNCTYPE(
+    ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t
+)(_first_call)
+
+#: The version of torch's stable interface whose rules the kernels follow, as torch writes it: 2.10.
+_STABLE_VERSION = 2 << 56 | 10 << 48
+#: What the structure of torch's functions calls those that have no plain name.
+_CPP_NAMES = {
+    "operator_delete": "_ZdlPv",
+    "torch_check_fail": "_ZN3c106detail14torchCheckFailEPKcS2_jS2_",
+}
+_KINDS = {"bf": "bfloat", "f": "float", "i": "int", "u": "uint"}
+#: What torch keeps the address of.
+_FILE = ctypes.create_string_buffer(__file__.encode())
+
+
+def _register_kernels(names: Sequence[str], key: str) -> None:
+    """Registers the C library's kernels of these ops for a dispatch key, through torch's stable C interface."""
+    folder = Path(torch.__file__).parent / "lib"
+    libraries = [ctypes.CDLL(None)]
+    libraries += [ctypes.CDLL(str(folder / name)) for name in ("libtorch_cpu.so", "libtorch_cuda.so", "libc10.so")]
+
+    def function(name: str) -> Any:
+        for library in libraries:
+            found = getattr(library, _CPP_NAMES.get(name, name), None)
+            if found is not None:
+                return found
+        raise ImportError(f"torch {torch.__version__} has no {name}; liquidgemm.torch needs torch 2.10 or later")
+
+    functions = _abi.structure("lg_torch_functions")
+    for field, _ in functions._fields_:
+        if field.startswith("dtype_"):
+            kind = field[6:].rstrip("0123456789")
+            setattr(functions, field, function(f"aoti_torch_dtype_{_KINDS[kind]}{field[6 + len(kind):]}")())
+        elif field == "make_stream":
+            functions.make_stream = ctypes.cast(_first_call_address, ctypes.c_void_p)
+        elif field != "struct_size":
+            setattr(functions, field, ctypes.cast(function(field), ctypes.c_void_p))
+    _torch_attach(ctypes.addressof(functions))
+    library = ctypes.c_void_p()
+    register = function("torch_library_impl")
+    register.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_uint64)
+    failed = function("aoti_torch_library_init_impl")(b"liquidgemm", key.encode(), _FILE, 0, ctypes.byref(library))
+    for name in names:
+        kernel = ctypes.cast(_abi.function(f"lg_torch_{name}"), ctypes.c_void_p)
+        failed = failed or register(library, name.encode(), kernel, _STABLE_VERSION)
+    if failed:
+        raise ImportError("torch refuses the kernels of liquidgemm.torch; stderr has its message")
 
 
 # --- Checks, which the fake kernels share ---
@@ -196,19 +262,6 @@ def _check_linear(
     dtype: Optional[torch.dtype],
 ) -> torch.dtype:
     """Checks the operands of a linear layer, and returns the output's type."""
-    device = x.get_device()
-    if (
-        packed.numel() == _sizes.get((n, k, group))
-        and packed.dtype is torch.uint8
-        and packed.get_device() == device
-        and packed.is_contiguous()
-        and bias is None
-        and smoothing is None
-        and (dtype is None or dtype in _TYPES)
-        and device >= 0
-    ):
-        # The usual case on the GPU, in a quarter of the time.
-        return x.dtype if dtype is None else dtype
     _check("packed", packed, torch.uint8, x)
     if packed.numel() != _packed_size(n, k, group):
         _refuse(
@@ -373,54 +426,20 @@ def _cpu_linear(
     _cpu_gemm(weights.address, _filled.quantized_address, bias_address, _filled.output_address)
 
 
-def _cuda_linear(
-    x: Tensor, packed: Tensor, bias: Optional[Tensor], smoothing: Optional[Tensor], output: Tensor, k: int, group: int
-) -> None:
-    """Launches what `_fill_input` has described, and the product."""
-    # Each statement counts: the call should take less of the host's time than the launches take of the GPU's.
-    filled, index = _filled, x.get_device()
-    device, stream = _devices.get(index) or _device(index), _raw_stream(index)
-    fields = filled.linear
-    fields.memory = packed.data_ptr()
-    fields.memory_bytes = packed.numel()
-    fields.n = output.shape[-1]
-    fields.k = k
-    fields.group = group
-    fields.bias = None if bias is None else bias.data_ptr()
-    fields.smoothing = None if smoothing is None else smoothing.data_ptr()
-    fields = filled.output
-    fields.output = output.data_ptr()
-    fields.output_type = _TYPES[output.dtype]
-    scratch_bytes = filled.input.m * ((k + 63) // 64 * 64 + 4)
-    # The allocator gives it to later launches on this stream only.
-    scratch = packed.new_empty(scratch_bytes)
-    workspace = device.workspaces.get(stream) or device.workspace(stream)
-    status = _gpu_linear_forward_in(
-        device.address,
-        filled.linear_address,
-        filled.input_address,
-        filled.output_address,
-        scratch.data_ptr(),
-        scratch_bytes,
-        workspace,
-        stream,
-    )
-    if status:
-        raise _abi.last_error(status)
-
-
 # --- The ops ---
 
 _library = torch.library.Library("liquidgemm", "DEF")
 
 
-def _op(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Defines an op with its implementation for CPU and CUDA, and its fake kernel."""
+def _op(
+    schema: str, fake: Callable[..., Any], keys: Sequence[str] = ("CPU", "CUDA")
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Defines an op with its implementation for these dispatch keys, and its fake kernel."""
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     name = schema.split("(", 1)[0]
 
     def register(implementation: Callable[..., Any]) -> Callable[..., Any]:
-        for key in ("CPU", "CUDA"):
+        for key in keys:
             _library.impl(name, implementation, key)
         torch.library.register_fake(f"liquidgemm::{name}", fake, lib=_library)
         return implementation
@@ -439,6 +458,7 @@ def _linear_fake(x, packed, bias, smoothing, n, k, group, dtype=None):  # type: 
     "linear(Tensor x, Tensor packed, Tensor? bias, Tensor? smoothing, int n, int k, int group, "
     "ScalarType? dtype=None) -> Tensor",
     _linear_fake,
+    ("CPU",),
 )
 def _linear(
     x: Tensor,
@@ -457,7 +477,7 @@ def _linear(
     m = output.numel() // n
     if m:
         _fill_input(x, m, k)
-        (_cuda_linear if x.is_cuda else _cpu_linear)(x, packed, bias, smoothing, output, k, group)
+        _cpu_linear(x, packed, bias, smoothing, output, k, group)
     return output
 
 
@@ -489,6 +509,7 @@ def _fused_fake(  # type: ignore[no-untyped-def]
     "Tensor? norm_weight=None, Tensor? norm_bias=None, float epsilon=1e-05, bool interleaved=False, "
     "Tensor(a!)? residual=None, ScalarType? dtype=None) -> Tensor",
     _fused_fake,
+    ("CPU",),
 )
 def _fused_linear(
     x: Tensor,
@@ -514,7 +535,7 @@ def _fused_linear(
     m = output.numel() // n
     if m:
         _fill_input(x, m, k, operation, norm_weight, norm_bias, epsilon, interleaved, residual)
-        (_cuda_linear if x.is_cuda else _cpu_linear)(x, packed, bias, smoothing, output, k, group)
+        _cpu_linear(x, packed, bias, smoothing, output, k, group)
     return output
 
 
@@ -720,6 +741,9 @@ def _combine(rows: Tensor, positions: Tensor, weights: Tensor) -> Tensor:
         _cpu_combine(ctypes.addressof(arguments))
     return output
 
+
+if torch.version.cuda is not None:
+    _register_kernels(("linear", "fused_linear"), "CUDA")
 
 # --- Modules ---
 

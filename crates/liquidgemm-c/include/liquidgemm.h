@@ -395,6 +395,105 @@ typedef struct lg_linear_memory {
 } lg_linear_memory;
 
 /*
+ What the ops need of torch: addresses of functions under their names there, and the numbers of types.
+ */
+typedef struct lg_torch_functions {
+    /*
+     `sizeof(lg_torch_functions)`.
+     */
+    size_t struct_size;
+    /*
+     From libtorch.
+     */
+    const void *aoti_torch_get_data_ptr;
+    /*
+     From libtorch.
+     */
+    const void *aoti_torch_get_dim;
+    /*
+     From libtorch.
+     */
+    const void *aoti_torch_get_sizes;
+    /*
+     From libtorch.
+     */
+    const void *aoti_torch_get_numel;
+    /*
+     From libtorch.
+     */
+    const void *aoti_torch_get_dtype;
+    /*
+     From libtorch.
+     */
+    const void *aoti_torch_get_device_type;
+    /*
+     From libtorch.
+     */
+    const void *aoti_torch_get_device_index;
+    /*
+     From libtorch.
+     */
+    const void *aoti_torch_is_contiguous;
+    /*
+     From libtorch.
+     */
+    const void *aoti_torch_empty_strided;
+    /*
+     From libtorch.
+     */
+    const void *aoti_torch_delete_tensor_object;
+    /*
+     From libtorch.
+     */
+    const void *aoti_torch_get_current_cuda_stream;
+    /*
+     C++'s `operator delete(void *)`.
+     */
+    const void *operator_delete;
+    /*
+     `c10::detail::torchCheckFail(char const *, char const *, unsigned, char const *)`, which throws.
+     */
+    const void *torch_check_fail;
+    /*
+     `lg_status make_stream(int32_t device, lg_stream stream, char *message, size_t message_bytes)`:
+     calls `lg_torch_add_stream` for a stream that a call is the first on, or writes why it can't.
+     */
+    const void *make_stream;
+    /*
+     What `aoti_torch_dtype_bfloat16` returns.
+     */
+    int32_t dtype_bf16;
+    /*
+     What `aoti_torch_dtype_float16` returns.
+     */
+    int32_t dtype_f16;
+    /*
+     What `aoti_torch_dtype_float32` returns.
+     */
+    int32_t dtype_f32;
+    /*
+     What `aoti_torch_dtype_int32` returns.
+     */
+    int32_t dtype_i32;
+    /*
+     What `aoti_torch_dtype_uint8` returns.
+     */
+    int32_t dtype_u8;
+    /*
+     What `aoti_torch_dtype_int8` returns.
+     */
+    int32_t dtype_i8;
+    /*
+     What `aoti_torch_dtype_int64` returns.
+     */
+    int32_t dtype_i64;
+    /*
+     What `aoti_torch_dtype_float64` returns.
+     */
+    int32_t dtype_f64;
+} lg_torch_functions;
+
+/*
  The shape and the sizes of packed weights.
  */
 typedef struct lg_weights_info {
@@ -1027,6 +1126,42 @@ void lg_experts_free(struct lg_experts *experts);
  Calls that succeed leave it as it is. It is valid until the next call of this thread that fails.
  */
 const char *lg_last_error_message(void);
+
+/*
+ Takes torch's functions, before the kernels below are registered. Later calls change nothing.
+
+ The caller sees to this:
+ The addresses are those of the functions that their names say, and stay so.
+ */
+lg_status lg_torch_attach(const struct lg_torch_functions *functions);
+
+/*
+ Sets what the ops use on a stream of a device: the GPU, and a workspace.
+
+ The caller sees to this:
+ The handles live as long as the program. Only launches on this stream use the workspace, which belongs to the
+ GPU's context.
+ */
+lg_status lg_torch_add_stream(int32_t device,
+                              lg_stream stream,
+                              const struct lg_gpu *gpu,
+                              const struct lg_gpu_workspace *workspace);
+
+/*
+ The kernel of the op `linear`, for `torch_library_impl`. It throws a C++ exception for wrong arguments.
+
+ The caller sees to this:
+ Only torch's dispatcher calls it, for the schema of `liquidgemm.torch`, after `lg_torch_attach`.
+ */
+void lg_torch_linear(uint64_t *stack, uint64_t inputs, uint64_t outputs);
+
+/*
+ The kernel of the op `fused_linear`, for `torch_library_impl`. It throws a C++ exception for wrong arguments.
+
+ The caller sees to this:
+ As for `lg_torch_linear`.
+ */
+void lg_torch_fused_linear(uint64_t *stack, uint64_t inputs, uint64_t outputs);
 
 /*
  Quantizes and packs row-major weights `[n, k]` of `LG_TYPE_F32`, `LG_TYPE_F16` or `LG_TYPE_BF16`.

@@ -9,6 +9,7 @@
 //! | `cpu.rs` | the operations on host memory |
 //! | `gpu.rs` | the GPU, and what lives on it |
 //! | `launch.rs` | the operations on device memory |
+//! | `torch.rs` | ops of `liquidgemm.torch`, which torch's dispatcher calls without Python |
 //!
 //! Each function returns a status. It checks its arguments before it writes any output.
 //! A panic becomes the status `LG_ERROR_INTERNAL` and never reaches the caller.
@@ -22,6 +23,7 @@ mod gpu;
 mod launch;
 mod layers;
 mod status;
+mod torch;
 mod weights;
 
 pub use arguments::*;
@@ -30,6 +32,7 @@ pub use gpu::*;
 pub use launch::*;
 pub use layers::*;
 pub use status::*;
+pub use torch::*;
 pub use weights::*;
 
 use std::ffi::{CStr, c_char};

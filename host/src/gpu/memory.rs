@@ -344,7 +344,7 @@ impl DeviceWeights {
     }
 }
 
-/// Device memory for stream-K: partial tiles, and the flags that announce them.
+/// Device memory for stream-K: partial tiles, and the flags that announce them. It also has some [scratch memory](Self::scratch).
 ///
 /// Launches on one stream may share a workspace. Launches that may run at the same time need one each.
 #[derive(Debug)]
@@ -352,7 +352,11 @@ pub struct Workspace {
     partials: DeviceMemory,
     /// u32 each, zero between launches.
     flags: DeviceMemory,
+    scratch: DeviceMemory,
 }
+
+/// Bytes of a workspace's scratch memory: 32 tokens of 28,672 elements and their scales, and a little more.
+const SCRATCH_BYTES: usize = 1 << 20;
 
 impl Workspace {
     pub(crate) fn new(context: &ContextHandle, multiprocessors: u32) -> Result<Self, GpuError> {
@@ -361,6 +365,11 @@ impl Workspace {
             // The kernels write each slot before they read it.
             partials: DeviceMemory::uninitialized(context, partials, "allocating the workspace")?,
             flags: DeviceMemory::copy_of(context, &vec![0u8; flags], "allocating the workspace's flags")?,
+            scratch: DeviceMemory::uninitialized(
+                context,
+                SCRATCH_BYTES,
+                "allocating the workspace's scratch memory",
+            )?,
         })
     }
 
@@ -378,10 +387,10 @@ impl Workspace {
 
     /// Returns the bytes of a workspace in memory that the caller owns.
     pub(crate) fn bytes_for(multiprocessors: u32) -> usize {
-        Self::partial_bytes(multiprocessors) + Self::flag_bytes(multiprocessors)
+        Self::partial_bytes(multiprocessors) + SCRATCH_BYTES + Self::flag_bytes(multiprocessors)
     }
 
-    /// Makes a workspace in memory that the caller owns: the partial tiles, and behind them the flags.
+    /// Makes a workspace in memory that the caller owns: the partial tiles, the scratch memory, and behind them the flags.
     pub(crate) fn borrowed(
         context: &ContextHandle,
         multiprocessors: u32,
@@ -392,9 +401,17 @@ impl Workspace {
         let part = |offset: usize, bytes| {
             DeviceMemory::borrowed(context, DeviceSpan { address: memory.address + offset as u64, bytes })
         };
-        let (partials, flags) = (part(0, partials), part(partials, flags));
+        let flags = part(partials + SCRATCH_BYTES, flags);
         flags.write(0, &vec![0u8; flags.bytes()], "initializing the workspace's flags")?;
-        Ok(Self { partials, flags })
+        Ok(Self { partials: part(0, partials), flags, scratch: part(partials, SCRATCH_BYTES) })
+    }
+
+    /// Returns 1 MiB of memory that no GEMM uses: [scratch memory](crate::gpu::DeviceLinear::forward) for layers with
+    /// few tokens. Like the workspace, it is for launches on one stream.
+    ///
+    /// The launches of one call use it together, so calls of several threads on that stream take turns.
+    pub fn scratch(&self) -> DeviceSpan {
+        self.scratch.span()
     }
 
     /// Returns the context that the workspace belongs to.
@@ -404,7 +421,7 @@ impl Workspace {
 
     /// Returns the bytes of device memory that the workspace takes.
     pub fn bytes(&self) -> usize {
-        self.partials.bytes() + self.flags.bytes()
+        self.partials.bytes() + self.scratch.bytes() + self.flags.bytes()
     }
 
     /// Fails if the plan uses stream-K and the workspace is too small for its thread blocks.

@@ -61,7 +61,9 @@ def main() -> int:
     norm, residual = torch.ones(size, device=device, dtype=torch.bfloat16), torch.zeros_like(x)
     ops, shape = torch.ops.liquidgemm, (size, size, 64)
     codes, scales = ops.quantize(x, None)
+    none = x[:0]
     calls: Dict[str, Callable[[], Any]] = {
+        "ops.linear without rows: no launch": lambda: ops.linear(none, layer.packed, None, None, *shape),
         "ops.linear": lambda: ops.linear(x, layer.packed, None, None, *shape),
         "ops.linear.default": lambda: ops.linear.default(x, layer.packed, None, None, *shape),
         "LiquidLinear": lambda: layer(x),

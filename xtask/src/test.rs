@@ -47,15 +47,17 @@ pub fn run() -> anyhow::Result<()> {
         let mut doc = cargo(["doc", "--workspace", "--exclude", "cuda_std", "--no-deps", "--quiet"]);
         check(doc.env("RUSTDOCFLAGS", "-D warnings"))
     });
-    // Build cargo-deny meanwhile: the kernels' compiler keeps only one core busy, for minutes.
+    // Build cargo-deny and the tests meanwhile: the kernels' compiler keeps only one core busy, for minutes.
     let deny = thread::spawn(deny::install);
+    let build = thread::spawn(|| check(tests().args(["--no-run", "--quiet"])));
     steps.run("kernels", ptx::build_and_check);
     steps.run("dependencies", || {
         deny.join().unwrap_or_else(|_| bail!("building cargo-deny panicked"))?;
         deny::run()
     });
     steps.run("tests", || {
-        let mut tests = cargo(["test", "--workspace", "--no-fail-fast"]);
+        build.join().unwrap_or_else(|_| bail!("building the tests panicked"))?;
+        let mut tests = tests();
         // Make the fuzz targets run the same 2,000 inputs each time.
         tests.env("BOLERO_RANDOM_SEED", "1").env("BOLERO_RANDOM_ITERATIONS", "2000");
         check(tests.env("BOLERO_RANDOM_TEST_TIME_MS", "600000"))
@@ -70,6 +72,11 @@ pub fn run() -> anyhow::Result<()> {
     // List the CPU kernels that were not tested because this machine lacks their instructions.
     steps.run("machine", || check(Command::new(built(&["liquidgemm"])).arg("info")));
     steps.finish()
+}
+
+/// Returns the command that runs all tests of the workspace.
+fn tests() -> Command {
+    cargo(["test", "--workspace", "--no-fail-fast"])
 }
 
 /// Returns the names of a directory's examples, sorted.

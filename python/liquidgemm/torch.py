@@ -1,6 +1,8 @@
 """Linear layers and mixtures of experts for torch, on CUDA and on CPU tensors, with the same bits.
 
 The ops are registered with `torch.library`, with fake kernels, so `torch.compile(fullgraph=True)` and CUDA graphs work.
+On CUDA tensors torch calls the C library's kernels directly; wrong ones are a `RuntimeError`, wrong CPU tensors an
+`InvalidArgumentError`.
 Outputs are allocated by torch, launches go to the current stream, and weights lie in tensors.
 The ops have no gradients: they are for inference.
 
@@ -69,12 +71,6 @@ _gpu_workspace_new = checked("lg_gpu_workspace_new")
 _gpu_prepare = checked("lg_gpu_prepare")
 _gpu_prepare_quantize = checked("lg_gpu_prepare_quantize")
 _gpu_prepare_grouped = checked("lg_gpu_prepare_grouped")
-_gpu_quantize = checked("lg_gpu_quantize")
-_gpu_gemm = checked("lg_gpu_gemm")
-_gpu_weights_in = checked("lg_gpu_weights_in")
-_gpu_experts_in = checked("lg_gpu_experts_in")
-_gpu_grouped_gemm = checked("lg_gpu_grouped_gemm")
-_gpu_combine = checked("lg_gpu_combine")
 _torch_attach = checked("lg_torch_attach")
 _torch_add_stream = checked("lg_torch_add_stream")
 
@@ -401,16 +397,12 @@ def _quantized_like(x: Tensor, m: int, k: int) -> Tuple[Tensor, Tensor]:
     return codes, torch.empty(m, dtype=torch.float32, device=x.device)
 
 
-def _run_quantize(x: Tensor, smoothing: Optional[Tensor], codes: Tensor, scales: Tensor, m: int, k: int) -> None:
+def _run_quantize(smoothing: Optional[Tensor], codes: Tensor, scales: Tensor, m: int, k: int) -> None:
     """Quantizes what `_fill_input` has described."""
     _fill_quantized(codes, scales, m, k, codes.stride(0))
     if smoothing is not None:
         _filled.input.smoothing = smoothing.data_ptr()
-    if x.is_cuda:
-        gpu = _device(x.device.index).gpu.address
-        _gpu_quantize(gpu, _filled.input_address, _filled.quantized_address, _raw_stream(x.device.index))
-    else:
-        _cpu_quantize(_filled.input_address, _filled.quantized_address)
+    _cpu_quantize(_filled.input_address, _filled.quantized_address)
 
 
 def _cpu_linear(
@@ -419,7 +411,7 @@ def _cpu_linear(
     """Quantizes what `_fill_input` has described, and multiplies."""
     m, n = _filled.input.m, output.shape[-1]
     codes, scales = _quantized_like(x, m, k)
-    _run_quantize(x, smoothing, codes, scales, m, k)
+    _run_quantize(smoothing, codes, scales, m, k)
     _fill_output(output)
     weights = _host_weights(packed, n, k, group)
     bias_address = None if bias is None else bias.data_ptr()
@@ -429,18 +421,17 @@ def _cpu_linear(
 # --- The ops ---
 
 _library = torch.library.Library("liquidgemm", "DEF")
+_names: List[str] = []
 
 
-def _op(
-    schema: str, fake: Callable[..., Any], keys: Sequence[str] = ("CPU", "CUDA")
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Defines an op with its implementation for these dispatch keys, and its fake kernel."""
+def _op(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Defines an op with its implementation for CPU tensors, and its fake kernel. The C library has the CUDA kernel."""
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     name = schema.split("(", 1)[0]
 
     def register(implementation: Callable[..., Any]) -> Callable[..., Any]:
-        for key in keys:
-            _library.impl(name, implementation, key)
+        _library.impl(name, implementation, "CPU")
+        _names.append(name)
         torch.library.register_fake(f"liquidgemm::{name}", fake, lib=_library)
         return implementation
 
@@ -458,7 +449,6 @@ def _linear_fake(x, packed, bias, smoothing, n, k, group, dtype=None):  # type: 
     "linear(Tensor x, Tensor packed, Tensor? bias, Tensor? smoothing, int n, int k, int group, "
     "ScalarType? dtype=None) -> Tensor",
     _linear_fake,
-    ("CPU",),
 )
 def _linear(
     x: Tensor,
@@ -509,7 +499,6 @@ def _fused_fake(  # type: ignore[no-untyped-def]
     "Tensor? norm_weight=None, Tensor? norm_bias=None, float epsilon=1e-05, bool interleaved=False, "
     "Tensor(a!)? residual=None, ScalarType? dtype=None) -> Tensor",
     _fused_fake,
-    ("CPU",),
 )
 def _fused_linear(
     x: Tensor,
@@ -559,7 +548,7 @@ def _quantize(x: Tensor, smoothing: Optional[Tensor] = None) -> Tuple[Tensor, Te
         codes[:, k:].zero_()
     if m:
         _fill_input(x, m, k)
-        _run_quantize(x, smoothing, codes, scales, m, k)
+        _run_quantize(smoothing, codes, scales, m, k)
     return codes, scales
 
 
@@ -597,16 +586,8 @@ def _gemm(
         _fill_quantized(codes, scales, m, k, codes.stride(0))
         _fill_output(output)
         bias_address = None if bias is None else bias.data_ptr()
-        if codes.is_cuda:
-            index = codes.device.index
-            device, stream = _device(index), _raw_stream(index)
-            memory = (packed.data_ptr(), packed.numel(), n, k, group)
-            weights = Handle(_gpu_weights_in, "lg_gpu_weights_free", device.gpu.address, *memory)
-            parts = (_filled.quantized_address, bias_address, _filled.output_address, None)
-            _gpu_gemm(device.gpu.address, weights.address, *parts, device.workspace(stream), stream)
-        else:
-            weights = _host_weights(packed, n, k, group)
-            _cpu_gemm(weights.address, _filled.quantized_address, bias_address, _filled.output_address)
+        weights = _host_weights(packed, n, k, group)
+        _cpu_gemm(weights.address, _filled.quantized_address, bias_address, _filled.output_address)
     return output
 
 
@@ -689,20 +670,13 @@ def _grouped_linear(
         return output
     codes, scales = _quantized_like(x, rows, k)
     _fill_input(x, rows, k, operation, gather=gather)
-    _run_quantize(x, None, codes, scales, rows, k)
+    _run_quantize(None, codes, scales, rows, k)
     _fill_output(output)
     fields = _filled.grouped
     fields.offsets = offsets.data_ptr()
     fields.bias = None if bias is None else bias.data_ptr()
     parts = (_filled.grouped_address, _filled.quantized_address, _filled.output_address)
-    if x.is_cuda:
-        index = x.device.index
-        gpu = _device(index).gpu.address
-        memory = (packed.data_ptr(), packed.numel(), experts, n, k, group)
-        handle = Handle(_gpu_experts_in, "lg_gpu_experts_free", gpu, *memory)
-        _gpu_grouped_gemm(gpu, handle.address, *parts, _raw_stream(index))
-    else:
-        _cpu_grouped_gemm(_host_experts(packed, experts, n, k, group).address, *parts)
+    _cpu_grouped_gemm(_host_experts(packed, experts, n, k, group).address, *parts)
     return output
 
 
@@ -734,16 +708,12 @@ def _combine(rows: Tensor, positions: Tensor, weights: Tensor) -> Tensor:
     )
     if tokens == 0:
         return output
-    if rows.is_cuda:
-        index = rows.device.index
-        _gpu_combine(_device(index).gpu.address, ctypes.addressof(arguments), _raw_stream(index))
-    else:
-        _cpu_combine(ctypes.addressof(arguments))
+    _cpu_combine(ctypes.addressof(arguments))
     return output
 
 
 if torch.version.cuda is not None:
-    _register_kernels(("linear", "fused_linear"), "CUDA")
+    _register_kernels(_names, "CUDA")
 
 # --- Modules ---
 

@@ -252,11 +252,22 @@ impl Rows {
     /// Returns whether row kernels are the faster ones: for as many rows as run at a time, or nearly so.
     const fn are_few(self, multiprocessors: u32) -> bool {
         let row = self.row();
-        if row.row_blocks > 1 {
-            // Clusters leave some SMs idle, and the ring's thread blocks start sooner.
-            return row.blocks <= multiprocessors;
+        if row.row_blocks == 1 {
+            return row.blocks.saturating_mul(row.threads) <= 2 * multiprocessors * MAX_THREADS;
         }
-        row.blocks.saturating_mul(row.threads) <= 2 * multiprocessors * MAX_THREADS
+        // Two thread blocks fit an SM, but whole clusters leave some places empty.
+        let wave = multiprocessors * 7 / 4;
+        let most = match self.operation {
+            // A ring's thread blocks start sooner than clusters, which counts where there is little else to do.
+            RowOperation::Plain if self.k <= 16_384 => multiprocessors,
+            // With fewer rows than SMs, a ring's thread block computes a whole row, and others nothing.
+            RowOperation::Silu | RowOperation::GeluTanh if self.k >= 14_336 => 2 * wave,
+            RowOperation::RmsNorm | RowOperation::LayerNorm if self.has_residual && self.k >= 16_384 => {
+                2 * wave
+            }
+            _ => wave,
+        };
+        row.blocks <= most
     }
 
     /// Returns the launch of a ring kernel, if there is one and it should be faster.

@@ -441,6 +441,10 @@ typedef struct lg_torch_functions {
     /*
      From libtorch.
      */
+    const void *aoti_torch_zero_;
+    /*
+     From libtorch.
+     */
     const void *aoti_torch_delete_tensor_object;
     /*
      From libtorch.
@@ -1156,12 +1160,44 @@ lg_status lg_torch_add_stream(int32_t device,
 void lg_torch_linear(uint64_t *stack, uint64_t inputs, uint64_t outputs);
 
 /*
- The kernel of the op `fused_linear`, for `torch_library_impl`. It throws a C++ exception for wrong arguments.
+ The kernel of the op `fused_linear`, as `lg_torch_linear`.
 
  The caller sees to this:
  As for `lg_torch_linear`.
  */
 void lg_torch_fused_linear(uint64_t *stack, uint64_t inputs, uint64_t outputs);
+
+/*
+ The kernel of the op `quantize`, as `lg_torch_linear`.
+
+ The caller sees to this:
+ As for `lg_torch_linear`.
+ */
+void lg_torch_quantize(uint64_t *stack, uint64_t inputs, uint64_t outputs);
+
+/*
+ The kernel of the op `gemm`, as `lg_torch_linear`.
+
+ The caller sees to this:
+ As for `lg_torch_linear`.
+ */
+void lg_torch_gemm(uint64_t *stack, uint64_t inputs, uint64_t outputs);
+
+/*
+ The kernel of the op `grouped_linear`, as `lg_torch_linear`.
+
+ The caller sees to this:
+ As for `lg_torch_linear`.
+ */
+void lg_torch_grouped_linear(uint64_t *stack, uint64_t inputs, uint64_t outputs);
+
+/*
+ The kernel of the op `combine`, as `lg_torch_linear`.
+
+ The caller sees to this:
+ As for `lg_torch_linear`.
+ */
+void lg_torch_combine(uint64_t *stack, uint64_t inputs, uint64_t outputs);
 
 /*
  Quantizes and packs row-major weights `[n, k]` of `LG_TYPE_F32`, `LG_TYPE_F16` or `LG_TYPE_BF16`.

@@ -9,7 +9,7 @@
 //! | `cpu.rs` | the operations on host memory |
 //! | `gpu.rs` | the GPU, and what lives on it |
 //! | `launch.rs` | the operations on device memory |
-//! | `torch.rs` | ops of `liquidgemm.torch`, which torch's dispatcher calls without Python |
+//! | `torch/` | the ops of `liquidgemm.torch` on CUDA tensors, which torch's dispatcher calls without Python |
 //!
 //! Each function returns a status. It checks its arguments before it writes any output.
 //! A panic becomes the status `LG_ERROR_INTERNAL` and never reaches the caller.

@@ -62,7 +62,9 @@ impl Rows {
             Type::Bf16 => LG_TYPE_BF16,
             Type::F16 => LG_TYPE_F16,
             other => {
-                return refuse(format!("the input has the type {other}; use torch.bfloat16 or torch.float16"));
+                return refuse(format!(
+                    "the input has the type {other}; use torch.bfloat16 or torch.float16"
+                ));
             }
         };
         let Some(&columns) = sizes.last() else {

@@ -11,7 +11,8 @@
 //! | quantize weights offline | [`PackedWeights::quantize`] |
 //! | quantize them by another method, or with calibration data | [`PackedWeights::quantize_with`], `PackedWeights::quantize_gptq` |
 //! | measure what quantization costs | [`PackedWeights::output_error`] |
-//! | pack the codes of another quantizer | [`PackedWeights::pack`] |
+//! | take int4 weights of another quantizer (GPTQ, AWQ and others) | [`PackedWeights::from_int4`] |
+//! | pack codes and pairs that another program chose | [`PackedWeights::pack`] |
 //! | save and load weights | [`PackedWeights::save`], [`PackedWeights::load`] |
 //! | quantize activations at run time | [`QuantizedActivations::quantize`] |
 //! | multiply, on the GPU if there is one | [`Backend::auto`] |
@@ -92,6 +93,7 @@ pub use plan::{Algorithm, GroupedPlan, GroupedProblem, Plan, Skinny, TileConfig,
 pub use problem::Problem;
 #[cfg(feature = "gptq")]
 pub use quantize::{GptqOptions, Hessian, HessianBuilder};
+pub use quantize::{ImportKind, Int4Import, Int4Weights};
 pub use quantize::{
     InputStatistics, InputStatisticsBuilder, SMOOTHING_SAMPLE, rotate, smoothing_auto,
     smoothing_auto_of_sample, smoothing_vector,

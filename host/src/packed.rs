@@ -178,7 +178,8 @@ impl PackedWeights {
         Ok(Self { n, k, group, codes, pairs, channel_scales })
     }
 
-    /// Packs the codes and pairs of another quantizer, such as GPTQ or a search for the smallest error.
+    /// Packs codes and pairs that another program chose, such as a search for the smallest error.
+    /// [`from_int4`](Self::from_int4) takes codes with floating-point scales of groups.
     ///
     /// - `codes`: row-major `[n, k]`, values 0 to 15.
     /// - `pairs`: row-major `[n, groups]` of `(s, a)`, with `groups` = [`group.count(k)`](Group::count).

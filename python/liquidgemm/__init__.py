@@ -19,12 +19,22 @@ from ._errors import (
     NoGpuError,
     OutOfMemoryError,
 )
-from ._numpy import PackedWeights, QuantizedActivations, combine, grouped_matmul, matmul, quantize, smooth_weights
+from ._numpy import (
+    Int4Import,
+    PackedWeights,
+    QuantizedActivations,
+    combine,
+    grouped_matmul,
+    matmul,
+    quantize,
+    smooth_weights,
+)
 from ._version import __version__
 
 __all__ = [
     "DriverError",
     "FileError",
+    "Int4Import",
     "InternalError",
     "InvalidArgumentError",
     "LiquidGemmError",

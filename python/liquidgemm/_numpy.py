@@ -5,7 +5,7 @@ bfloat16 arrays are those of the package `ml_dtypes`, which is not needed otherw
 
 import ctypes
 import os
-from typing import Any, Optional, Sequence, Tuple, Union
+from typing import Any, NamedTuple, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
@@ -30,8 +30,15 @@ _OPERATIONS = {
     "gelu_tanh_mul": constants["OPERATION_GELU_TANH_MUL"],
 }
 
+_IMPORT_KINDS = {
+    constants["IMPORT_EXACT"]: "exact",
+    constants["IMPORT_SNAPPED"]: "snapped",
+    constants["IMPORT_REQUANTIZED"]: "requantized",
+}
+
 _quantize_weights = checked("lg_weights_quantize")
 _pack = checked("lg_weights_pack")
+_from_int4 = checked("lg_weights_from_int4")
 _from_parts = checked("lg_weights_from_parts")
 _from_device_bytes = checked("lg_weights_from_device_bytes")
 _load = checked("lg_weights_load")
@@ -95,7 +102,7 @@ def _vector(what: str, value: Optional[np.ndarray], shape: Tuple[int, ...], dtyp
 class PackedWeights:
     """4-bit weights `[n, k]` in the packed layout of the library, in host memory.
 
-    Make them with `quantize`, `pack`, `from_parts` or `load`. They never change.
+    Make them with `quantize`, `from_int4`, `pack`, `from_parts` or `load`. They never change.
     """
 
     __slots__ = ("_handle", "_info")
@@ -125,7 +132,7 @@ class PackedWeights:
     def pack(
         cls, codes: np.ndarray, pairs: np.ndarray, channel_scales: np.ndarray, group: Group = 64
     ) -> "PackedWeights":
-        """Packs what another quantizer chose.
+        """Packs codes and pairs that another program chose. `from_int4` takes codes with scales of groups.
 
         `codes` is uint8 `[n, k]` with values 0 to 15, `pairs` is uint8 `[n, groups, 2]` with `(s, a)` of each group,
         `s ≥ 1` and `15·s + a ≤ 255`, and `channel_scales` is float32 `[n]`.
@@ -144,6 +151,48 @@ class PackedWeights:
             k,
             size,
         )
+
+    @classmethod
+    def from_int4(
+        cls,
+        codes: np.ndarray,
+        scales: np.ndarray,
+        zeros: Optional[np.ndarray] = None,
+        group: Group = 64,
+        source_group: Optional[Group] = None,
+    ) -> "Int4Import":
+        """Packs weights that another quantizer has quantized to four bits, such as GPTQ, AWQ or compressed-tensors.
+
+        `codes` is uint8 `[n, k]` with values 0 to 15 (signed codes plus 8), `scales` is float32 `[n, groups]`, and `zeros`,
+        8 if they are left out, float32 `[n, groups]`. A code q represents the weight `(q − zero) · scale` of its group.
+        `group` is that of the result. The source has the same, unless `source_group` says another: "channel", or any number of
+        weights from 1 on that share a scale. The last group of a channel may be shorter.
+
+        The result is exact where the packed format has the weights: always with one scale a channel and integer zeros, and
+        also where the scales of a channel are multiples of one number by integers from 1 to 17 that keep `15·s + a ≤ 255`.
+        Otherwise the scales become the nearest that the format has, or the weights are quantized again, whichever has the
+        smaller error. They are always quantized again if `group` neither is nor divides `source_group`, or if a scale is
+        negative.
+        """
+        codes = _array("codes", codes, 2, dtype=np.uint8)
+        n, k = codes.shape
+        packed_size = group_code(group)
+        size = packed_size if source_group is None else group_code(source_group)
+        groups = -(-k // size) if size else 1
+        kind, error = ctypes.c_uint32(), ctypes.c_double()
+        weights = cls._make(
+            _from_int4,
+            codes.ctypes.data,
+            _vector("scales", scales, (n, groups), np.float32),
+            _vector("zeros", zeros, (n, groups), np.float32),
+            n,
+            k,
+            size,
+            packed_size,
+            ctypes.byref(kind),
+            ctypes.byref(error),
+        )
+        return Int4Import(weights, _IMPORT_KINDS[kind.value], error.value)
 
     @classmethod
     def from_parts(
@@ -251,6 +300,17 @@ class PackedWeights:
 
     def __repr__(self) -> str:
         return f"PackedWeights(n={self.n}, k={self.k}, group={self.group!r})"
+
+
+class Int4Import(NamedTuple):
+    """What `PackedWeights.from_int4` returns."""
+
+    #: The packed weights.
+    weights: PackedWeights
+    #: "exact", or "snapped" if the codes are kept and the scales approximated, or "requantized".
+    kind: str
+    #: `‖packed − source‖ / ‖source‖` of the weights.
+    error: float
 
 
 class QuantizedActivations:

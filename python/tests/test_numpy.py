@@ -58,6 +58,35 @@ def test_saved_packed_and_device_forms_represent_the_same_weights(rng, group, tm
         assert (other.device_bytes() == weights.device_bytes()).all()
 
 
+def int4(rng, groups):
+    return rng.integers(0, 16, (N, K), np.uint8), rng.uniform(0.5, 1, (N, groups)).astype(np.float32)
+
+
+def test_int4_weights_with_one_scale_a_channel_are_taken_over_exactly(rng):
+    codes, scales = int4(rng, 1)
+    zeros = rng.integers(0, 17, (N, 1)).astype(np.float32)
+    for given, values in ((None, codes - np.float32(8)), (zeros, codes - zeros)):
+        weights, kind, error = lg.PackedWeights.from_int4(codes, scales, given, "channel")
+        assert (kind, error) == ("exact", 0) and weights.group == "channel"
+        assert (weights.dequantize() == values * scales).all()
+
+
+def test_int4_groups_whose_scales_are_multiples_are_exact_and_others_snapped_or_requantized(rng):
+    codes, scales = int4(rng, 2)
+    multiples = np.rint(scales * 16) / 16
+    multiples[:, 0] = 1
+    expected = (codes - np.float32(8)) * np.repeat(multiples, 128, 1)[:, :K]
+    for group in (128, 64):
+        taken = lg.PackedWeights.from_int4(codes, multiples, group=group, source_group=128)
+        assert (taken.kind, taken.error) == ("exact", 0) and (taken.weights.dequantize() == expected).all()
+    values = (codes - np.float32(8)) * np.repeat(scales, 128, 1)[:, :K]
+    for group, kind, limit in ((128, "snapped", 0.03), ("channel", "requantized", 0.2)):
+        taken = lg.PackedWeights.from_int4(codes, scales, group=group, source_group=128)
+        error = np.linalg.norm(taken.weights.dequantize() - values) / np.linalg.norm(values)
+        assert taken.kind == kind and taken.weights.group == group
+        assert 0 < taken.error < limit and abs(taken.error - error) < 1e-6
+
+
 def test_shards_along_k_add_up_to_the_whole_sums(rng):
     weights = lg.PackedWeights.quantize(rng.standard_normal((N, K), dtype=np.float32))
     x = lg.quantize(rng.standard_normal((M, K), dtype=np.float32))
@@ -115,6 +144,11 @@ def test_smoothing_cancels_between_weights_and_activations(rng):
 def wrong_calls():
     packed = lg.PackedWeights.quantize(np.ones((N, K), np.float32))
     x = lg.quantize(np.ones((M, K), np.float32))
+
+    def from_int4(**changed):
+        right = {"codes": np.zeros((N, K), np.uint8), "scales": np.ones((N, 3), np.float32)}
+        return lg.PackedWeights.from_int4(**{**right, **changed})
+
     return {
         "a list": (lambda: lg.quantize([[1.0]]), lg.InvalidArgumentError, "numpy array"),
         "float64": (lambda: lg.quantize(np.ones((M, K))), lg.InvalidArgumentError, "float64"),
@@ -137,6 +171,13 @@ def wrong_calls():
             ValueError,
             "16",
         ),
+        "int4 codes": (lambda: from_int4(codes=np.full((N, K), 16, np.uint8)), ValueError, "k = 0 is 16"),
+        "signed codes": (lambda: from_int4(codes=np.zeros((N, K), np.int8)), ValueError, "int8"),
+        "int4 scales": (lambda: from_int4(scales=np.ones((N, 2), np.float32)), ValueError, r"\[70, 3\]"),
+        "int4 scale": (lambda: from_int4(scales=np.full((N, 3), np.inf, np.float32)), ValueError, "scale 0 is inf"),
+        "int4 zeros": (lambda: from_int4(zeros=np.full((N, 3), np.nan, np.float32)), ValueError, "zero 0 is NaN"),
+        "int4 group": (lambda: from_int4(group=63, source_group=64), ValueError, "63"),
+        "source group": (lambda: from_int4(source_group=0), ValueError, "0"),
         "cut": (lambda: packed.input_shard(0, 63), ValueError, "63"),
     }
 

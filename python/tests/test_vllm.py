@@ -1,4 +1,4 @@
-"""The parts of the vLLM plugin that need neither vLLM nor torch: names and int4 codes, and what it expects of vLLM.
+"""The parts of the vLLM plugin that need neither vLLM nor torch: names, and what it expects of vLLM.
 
 `test_vllm_shards.py` has the tests with torch, `test_vllm_layers.py` those in an installed vLLM.
 With the variable `LIQUIDGEMM_VLLM_SOURCES`, a folder that has vLLM's `vllm/` (an unpacked wheel), the signatures of all
@@ -13,14 +13,11 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 import liquidgemm as lg
 import liquidgemm.vllm
-from liquidgemm.vllm import _int4, _names
-
-N, K = 192, 256
+from liquidgemm.vllm import _names
 
 
 def test_importing_the_package_imports_neither_vllm_nor_torch():
@@ -57,42 +54,6 @@ def test_layers_are_packed_if_all_of_their_modules_are():
     assert modules.has_layer("language_model.0.qkv_proj", STACKED) and not modules.has_layer("model.0.o_proj", STACKED)
     with pytest.raises(lg.InvalidArgumentError, match="h.qkv_proj: h.q_proj is quantized, but h.k_proj is not.*--exclude"):
         _names.PackedModules(["h.q_proj"]).has_layer("h.qkv_proj", STACKED)
-
-
-def int4(groups):
-    rng = np.random.default_rng(1)
-    codes = rng.integers(-8, 8, (N, K), dtype=np.int8)
-    return codes, rng.uniform(0.5, 1, (N, groups)).astype(np.float32)
-
-
-def test_int4_codes_with_one_scale_a_channel_are_kept_exactly():
-    codes, scales = int4(1)
-    assert (_int4.pack_int4(codes, scales, "channel").dequantize() == codes * scales).all()
-
-
-def test_int4_groups_whose_scales_are_multiples_are_kept_exactly_and_others_nearly():
-    codes, scales = int4(K // 64)
-    multiples = np.rint(scales * 16) / 16
-    multiples[:, 0] = 1
-    expected = codes * np.repeat(multiples, 64, 1)
-    assert (_int4.pack_int4(codes, multiples.astype(np.float32), 64).dequantize() == expected).all()
-    values = codes * np.repeat(scales, 64, 1)
-    errors = _int4.pack_int4(codes, scales, 64).dequantize() - values
-    assert np.linalg.norm(errors) < 0.03 * np.linalg.norm(values)
-
-
-@pytest.mark.parametrize(
-    "change, text",
-    [
-        (lambda codes, scales: (codes, scales[:, :2]), "scales are"),
-        (lambda codes, scales: (codes * 2, scales), "int4"),
-        (lambda codes, scales: (codes, -scales), "negative"),
-        (lambda codes, scales: (codes, scales * np.float32("nan")), "negative"),
-    ],
-)
-def test_int4_weights_that_are_none_are_refused(change, text):
-    with pytest.raises(lg.InvalidArgumentError, match=text):
-        _int4.pack_int4(*change(*int4(K // 64)), 64)
 
 
 # --- Signatures in vLLM's sources ---

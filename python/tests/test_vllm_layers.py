@@ -288,3 +288,8 @@ def test_the_kernel_takes_int4_layers_of_compressed_tensors_and_no_others():
             reference = x.float() @ values.T + layer.bias.float()
             found = kernel.apply_weights(layer, x, layer.bias).float()
             assert (found - reference).norm() < (0.01 if groups == 1 else 0.05) * reference.norm()
+        for wrong in (8, -9):
+            codes[5, 3] = wrong
+            layer.weight_packed.data, layer.weight_scale.data = codes.clone(), scales.clone()
+            with pytest.raises(lg.InvalidArgumentError, match="a linear layer: the code of channel 5 at k = 3"):
+                kernel.process_weights_after_loading(layer)

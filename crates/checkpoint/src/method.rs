@@ -28,6 +28,14 @@ pub enum Method {
 impl Method {
     /// All methods.
     pub const ALL: [Self; 3] = [Method::Rtn, Method::Search, Method::Gptq];
+
+    /// Returns the method for weights without statistics of their inputs: search in place of gptq.
+    pub(crate) fn data_free(self) -> liquidgemm::Method {
+        match self {
+            Method::Rtn => liquidgemm::Method::Rtn,
+            Method::Search | Method::Gptq => liquidgemm::Method::Search,
+        }
+    }
 }
 
 impl fmt::Display for Method {
@@ -93,7 +101,7 @@ impl QuantizeOptions {
     /// Prepares to quantize a module whose inputs are not those that the calibration has seen.
     pub(crate) fn quantizer(&self, module: &str, k: usize, inputs: &ChangedInputs<'_>) -> Result<Quantizer> {
         let Some(calibration) = &self.calibration else {
-            return Ok(if self.method == Method::Rtn { Quantizer::Rtn } else { Quantizer::Search(None) });
+            return Ok(Quantizer::data_free(self.method));
         };
         Ok(match self.method {
             Method::Rtn => Quantizer::Rtn,
@@ -156,6 +164,11 @@ pub(crate) enum Quantizer {
 }
 
 impl Quantizer {
+    /// Prepares to quantize without statistics of the inputs.
+    pub(crate) fn data_free(method: Method) -> Self {
+        if method == Method::Rtn { Quantizer::Rtn } else { Quantizer::Search(None) }
+    }
+
     /// Returns whether blocks of channels cost as much as all channels together.
     pub(crate) fn wants_all_channels(&self) -> bool {
         matches!(self, Quantizer::Gptq(_))

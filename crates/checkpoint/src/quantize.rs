@@ -11,7 +11,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use liquidgemm::{PackedWeights, smooth_weights};
+use liquidgemm::{Int4Import, PackedWeights, smooth_weights};
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::{Value, json};
 
@@ -19,8 +19,8 @@ use crate::checkpoint::is_packed_folder;
 use crate::error::{CheckpointError, Result, io_error, weights_error};
 use crate::files::{is_plain_name, read_json};
 use crate::format::{FOLDED_FILE, Part};
-use crate::import::{self, ImportOutcome};
-use crate::method::{ChangedInputs, Method, Quantizer};
+use crate::import::ImportOutcome;
+use crate::method::{ChangedInputs, Quantizer};
 use crate::plan::{Fate, Layer, Plan, matrix_of};
 use crate::progress::Progress;
 use crate::shard_writer::{ShardWriter, TEMPORARY_PREFIX};
@@ -185,12 +185,10 @@ impl Plan<'_> {
         let matrix = matrix_of(layer, group);
         let names = Part::ALL.map(|part| part.name(module));
         // Weights that another quantizer has quantized are taken over without statistics of their inputs.
-        let data_free =
-            if self.options.method == Method::Rtn { Quantizer::Rtn } else { Quantizer::Search(None) };
         if let Some(imported) = self.source.import(layer.tensor)? {
-            let (packed, kind, error) =
-                import::pack(&imported, group, &data_free).map_err(weights_error(module))?;
-            write_packed(writer, &names, &packed)?;
+            let taken = PackedWeights::from_int4(&imported.weights, group, self.options.method.data_free());
+            let Int4Import { weights, kind, error } = taken.map_err(weights_error(module))?;
+            write_packed(writer, &names, &weights)?;
             if self.source.tensors()[layer.tensor].permuted {
                 let order = imported.permutation.iter().flatten();
                 writer.append(&names[4], &order.flat_map(|from| from.to_le_bytes()).collect::<Vec<u8>>())?;
@@ -202,7 +200,7 @@ impl Plan<'_> {
         let smoothing = self.vector(self.sites.of_reader(layer.tensor), block_bytes)?;
         let divisors = self.vector(self.sites.of_divided(layer.tensor), block_bytes)?;
         let quantizer = if is_imported {
-            data_free
+            Quantizer::data_free(self.options.method)
         } else {
             let norm = self.source.norm_before(layer.tensor)?;
             let inputs = ChangedInputs {

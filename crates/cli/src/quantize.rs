@@ -109,7 +109,7 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<Report> {
     result["output"] = json!(output);
     result["resumed_shards"] = json!(summary.resumed_shards);
     let imports = summary.imports.iter().map(
-        |import| json!({"module": import.module, "kind": import.kind.name(), "relative_error": import.error}),
+        |import| json!({"module": import.module, "kind": import.kind.to_string(), "relative_error": import.error}),
     );
     result["imports"] = json!(imports.collect::<Vec<_>>());
     if arguments.json {
@@ -119,7 +119,7 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<Report> {
     if !summary.imports.is_empty() {
         let mut table = Table::new(&["module", "codes", "error"], &[false, false, true]);
         for import in &summary.imports {
-            table.row([import.module.clone(), import.kind.name().to_owned(), percent(import.error)]);
+            table.row([import.module.clone(), import.kind.to_string(), percent(import.error)]);
         }
         text.push_str(&table.render());
     }

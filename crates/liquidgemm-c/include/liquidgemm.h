@@ -498,6 +498,11 @@ typedef struct lg_torch_functions {
 } lg_torch_functions;
 
 /*
+ How `lg_weights_from_int4` took weights over: one of the `LG_IMPORT_…` constants.
+ */
+typedef uint32_t lg_import_kind;
+
+/*
  The shape and the sizes of packed weights.
  */
 typedef struct lg_weights_info {
@@ -647,6 +652,21 @@ typedef struct lg_weights_info {
  The library has a defect. Its state is unchanged; please report the message.
  */
 #define LG_ERROR_INTERNAL 6
+
+/*
+ Every weight is that of the source, up to the rounding of one f32 product.
+ */
+#define LG_IMPORT_EXACT 0
+
+/*
+ The codes are those of the source, the scales the nearest that the packed format has.
+ */
+#define LG_IMPORT_SNAPPED 1
+
+/*
+ The weights were quantized again.
+ */
+#define LG_IMPORT_REQUANTIZED 2
 
 #ifdef __cplusplus
 extern "C" {
@@ -1225,7 +1245,7 @@ lg_status lg_weights_quantize(const void *values,
 lg_status lg_smooth_weights(const float *values, size_t n, size_t k, const float *smoothing, float *out);
 
 /*
- Packs the codes and pairs of another quantizer.
+ Packs codes and pairs that another program chose. `lg_weights_from_int4` takes codes with floating-point scales of groups.
 
  - `codes`: row-major `[n, k]`, values 0 to 15, one per byte.
  - `pairs`: row-major `[n, groups, 2]`: `(s, a)` of each group, with s ≥ 1 and 15·s + a ≤ 255.
@@ -1243,6 +1263,37 @@ lg_status lg_weights_pack(const uint8_t *codes,
                           size_t k,
                           size_t group,
                           struct lg_weights **out);
+
+/*
+ Packs weights that another quantizer has quantized to four bits, such as GPTQ, AWQ or compressed-tensors.
+
+ - `codes`: row-major `[n, k]`, values 0 to 15, one per byte. Signed codes become such codes by adding 8.
+ - `scales`: f32, row-major `[n, source_groups]`, finite, with `source_groups` = ⌈k / `source_group`⌉.
+ - `zeros`: f32, row-major `[n, source_groups]`, finite, or null if every zero is 8.
+ - `source_group`: the weights of a channel that share a scale, 1 or more, or `LG_GROUP_CHANNEL`. The last group may be shorter.
+ - `group`: that of the result, a positive multiple of 64, or `LG_GROUP_CHANNEL`.
+ - `kind`, `error`: null, or where to write how the weights were taken over, and `‖packed − source‖ / ‖source‖`.
+
+ A code q represents the weight `(q − zero) · scale`. Where the packed format has these weights, the result is exact: always with
+ one scale a channel and integer zeros, and also where the scales of a channel are multiples of one number, by integers from 1 to 17
+ that keep `15·s + a ≤ 255`. Otherwise the scales become the nearest that the format has, or the weights are quantized again,
+ whichever has the smaller error.
+ They are always quantized again if `group` neither is nor divides `source_group`, or if a scale is negative.
+
+ The caller sees to this:
+ The arrays have these elements; `kind` and `error` are null or valid for a write; `out` is valid for a write.
+ `lg_weights_free` frees the result.
+ */
+lg_status lg_weights_from_int4(const uint8_t *codes,
+                               const float *scales,
+                               const float *zeros,
+                               size_t n,
+                               size_t k,
+                               size_t source_group,
+                               size_t group,
+                               lg_import_kind *kind,
+                               double *error,
+                               struct lg_weights **out);
 
 /*
  Assembles weights from packed parts, such as a file or `lg_weights_codes` and its kin have them.

@@ -207,6 +207,11 @@ pub(crate) fn check_pointer<T>(what: &str, pointer: *const T) -> Result<(), Fail
     Ok(())
 }
 
+/// Fails for a pointer that is not aligned for its type. Null is allowed.
+pub(crate) fn check_optional<T>(what: &str, pointer: *const T) -> Result<(), Failure> {
+    if pointer.is_null() { Ok(()) } else { check_pointer(what, pointer) }
+}
+
 /// Borrows what a handle points to.
 ///
 /// # Safety

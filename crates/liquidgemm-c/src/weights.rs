@@ -7,10 +7,19 @@ use std::sync::Arc;
 
 use half::{bf16, f16};
 use liquidgemm::gpu::DeviceWeights;
-use liquidgemm::{PackedWeights, smooth_weights};
+use liquidgemm::{ImportKind, Int4Weights, Method, PackedWeights, smooth_weights};
 
 use crate::arguments::*;
 use crate::status::{Failure, guard, lg_status};
+
+/// How `lg_weights_from_int4` took weights over: one of the `LG_IMPORT_…` constants.
+pub type lg_import_kind = u32;
+/// Every weight is that of the source, up to the rounding of one f32 product.
+pub const LG_IMPORT_EXACT: lg_import_kind = 0;
+/// The codes are those of the source, the scales the nearest that the packed format has.
+pub const LG_IMPORT_SNAPPED: lg_import_kind = 1;
+/// The weights were quantized again.
+pub const LG_IMPORT_REQUANTIZED: lg_import_kind = 2;
 
 /// Packed weights `[n, k]` in host memory. Any number of threads may use them at the same time.
 #[derive(Debug)]
@@ -126,7 +135,7 @@ pub unsafe extern "C" fn lg_smooth_weights(
     })
 }
 
-/// Packs the codes and pairs of another quantizer.
+/// Packs codes and pairs that another program chose. `lg_weights_from_int4` takes codes with floating-point scales of groups.
 ///
 /// - `codes`: row-major `[n, k]`, values 0 to 15, one per byte.
 /// - `pairs`: row-major `[n, groups, 2]`: `(s, a)` of each group, with s ≥ 1 and 15·s + a ≤ 255.
@@ -156,6 +165,68 @@ pub unsafe extern "C" fn lg_weights_pack(
             let pairs: Vec<(u8, u8)> = pairs.iter().map(|&[s, a]| (s, a)).collect();
             let scales = host("channel_scales", channel_scales, n)?.to_vec();
             give(out, || Ok(new(PackedWeights::pack(codes, &pairs, scales, n, k, group)?)))
+        }
+    })
+}
+
+/// Packs weights that another quantizer has quantized to four bits, such as GPTQ, AWQ or compressed-tensors.
+///
+/// - `codes`: row-major `[n, k]`, values 0 to 15, one per byte. Signed codes become such codes by adding 8.
+/// - `scales`: f32, row-major `[n, source_groups]`, finite, with `source_groups` = ⌈k / `source_group`⌉.
+/// - `zeros`: f32, row-major `[n, source_groups]`, finite, or null if every zero is 8.
+/// - `source_group`: the weights of a channel that share a scale, 1 or more, or `LG_GROUP_CHANNEL`. The last group may be shorter.
+/// - `group`: that of the result, a positive multiple of 64, or `LG_GROUP_CHANNEL`.
+/// - `kind`, `error`: null, or where to write how the weights were taken over, and `‖packed − source‖ / ‖source‖`.
+///
+/// A code q represents the weight `(q − zero) · scale`. Where the packed format has these weights, the result is exact: always with
+/// one scale a channel and integer zeros, and also where the scales of a channel are multiples of one number, by integers from 1 to 17
+/// that keep `15·s + a ≤ 255`. Otherwise the scales become the nearest that the format has, or the weights are quantized again,
+/// whichever has the smaller error.
+/// They are always quantized again if `group` neither is nor divides `source_group`, or if a scale is negative.
+///
+/// # Safety
+/// The arrays have these elements; `kind` and `error` are null or valid for a write; `out` is valid for a write.
+/// `lg_weights_free` frees the result.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn lg_weights_from_int4(
+    codes: *const u8,
+    scales: *const f32,
+    zeros: *const f32,
+    n: usize,
+    k: usize,
+    source_group: usize,
+    group: usize,
+    kind: *mut lg_import_kind,
+    error: *mut f64,
+    out: *mut *mut lg_weights,
+) -> lg_status {
+    guard(|| {
+        let source_group = if source_group == LG_GROUP_CHANNEL { k } else { source_group };
+        let groups = if k == 0 { 0 } else { k.div_ceil(source_group) };
+        let count = elements("scales", [n, groups])?;
+        // SAFETY: the caller vouches for the pointers.
+        unsafe {
+            let codes = host("codes", codes, elements("codes", [n, k])?)?.to_vec();
+            let scales = host("scales", scales, count)?.to_vec();
+            let zeros = if zeros.is_null() { None } else { Some(host("zeros", zeros, count)?.to_vec()) };
+            give(out, || {
+                // Nothing may fail once the first result is written.
+                check_optional("kind", kind)?;
+                check_optional("error", error)?;
+                let source = Int4Weights::new(codes, scales, zeros, [n, k], source_group)?;
+                let taken = PackedWeights::from_int4(&source, group_of(group), Method::default())?;
+                if !kind.is_null() {
+                    kind.write(match taken.kind {
+                        ImportKind::Exact => LG_IMPORT_EXACT,
+                        ImportKind::Snapped => LG_IMPORT_SNAPPED,
+                        ImportKind::Requantized => LG_IMPORT_REQUANTIZED,
+                    });
+                }
+                if !error.is_null() {
+                    error.write(taken.error);
+                }
+                Ok(new(taken.weights))
+            })
         }
     })
 }

@@ -92,6 +92,76 @@ static void saved_weights_come_back_and_their_parts_make_the_same(void) {
     lg_weights_free(weights);
 }
 
+static void int4_weights_are_taken_over_exactly_where_the_format_has_them(void) {
+    enum { GROUPS = 2, GROUP = 128 };
+    uint8_t *codes = malloc(N * K);
+    float scales[N * GROUPS], zeros[N * GROUPS], ones[N];
+    float *found = malloc(sizeof(float) * N * K);
+    for (int i = 0; i < N * K; i++) codes[i] = (uint8_t)((i * 7 + i / K) % 16);
+    for (int n = 0; n < N; n++) ones[n] = 0.125f * (float)(n + 1);
+    for (int i = 0; i < N * GROUPS; i++) zeros[i] = (float)(i % 3 + 7);
+
+    /* One scale a channel, and the zero 8. */
+    lg_import_kind kind = 77;
+    double error = -1;
+    lg_weights *weights = NULL;
+    REQUIRE(lg_weights_from_int4(codes, ones, NULL, N, K, LG_GROUP_CHANNEL, LG_GROUP_CHANNEL, &kind, &error,
+                                 &weights) == LG_OK);
+    REQUIRE(kind == LG_IMPORT_EXACT && error == 0);
+    REQUIRE(lg_weights_dequantize(weights, found) == LG_OK);
+    for (int i = 0; i < N * K; i++) REQUIRE(found[i] == ((float)codes[i] - 8) * ones[i / K]);
+    lg_weights_free(weights);
+
+    /* Multiples of one number in groups of 128, the last one shorter, into groups of 64. */
+    for (int i = 0; i < N * GROUPS; i++) scales[i] = 0.25f * (float)(i % 5 + 1);
+    REQUIRE(lg_weights_from_int4(codes, scales, zeros, N, K, GROUP, 64, &kind, &error, &weights) == LG_OK);
+    REQUIRE(kind == LG_IMPORT_EXACT && error < 1e-6);
+    REQUIRE(lg_weights_dequantize(weights, found) == LG_OK);
+    for (int i = 0; i < N * K; i++) {
+        int group = i / K * GROUPS + i % K / GROUP;
+        float expected = ((float)codes[i] - zeros[group]) * scales[group];
+        REQUIRE(fabsf(found[i] - expected) <= 1e-6f * fabsf(expected));
+    }
+    lg_weights_free(weights);
+
+    /* Other scales become the nearest multiples; groups that the result does not have are quantized again. */
+    for (int i = 0; i < N * GROUPS; i++) scales[i] = 1.0f + 0.3f * sinf((float)i);
+    REQUIRE(lg_weights_from_int4(codes, scales, NULL, N, K, GROUP, GROUP, &kind, &error, &weights) == LG_OK);
+    REQUIRE(kind == LG_IMPORT_SNAPPED && error > 0.001 && error < 0.05);
+    lg_weights_free(weights);
+    REQUIRE(lg_weights_from_int4(codes, scales, NULL, N, K, GROUP, LG_GROUP_CHANNEL, &kind, &error, &weights) == LG_OK);
+    REQUIRE(kind == LG_IMPORT_REQUANTIZED && error < 0.2);
+    lg_weights_free(weights);
+    /* Nobody has to ask how. */
+    REQUIRE(lg_weights_from_int4(codes, scales, zeros, N, K, GROUP, GROUP, NULL, NULL, &weights) == LG_OK);
+    lg_weights_free(weights);
+
+    weights = NULL;
+    kind = 77;
+    codes[K + 2] = 16;
+    REQUIRE(lg_weights_from_int4(codes, ones, NULL, N, K, 0, 0, &kind, &error, &weights) == LG_ERROR_INVALID_ARGUMENT);
+    REQUIRE(strstr(lg_last_error_message(), "channel 1 at k = 2 is 16"));
+    codes[K + 2] = 0;
+    ones[3] = NAN;
+    REQUIRE(lg_weights_from_int4(codes, ones, NULL, N, K, 0, 0, &kind, &error, &weights) == LG_ERROR_INVALID_ARGUMENT);
+    REQUIRE(strstr(lg_last_error_message(), "scale 3"));
+    ones[3] = 1;
+    REQUIRE(lg_weights_from_int4(codes, ones, NULL, N, K, 0, 65, &kind, &error, &weights) == LG_ERROR_INVALID_ARGUMENT);
+    REQUIRE(strstr(lg_last_error_message(), "group of 65"));
+    REQUIRE(lg_weights_from_int4(codes, ones, NULL, N, 0, 0, 0, &kind, &error, &weights) == LG_ERROR_INVALID_ARGUMENT);
+    REQUIRE(lg_weights_from_int4(codes, ones, NULL, 0, K, 0, 0, &kind, &error, &weights) == LG_ERROR_INVALID_ARGUMENT);
+    REQUIRE(lg_weights_from_int4(codes, ones, NULL, SIZE_MAX, K, 1, 0, &kind, &error, &weights) ==
+            LG_ERROR_INVALID_ARGUMENT);
+    REQUIRE(lg_weights_from_int4(NULL, ones, NULL, N, K, 0, 0, &kind, &error, &weights) == LG_ERROR_INVALID_ARGUMENT);
+    REQUIRE(lg_weights_from_int4(codes, NULL, NULL, N, K, 0, 0, &kind, &error, &weights) == LG_ERROR_INVALID_ARGUMENT);
+    REQUIRE(lg_weights_from_int4(codes, ones, NULL, N, K, 0, 0, &kind, (double *)((char *)&error + 1), &weights) ==
+            LG_ERROR_INVALID_ARGUMENT);
+    REQUIRE(lg_weights_from_int4(codes, ones, NULL, N, K, 0, 0, &kind, &error, NULL) == LG_ERROR_INVALID_ARGUMENT);
+    REQUIRE(kind == 77 && !weights);
+    free(found);
+    free(codes);
+}
+
 static void products_are_the_exact_sums_times_the_scales_also_with_strides(void) {
     lg_weights *weights = quantized(0);
     struct lg_quantized close = quantize(0), apart = quantize(256);
@@ -267,6 +337,7 @@ int main(int count, char **arguments) {
     fill();
 #define RUN(test) (printf(#test "\n"), test())
     RUN(saved_weights_come_back_and_their_parts_make_the_same);
+    RUN(int4_weights_are_taken_over_exactly_where_the_format_has_them);
     RUN(products_are_the_exact_sums_times_the_scales_also_with_strides);
     RUN(a_layer_is_its_quantization_and_its_gemm);
     RUN(experts_get_the_bits_of_their_own_gemms);

@@ -28,7 +28,7 @@ pub enum Error {
     /// A dimension is 0.
     #[error("dimension {dimension} is 0; it must be at least 1")]
     EmptyDimension {
-        /// The dimension: `"m"`, `"n"` or `"k"`.
+        /// The dimension: `"m"`, `"n"`, `"k"` or `"group"`.
         dimension: &'static str,
     },
 
@@ -217,10 +217,10 @@ pub enum Error {
         value: f32,
     },
 
-    /// A scale or a bias is NaN or infinite.
+    /// A scale, a zero or a bias is NaN or infinite.
     #[error("{what} {index} is {value}; it must be finite")]
     NonFiniteParameter {
-        /// The parameter: `"channel scale"`, `"token scale"` or `"bias"`.
+        /// The parameter: `"channel scale"`, `"token scale"`, `"scale"`, `"zero"` or `"bias"`.
         what: &'static str,
         /// Position in the parameter's vector.
         index: usize,

@@ -10,6 +10,7 @@
 //! | `rtn.rs` | rounds to nearest by the paper's formulas |
 //! | `search.rs` | searches each group's pair for the smallest squared error |
 //! | `gptq.rs` | feeds each column's error back to the columns that follow (needs the inputs' Hessian) |
+//! | `int4.rs` | takes the codes of other quantizers |
 //! | `hessian.rs` | accumulates the Hessian, and factorizes it |
 //! | `statistics.rs` | second moments and largest magnitudes of inputs |
 //! | `smoothing.rs` | smoothing vectors |
@@ -20,6 +21,7 @@
 mod gptq;
 #[cfg(feature = "gptq")]
 mod hessian;
+mod int4;
 mod output_error;
 mod rotation;
 mod rtn;
@@ -41,6 +43,7 @@ use crate::{Error, Float, Group, PackedWeights};
 pub use gptq::GptqOptions;
 #[cfg(feature = "gptq")]
 pub use hessian::{Hessian, HessianBuilder};
+pub use int4::{ImportKind, Int4Import, Int4Weights};
 pub use output_error::{Inputs, OutputError};
 pub use rotation::rotate;
 pub use smoothing::{SMOOTHING_SAMPLE, smoothing_auto, smoothing_auto_of_sample, smoothing_vector};

@@ -12,9 +12,9 @@ vllm serve folder
 | `_config.py` | the quantization config |
 | `_linear.py` | linear layers |
 | `_moe.py` | mixtures of experts |
-| `_int4.py`, `_kernel.py` | compressed-tensors checkpoints with int4 weights and int8 activations |
+| `_kernel.py` | compressed-tensors checkpoints with int4 weights and int8 activations |
 
-The first two and `_int4.py` know nothing of vLLM. Importing this package does not import vLLM; `register` does.
+The first two know nothing of vLLM. Importing this package does not import vLLM; `register` does.
 Checked against the sources of vLLM 0.33.0. It was not run in an engine: see the package's README.
 """
 

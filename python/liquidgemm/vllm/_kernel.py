@@ -7,6 +7,7 @@ model, but not that of the activations: signed int4 is what its scheme for W4A8 
 import logging
 from typing import Optional, Tuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from vllm.model_executor.kernels.linear import MPLinearKernel, MPLinearLayerConfig
@@ -14,8 +15,7 @@ from vllm.platforms import PlatformEnum, current_platform
 from vllm.scalar_type import scalar_types
 
 from .._errors import InvalidArgumentError
-from .._numpy import Group
-from ._int4 import pack_int4
+from .._numpy import Group, PackedWeights
 from ._shards import Matrix, forward, stack
 
 
@@ -63,9 +63,11 @@ class LiquidGemmLinearKernel(MPLinearKernel):
         """Packs the weights, and frees those that were loaded."""
         codes, scales, _ = self._get_weight_params(layer)
         device = codes.device
-        host = codes.data.cpu().numpy(), scales.data.float().cpu().contiguous().numpy()
+        # vLLM has signed codes. A code beyond four bits stays beyond them.
+        unsigned = codes.data.cpu().contiguous().numpy().view(np.uint8) + np.uint8(8)
+        host_scales = scales.data.float().cpu().contiguous().numpy()
         try:
-            weights = pack_int4(*host, _group(self.config))
+            weights = PackedWeights.from_int4(unsigned, host_scales, group=_group(self.config)).weights
         except InvalidArgumentError as error:
             raise InvalidArgumentError(f"{getattr(layer, 'prefix', 'a linear layer')}: {error}") from error
         layer.liquidgemm = nn.ModuleList(stack([Matrix(weights, None, None)], device, getattr(layer, "bias", None)))

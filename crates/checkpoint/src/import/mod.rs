@@ -4,14 +4,14 @@
 //! |---|---|
 //! | `compressed_tensors.rs`, `gptq.rs`, `awq.rs`, `qqq.rs`, `qserve.rs` | where a format keeps codes, scales and zeros |
 //! | `words.rs` | codes in 32-bit words |
-//! | `snap.rs` | takes codes, scales and zeros to packed weights |
+//!
+//! [`PackedWeights::from_int4`](liquidgemm::PackedWeights::from_int4) takes their codes, scales and zeros to packed weights.
 
 mod awq;
 mod compressed_tensors;
 mod gptq;
 mod qqq;
 mod qserve;
-mod snap;
 mod words;
 
 use std::collections::HashMap;
@@ -20,57 +20,35 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use half::f16;
-use liquidgemm::Group;
+use liquidgemm::{Group, Int4Weights};
 use liquidgemm_format::brick::BRICK_K;
 use safetensors::tensor::Dtype;
 use serde_json::{Map, Value};
 
-pub(crate) use snap::pack;
-pub use snap::{ImportKind, ImportOutcome};
+pub use liquidgemm::ImportKind;
 
 use crate::error::{Problem, Result};
 use crate::source::{SafetensorsModel, SideFile, Source, SourceTensor};
 
-/// Codes, scales and zeros of a matrix that another quantizer has quantized.
-///
-/// The weight of (`channel`, `column`) is `(code − zero) · scale` of its group.
+/// A matrix that another quantizer has quantized.
 #[derive(Clone, Debug)]
 pub struct Imported {
-    /// Output channels.
-    pub n: usize,
-    /// Columns.
-    pub k: usize,
-    /// Codes, 0 to 15, row-major `[n, k]`.
-    pub codes: Vec<u8>,
-    /// Columns in a group. The last group may be shorter.
-    pub group: usize,
-    /// Scales, row-major `[n, groups]`.
-    pub scales: Vec<f32>,
-    /// Zeros, row-major `[n, groups]`. In most formats they are integers from 0 to 16.
-    pub zeros: Vec<f32>,
+    /// Codes, scales and zeros.
+    pub weights: Int4Weights,
     /// If the columns were sorted by group: the activation that each column multiplies.
     pub permutation: Option<Vec<i32>>,
 }
 
-impl Imported {
-    /// Returns the groups of a channel.
-    pub fn groups(&self) -> usize {
-        self.k.div_ceil(self.group)
-    }
-
-    /// Writes the weights of a channel, in the order of the columns.
-    pub(crate) fn dequantize_channel(&self, channel: usize, values: &mut [f32]) {
-        let groups = self.groups();
-        for (column, value) in values.iter_mut().enumerate() {
-            let group = channel * groups + column / self.group;
-            let code = f32::from(self.codes[channel * self.k + column]);
-            *value = (code - self.zeros[group]) * self.scales[group];
-        }
-    }
+/// The outcome of taking over a matrix.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ImportOutcome {
+    /// The module.
+    pub module: String,
+    /// How it was taken over.
+    pub kind: ImportKind,
+    /// `‖packed − source‖ / ‖source‖` of the weights.
+    pub error: f64,
 }
-
-/// The zero of symmetric codes.
-const MIDDLE: u8 = 8;
 
 /// The formats.
 #[derive(Clone, Copy, Debug)]
@@ -401,7 +379,7 @@ impl Found {
             Problem::tensor(&model.tensors()[tensor].name, reason).at(model.path())
         };
         // Codes and scales, and zeros unless they are in the middle of symmetric codes.
-        let (codes, scales, zeros) = match format {
+        let (mut codes, scales, zeros) = match format {
             Format::CompressedTensors => {
                 let zeros = stored_zeros()?.map(|zeros| compressed_tensors::zeros(&zeros, n, groups));
                 (compressed_tensors::codes(&codes, n, k), scales, zeros.map(floats))
@@ -437,26 +415,18 @@ impl Found {
                 (codes, scales, Some(zeros))
             }
         };
-        let zeros = zeros.unwrap_or_else(|| vec![f32::from(MIDDLE); n * groups]);
-        let mut imported = Imported { n, k, codes, group, scales, zeros, permutation: None };
-        let name = &model.tensors()[self.scales].name;
-        if let Some(bad) = imported.scales.iter().find(|scale| !scale.is_finite()) {
-            return Err(
-                Problem::tensor(name, format!("has the scale {bad}; scales must be finite")).at(model.path())
-            );
-        }
+        let mut permutation = None;
         if let Some(index) = self.group_index {
             let words = model.read_words(index).map_err(|problem| problem.at(model.path()))?;
             if !is_sorted(&words, group) {
-                let name = &model.tensors()[index].name;
-                let order = sorted_columns(&words, groups, group)
-                    .map_err(|reason| Problem::tensor(name, reason).at(model.path()))?;
-                imported.codes =
-                    words::matrix(n, k, |row, column| imported.codes[row * k + order[column] as usize]);
-                imported.permutation = Some(order);
+                let order = sorted_columns(&words, groups, group).map_err(|reason| about(index, reason))?;
+                codes = words::matrix(n, k, |row, column| codes[row * k + order[column] as usize]);
+                permutation = Some(order);
             }
         }
-        Ok(imported)
+        let weights = Int4Weights::new(codes, scales, zeros, [n, k], group)
+            .map_err(|error| about(self.scales, format!("does not fit the matrix: {error}")))?;
+        Ok(Imported { weights, permutation })
     }
 }
 
@@ -514,9 +484,8 @@ impl Source for ImportedModel {
             Origin::Matrix(found) => found,
         };
         let matrix = self.matrix(tensor, found)?;
-        let mut sorted = vec![0.0; found.k];
         for (row, values) in rows.zip(values.chunks_exact_mut(found.k)) {
-            matrix.dequantize_channel(row, &mut sorted);
+            let sorted = matrix.weights.dequantize_channel(row);
             match &matrix.permutation {
                 Some(order) => {
                     order.iter().zip(&sorted).for_each(|(&to, &value)| values[to as usize] = value)

@@ -16,7 +16,7 @@
 use serde_json::Value;
 
 use super::words::{CODES, code, matrix, words};
-use super::{Found, MIDDLE, Parts};
+use super::{Found, Parts};
 use crate::error::Problem;
 
 /// Rows of a block, along K.
@@ -29,6 +29,8 @@ const BLOCK_WORDS: usize = BLOCK_K * BLOCK_N / CODES;
 const SCALES: usize = 32;
 /// What the kernel's shift by four bits multiplies codes without groups by.
 const SHIFT: f32 = 16.0;
+/// The bit in which signed and unsigned codes differ.
+const SIGN: u8 = 8;
 
 /// Checks the configuration.
 pub(super) fn check(config: &Value) -> Result<(), Problem> {
@@ -70,13 +72,13 @@ pub(super) fn find(parts: &Parts<'_>) -> Result<Vec<Found>, Problem> {
     Ok(all)
 }
 
-/// Unpacks codes to `[n, k]`. Their zero is [`MIDDLE`].
+/// Unpacks codes to `[n, k]`. Their zero is 8.
 pub(super) fn codes(bytes: &[u8], n: usize, k: usize, has_groups: bool) -> Vec<u8> {
     // The position in a word of each of four neighbours along K, and of those of the channel 8 further.
     let positions: [usize; CODES] =
         if has_groups { [0, 4, 1, 5, 2, 6, 3, 7] } else { [1, 3, 5, 7, 0, 2, 4, 6] };
     // Two's complement is 8 above the signed code but for the highest bit.
-    let flip = if has_groups { 0 } else { MIDDLE };
+    let flip = if has_groups { 0 } else { SIGN };
     let words = words(bytes);
     matrix(n, k, |row, column| {
         let (in_k, in_n) = (column % BLOCK_K, row % BLOCK_N);

@@ -1,20 +1,24 @@
-//! Takes another quantizer's codes to packed weights.
+//! Takes the 4-bit codes of other quantizers, with their scales and zeros, to packed weights.
 //!
-//! The packed format represents `(q − z)·S` of a group exactly if `S = s·s1`, with an integer `s` and one `s1` for the channel,
+//! GPTQ, AWQ, compressed-tensors, QQQ and QServe all represent a weight by `(code − zero) · scale` of its group.
+//! The packed format has `(q − z)·S` of a group exactly if `S = s·s1`, with an integer `s` and one `s1` for the channel,
 //! if `z·s` is an integer, and if the pair `s`, `a = 128 − z·s` keeps the invariant. With one group a channel, `s = 1` and `s1 = S` always do.
 //! Otherwise `s1` is chosen so that the scales lie near its multiples, and each scale becomes the nearest one.
 //! If requantizing the weights gives a smaller error, that is taken.
 
-use liquidgemm::{Group, PackedWeights};
+use std::fmt;
+
 use rayon::prelude::*;
 
-use super::Imported;
-use crate::method::Quantizer;
+use super::{MAX_CODE, QuantizeOptions, ZERO};
+use crate::check::{check_dimension, check_finite, check_length, checked_elements};
+use crate::packed::PackedSizes;
+use crate::{Error, Group, Method, PackedWeights};
 
 /// The largest `s` of a pair: `15·s + a ≤ 255`.
 const MOST_S: i32 = 17;
-/// The value of `q·s + a` that represents the weight 0.
-const ZERO: i32 = 128;
+/// The zero of symmetric codes.
+const MIDDLE: f32 = 8.0;
 /// The quotients of the largest scale and `s1` that are tried between two integers.
 const STEPS: usize = 16;
 /// A relative deviation of this much is the rounding of f32.
@@ -24,8 +28,129 @@ const OFFSET_ROUNDING: f64 = 1.0 / (1 << 13) as f64;
 /// Larger offsets than this fit no pair.
 const MOST_OFFSET: f64 = 65_536.0;
 
-/// How a matrix was taken over.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Weights `[n, k]` that another quantizer has quantized to four bits.
+///
+/// The weight of (`channel`, `column`) is `(code − zero) · scale`, with the zero and the scale of its group, in f32.
+/// Signed codes from −8 to 7 become such codes by adding 8; their zero is then 8.
+#[derive(Clone, PartialEq)]
+pub struct Int4Weights {
+    n: usize,
+    k: usize,
+    group: usize,
+    /// `[n, k]`.
+    codes: Vec<u8>,
+    /// `[n, groups]`.
+    scales: Vec<f32>,
+    /// `[n, groups]`.
+    zeros: Vec<f32>,
+}
+
+impl Int4Weights {
+    /// Takes codes, scales and zeros, and checks them.
+    ///
+    /// - `codes`: row-major `[n, k]`, values 0 to 15.
+    /// - `scales`: row-major `[n, groups]`, finite, with `groups = ⌈k / group⌉`.
+    /// - `zeros`: row-major `[n, groups]`, finite. Most quantizers have integers from 0 to 16. Without them every zero is 8.
+    /// - `group`: how many columns share a scale: any number from 1 on, not only those that packed weights have.
+    ///   The last group of a channel may be shorter. With `k`, there is one group a channel.
+    ///
+    /// # Errors
+    /// - [`Error::EmptyDimension`] if `n`, `k` or `group` is 0.
+    /// - [`Error::TooLarge`] if the weights exceed the address space.
+    /// - [`Error::ShapeMismatch`] if a vector has the wrong length.
+    /// - [`Error::CodeOutOfRange`] for a code above 15.
+    /// - [`Error::NonFiniteParameter`] if a scale or a zero is not finite.
+    /// - [`Error::NonFiniteWeight`] if a weight is beyond f32.
+    pub fn new(
+        codes: Vec<u8>,
+        scales: Vec<f32>,
+        zeros: Option<Vec<f32>>,
+        [n, k]: [usize; 2],
+        group: usize,
+    ) -> Result<Self, Error> {
+        check_dimension("n", n)?;
+        check_dimension("k", k)?;
+        check_dimension("group", group)?;
+        let groups = checked_elements("scale matrix", n, k.div_ceil(group))?;
+        check_length("codes", "[n, k]", checked_elements("code matrix", n, k)?, codes.len())?;
+        check_length("scales", "[n, groups]", groups, scales.len())?;
+        if let Some(zeros) = &zeros {
+            check_length("zeros", "[n, groups]", groups, zeros.len())?;
+        }
+        let zeros = zeros.unwrap_or_else(|| vec![MIDDLE; groups]);
+        if let Some(index) = codes.par_iter().position_first(|&code| i32::from(code) > MAX_CODE) {
+            return Err(Error::CodeOutOfRange { channel: index / k, k: index % k, code: codes[index] });
+        }
+        check_finite("scale", &scales)?;
+        check_finite("zero", &zeros)?;
+        let weights = Self { n, k, group, codes, scales, zeros };
+        let beyond = (0..n).into_par_iter().find_map_first(|channel| {
+            let mut values = (0..k).map(|column| weights.weight(channel, column));
+            let column = values.position(|value| !value.is_finite())?;
+            Some(Error::NonFiniteWeight { channel, k: column, value: weights.weight(channel, column) })
+        });
+        beyond.map_or(Ok(weights), Err)
+    }
+
+    /// Returns the number of output channels.
+    pub fn n(&self) -> usize {
+        self.n
+    }
+
+    /// Returns the number of elements per channel.
+    pub fn k(&self) -> usize {
+        self.k
+    }
+
+    /// Returns the columns in a group. The last group of a channel may be shorter.
+    pub fn group(&self) -> usize {
+        self.group
+    }
+
+    /// Returns the groups of a channel.
+    pub fn groups(&self) -> usize {
+        self.k.div_ceil(self.group)
+    }
+
+    /// Returns the weights of a channel, `[k]`.
+    ///
+    /// # Panics
+    /// If the channel is not below `n`.
+    pub fn dequantize_channel(&self, channel: usize) -> Vec<f32> {
+        assert!(channel < self.n, "channel {channel} is not below {}", self.n);
+        (0..self.k).map(|column| self.weight(channel, column)).collect()
+    }
+
+    /// Returns the weights, row-major `[n, k]`.
+    pub fn dequantize(&self) -> Vec<f32> {
+        let weight = |index| self.weight(index / self.k, index % self.k);
+        (0..self.n * self.k).into_par_iter().map(weight).collect()
+    }
+
+    fn weight(&self, channel: usize, column: usize) -> f32 {
+        let group = channel * self.groups() + column / self.group;
+        let code = f32::from(self.codes[channel * self.k + column]);
+        (code - self.zeros[group]) * self.scales[group]
+    }
+
+    /// Returns the columns of a group.
+    fn columns(&self, group: usize) -> std::ops::Range<usize> {
+        group * self.group..self.k.min((group + 1) * self.group)
+    }
+}
+
+impl fmt::Debug for Int4Weights {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Int4Weights")
+            .field("n", &self.n)
+            .field("k", &self.k)
+            .field("group", &self.group)
+            .finish_non_exhaustive()
+    }
+}
+
+/// How [`PackedWeights::from_int4`] took weights over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ImportKind {
     /// Every weight is that of the source, up to the rounding of one f32 product.
     Exact,
@@ -35,83 +160,79 @@ pub enum ImportKind {
     Requantized,
 }
 
-impl ImportKind {
-    /// Returns the word for reports.
-    pub fn name(self) -> &'static str {
-        match self {
+impl fmt::Display for ImportKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
             ImportKind::Exact => "exact",
             ImportKind::Snapped => "snapped",
             ImportKind::Requantized => "requantized",
-        }
+        })
     }
 }
 
-/// The outcome of taking over a matrix.
+/// What [`PackedWeights::from_int4`] returns.
 #[derive(Clone, Debug, PartialEq)]
-pub struct ImportOutcome {
-    /// The module.
-    pub module: String,
-    /// How it was taken over.
+pub struct Int4Import {
+    /// The packed weights.
+    pub weights: PackedWeights,
+    /// How they were taken over.
     pub kind: ImportKind,
-    /// `‖packed − source‖ / ‖source‖` of the weights.
+    /// `‖packed − source‖ / ‖source‖` of the weights: 0 if they are the same, infinite if only the source is 0.
     pub error: f64,
 }
 
-/// Packs a matrix in the group `group`. Requantizes by `quantizer` where that is better.
-pub(crate) fn pack(
-    imported: &Imported,
-    group: Group,
-    quantizer: &Quantizer,
-) -> Result<(PackedWeights, ImportKind, f64), liquidgemm::Error> {
-    let &Imported { n, k, .. } = imported;
-    let (squares, snapped) = match snapped(imported, group)? {
-        Some((weights, is_exact)) => {
-            let (squares, errors) = sums(imported, &weights);
-            if is_exact {
-                return Ok((weights, ImportKind::Exact, ratio(errors, squares)));
+impl PackedWeights {
+    /// Packs weights that another quantizer has quantized to four bits, with pairs for each `group`.
+    ///
+    /// Where the packed format has the weights, the result is exact: always with one scale a channel and integer zeros,
+    /// and also where the scales of a channel's groups are multiples of one number, by integers from 1 to 17 that keep the format's invariant.
+    /// Otherwise the scales become the nearest that the format has, or the weights are quantized again by `method`, whichever has the smaller error.
+    /// They are always quantized again if `group` neither is nor divides the source's group, or if a scale is negative.
+    /// The result does not depend on the number of threads.
+    ///
+    /// # Errors
+    /// - [`Error::KTooLarge`] if `k` exceeds 131,072, [`Error::TooLarge`] if the weights exceed the address space.
+    /// - [`Error::InvalidGroup`] if the group is not a positive multiple of 64.
+    pub fn from_int4(source: &Int4Weights, group: Group, method: Method) -> Result<Int4Import, Error> {
+        let &Int4Weights { n, k, .. } = source;
+        PackedSizes::new(n, k, group)?;
+        let snapped = match snapped(source, group)? {
+            Some((weights, is_exact)) => {
+                let error = relative_error(source, &weights);
+                if is_exact {
+                    return Ok(Int4Import { weights, kind: ImportKind::Exact, error });
+                }
+                Some(Int4Import { weights, kind: ImportKind::Snapped, error })
             }
-            (squares, Some((weights, errors)))
-        }
-        None => (0.0, None),
-    };
-    let mut values = vec![0f32; n * k];
-    values
-        .par_chunks_exact_mut(k)
-        .enumerate()
-        .for_each(|(channel, row)| imported.dequantize_channel(channel, row));
-    let requantized = quantizer.quantize(&values, n, k, group)?;
-    drop(values);
-    let (all_squares, errors) = sums(imported, &requantized);
-    match snapped {
-        Some((weights, snapped_errors)) if snapped_errors <= errors => {
-            Ok((weights, ImportKind::Snapped, ratio(snapped_errors, squares)))
-        }
-        _ => Ok((requantized, ImportKind::Requantized, ratio(errors, all_squares))),
+            None => None,
+        };
+        let options = QuantizeOptions { method, group, second_moments: None };
+        let weights = Self::quantize_with(&source.dequantize(), n, k, &options)?;
+        let error = relative_error(source, &weights);
+        Ok(match snapped {
+            Some(snapped) if snapped.error <= error => snapped,
+            _ => Int4Import { weights, kind: ImportKind::Requantized, error },
+        })
     }
 }
 
-fn ratio(errors: f64, squares: f64) -> f64 {
-    if errors == 0.0 { 0.0 } else { (errors / squares).sqrt() }
-}
-
-/// Returns the sums of squares of the source's weights and of the packed weights' errors.
-fn sums(imported: &Imported, packed: &PackedWeights) -> (f64, f64) {
-    let k = imported.k;
+/// Returns `‖packed − source‖ / ‖source‖`.
+fn relative_error(source: &Int4Weights, packed: &PackedWeights) -> f64 {
     let values = packed.dequantize();
     let rows: Vec<[f64; 2]> = values
-        .par_chunks_exact(k)
+        .par_chunks_exact(source.k)
         .enumerate()
         .map(|(channel, values)| {
-            let mut source = vec![0f32; k];
-            imported.dequantize_channel(channel, &mut source);
-            source.iter().zip(values).fold([0.0; 2], |[squares, errors], (&source, &value)| {
-                let (source, error) = (f64::from(source), f64::from(value) - f64::from(source));
+            values.iter().enumerate().fold([0.0; 2], |[squares, errors], (column, &value)| {
+                let source = f64::from(source.weight(channel, column));
+                let error = f64::from(value) - source;
                 [squares + source * source, errors + error * error]
             })
         })
         .collect();
     // In the order of the channels, so that the sum does not depend on the number of threads.
-    rows.iter().fold((0.0, 0.0), |(squares, errors), row| (squares + row[0], errors + row[1]))
+    let [squares, errors] = rows.iter().fold([0.0; 2], |sums, row| [sums[0] + row[0], sums[1] + row[1]]);
+    if errors == 0.0 { 0.0 } else { (errors / squares).sqrt() }
 }
 
 /// One group of a channel.
@@ -200,36 +321,35 @@ struct Snapped {
 
 /// Keeps the codes, and snaps the scales of each channel to multiples of one number.
 /// Returns the weights and whether they are exact, or `None` if the format can't have the codes.
-fn snapped(imported: &Imported, group: Group) -> Result<Option<(PackedWeights, bool)>, liquidgemm::Error> {
-    let &Imported { n, k, group: columns, .. } = imported;
-    let groups = imported.groups();
+fn snapped(source: &Int4Weights, group: Group) -> Result<Option<(PackedWeights, bool)>, Error> {
+    let &Int4Weights { n, k, group: columns, .. } = source;
+    let groups = source.groups();
     // Groups of the output may be a part of the source's.
     let finer = match group {
         Group::Channel if groups == 1 => 1,
-        Group::K(group) if columns.is_multiple_of(group) || (groups == 1 && group <= columns) => {
-            if groups == 1 { k.div_ceil(group) } else { columns / group }
-        }
+        Group::K(group) if groups == 1 => k.div_ceil(group),
+        Group::K(group) if columns.is_multiple_of(group) => columns / group,
         _ => return Ok(None),
     };
     let out_groups = group.count(k)?;
     let channels: Option<Vec<Snapped>> = (0..n)
         .into_par_iter()
         .map(|channel| {
-            let codes = &imported.codes[channel * k..][..k];
+            let codes = &source.codes[channel * k..][..k];
             let parts: Vec<Part> = (0..groups)
                 .map(|group| {
                     let at = channel * groups + group;
-                    let codes = &codes[group * columns..k.min((group + 1) * columns)];
-                    Part::new(codes, imported.scales[at], imported.zeros[at])
+                    Part::new(&codes[source.columns(group)], source.scales[at], source.zeros[at])
                 })
                 .collect();
             let (scale, pairs) = snap_channel(&parts)?;
-            let is_exact = parts.iter().zip(&pairs).all(|(part, &s)| part.is_exact(s, scale));
+            // With a scale of 0 every weight is 0.
+            let is_exact = scale == 0.0 || parts.iter().zip(&pairs).all(|(part, &s)| part.is_exact(s, scale));
             let mut shifted = codes.to_vec();
             let mut out_pairs = Vec::with_capacity(out_groups);
             for (group, (part, &s)) in parts.iter().zip(&pairs).enumerate() {
                 let shift = part.shift(s)?;
-                for code in &mut shifted[group * columns..k.min((group + 1) * columns)] {
+                for code in &mut shifted[source.columns(group)] {
                     *code = (i32::from(*code) + shift) as u8;
                 }
                 let pair = (s as u8, (ZERO - part.offset(s).0 - shift * s) as u8);
@@ -251,7 +371,7 @@ fn snapped(imported: &Imported, group: Group) -> Result<Option<(PackedWeights, b
     Ok(Some((weights, is_exact)))
 }
 
-/// Returns `s1` and the `s` of each group, with the smallest error, or `None` if a scale is negative or no pair fits.
+/// Returns `s1`, an f32, and the `s` of each group, with the smallest error, or `None` if a scale is negative or no pair fits.
 fn snap_channel(parts: &[Part]) -> Option<(f64, Vec<i32>)> {
     if parts.iter().any(|part| part.scale < 0.0) {
         return None;

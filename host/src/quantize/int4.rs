@@ -7,6 +7,7 @@
 //! If requantizing the weights gives a smaller error, that is taken.
 
 use std::fmt;
+use std::ops::Range;
 
 use rayon::prelude::*;
 
@@ -112,13 +113,10 @@ impl Int4Weights {
         self.k.div_ceil(self.group)
     }
 
-    /// Returns the weights of a channel, `[k]`.
-    ///
-    /// # Panics
-    /// If the channel is not below `n`.
-    pub fn dequantize_channel(&self, channel: usize) -> Vec<f32> {
-        assert!(channel < self.n, "channel {channel} is not below {}", self.n);
-        (0..self.k).map(|column| self.weight(channel, column)).collect()
+    /// Returns the weights of these channels one after another, each `[k]`. Channels that do not exist are left out.
+    pub fn dequantize_channels(&self, channels: Range<usize>) -> impl Iterator<Item = Vec<f32>> {
+        let channels = channels.start..channels.end.min(self.n);
+        channels.map(|channel| (0..self.k).map(|column| self.weight(channel, column)).collect())
     }
 
     /// Returns the weights, row-major `[n, k]`.
@@ -134,7 +132,7 @@ impl Int4Weights {
     }
 
     /// Returns the columns of a group.
-    fn columns(&self, group: usize) -> std::ops::Range<usize> {
+    fn columns(&self, group: usize) -> Range<usize> {
         group * self.group..self.k.min((group + 1) * self.group)
     }
 }

@@ -484,8 +484,8 @@ impl Source for ImportedModel {
             Origin::Matrix(found) => found,
         };
         let matrix = self.matrix(tensor, found)?;
-        for (row, values) in rows.zip(values.chunks_exact_mut(found.k)) {
-            let sorted = matrix.weights.dequantize_channel(row);
+        for (sorted, values) in matrix.weights.dequantize_channels(rows).zip(values.chunks_exact_mut(found.k))
+        {
             match &matrix.permutation {
                 Some(order) => {
                     order.iter().zip(&sorted).for_each(|(&to, &value)| values[to as usize] = value)

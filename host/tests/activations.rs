@@ -23,9 +23,11 @@ proptest! {
             let row = &values[token * k..][..k];
             let scale = row.iter().fold(0f32, |max, x| max.max(x.abs())) / 127.0;
             prop_assert_eq!(quantized.scales()[token], scale);
+            // Codes are exact products with the rounded reciprocal, in f64. Rounded quotients may be ties instead.
+            let inverse = f64::from(if scale == 0.0 { 0.0 } else { 1.0 / scale });
             for (i, x) in row.iter().enumerate() {
-                let code = if scale == 0.0 { 0.0 } else { (x / scale).round_ties_even().clamp(-127.0, 127.0) };
-                prop_assert_eq!(f32::from(quantized.row(token)[i]), code);
+                let code = (f64::from(*x) * inverse).round_ties_even().clamp(-127.0, 127.0);
+                prop_assert_eq!(f64::from(quantized.row(token)[i]), code);
             }
             let padding = &quantized.data()[token * quantized.stride() + k..(token + 1) * quantized.stride()];
             prop_assert!(padding.iter().all(|&code| code == 0));
@@ -167,4 +169,15 @@ fn subnormal_activations_are_not_clipped() {
         let error = (f64::from(back[0]) - f64::from(value)).abs() / f64::from(value);
         assert!(error <= 0.5 / 63.0, "{ulps} ulps come back as {} ({error})", back[0].to_bits());
     }
+}
+
+#[test]
+fn a_quotient_that_rounds_to_a_tie_does_not_decide_the_code() {
+    // 0.5109425 / (0.9906824 / 127) rounds to 65.5, whose even neighbour is 66; the exact product is below it.
+    let values = [-0.9906824f32, -0.5109425];
+    let quantized = QuantizedActivations::quantize(&values, 1, 2).unwrap();
+    let scale = 0.9906824f32 / 127.0;
+    assert_eq!(0.5109425f32 / scale, 65.5);
+    assert!(f64::from(0.5109425f32) * f64::from(1.0 / scale) < 65.5);
+    assert_eq!(quantized.row(0)[..2], [-127, -65]);
 }

@@ -432,6 +432,8 @@ class Run:
     """What is measured, the results, and the failures."""
 
     def __init__(self, options: argparse.Namespace) -> None:
+        import liquidgemm
+
         self.options = options
         self.models = TINY if options.tiny else tuple(m for m in MODELS if m.name in options.models)
         self.batches = (1, 3) if options.tiny else options.batches
@@ -442,6 +444,8 @@ class Run:
         self.usable = 0
         self.results: Dict[str, Any] = {
             "torch": torch.__version__,
+            "date": time.strftime("%Y-%m-%d", time.gmtime()),
+            "kernels": liquidgemm.kernels_hash(),
             "context": self.context,
             "prefill_tokens": self.prefill,
             "device": "CPU",
@@ -454,6 +458,8 @@ class Run:
         if self.bench.cuda:
             self.results["device"] = torch.cuda.get_device_name(self.bench.device)
             self.results["cuda"] = torch.version.cuda
+            driver = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+            self.results["driver"] = subprocess.run(driver, capture_output=True, text=True).stdout.split("\n")[0]
             self.usable = min(torch.cuda.mem_get_info(self.bench.device)[0], GPU_BYTES) - RESERVE
         else:
             self.usable = 2**30
@@ -717,9 +723,10 @@ def _table(columns: List[str], rows: List[List[str]]) -> str:
 
 def page(results: Dict[str, Any]) -> str:
     """Returns the Markdown page of results."""
+    driver = f", driver {results['driver']}" if "driver" in results else ""
     parts = [
         "# Whole decode steps against bf16 and fp8\n",
-        f"One {results['device']}, torch {results['torch']}, CUDA graphs, random weights, context {results['context']:,}, bf16 KV cache. "
+        f"One {results['device']}{driver}, {results['date']}, kernels `{results['kernels'][:8]}…`, torch {results['torch']}, CUDA graphs, random weights, context {results['context']:,}, bf16 KV cache. "
         "`python/benchmarks/system.py` measures this and writes this page (`--from` makes it from the JSON file again).\n\n"
         "- **bf16**: cuBLAS; norm and SiLU · mul by torch.compile.\n"
         "- **fp8**: `torch._scaled_mm`, e4m3 with a scale a row and a scale a channel; torch.compile fuses the quantization with norm and SiLU · mul.\n"

@@ -389,6 +389,11 @@ def quantize(
     return result
 
 
+def kernels_hash() -> str:
+    """Returns the hash of the sources that the package's GPU kernels were built from. Figures are of such kernels."""
+    return _abi.function("lg_kernels_hash")().decode()
+
+
 def matmul(
     x: QuantizedActivations, weights: PackedWeights, bias: Optional[np.ndarray] = None, dtype: Any = np.float32
 ) -> np.ndarray:

@@ -253,3 +253,7 @@ def test_the_readme_example_runs():
             exec(compile(code, "README.md", "exec"), {})
         finally:
             os.chdir(here)
+
+
+def test_the_kernels_have_a_hash():
+    assert len(lg.kernels_hash()) == 64 and set(lg.kernels_hash()) <= set("0123456789abcdef")

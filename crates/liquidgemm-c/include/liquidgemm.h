@@ -683,6 +683,11 @@ uint32_t lg_abi_version(void);
 const char *lg_version(void);
 
 /*
+ Returns the hash of the device sources that the embedded GPU kernels were built from, or `unknown`. The text is static.
+ */
+const char *lg_kernels_hash(void);
+
+/*
  Quantizes rows of activations in host memory, after an operation.
 
  `quantized->m` and `k` are those of the input. The input may also be `LG_TYPE_F32`, of finite values,

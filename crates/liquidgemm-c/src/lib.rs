@@ -35,7 +35,8 @@ pub use status::*;
 pub use torch::*;
 pub use weights::*;
 
-use std::ffi::{CStr, c_char};
+use std::ffi::{CStr, CString, c_char};
+use std::sync::OnceLock;
 
 /// The version of this interface, which `lg_abi_version` returns.
 ///
@@ -58,4 +59,11 @@ pub extern "C" fn lg_version() -> *const c_char {
             Err(_) => c"",
         };
     VERSION.as_ptr()
+}
+
+/// Returns the hash of the device sources that the embedded GPU kernels were built from, or `unknown`. The text is static.
+#[unsafe(no_mangle)]
+pub extern "C" fn lg_kernels_hash() -> *const c_char {
+    static HASH: OnceLock<CString> = OnceLock::new();
+    HASH.get_or_init(|| CString::new(liquidgemm::gpu::ptx_hash()).unwrap_or_default()).as_ptr()
 }

@@ -334,6 +334,7 @@ int main(int count, char **arguments) {
     REQUIRE(count == 2);
     folder = arguments[1];
     REQUIRE(lg_abi_version() == LG_ABI_VERSION);
+    REQUIRE(strlen(lg_kernels_hash()) == 64);
     fill();
 #define RUN(test) (printf(#test "\n"), test())
     RUN(saved_weights_come_back_and_their_parts_make_the_same);

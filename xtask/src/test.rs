@@ -49,8 +49,8 @@ pub fn run() -> anyhow::Result<()> {
     });
     // Build cargo-deny and the tests meanwhile: the kernels' compiler keeps only one core busy, for minutes.
     let deny = thread::spawn(deny::install);
-    let rest = thread::available_parallelism().map_or(1, |cores| (cores.get() - 1).max(1)).to_string();
-    let build = thread::spawn(move || check(tests().args(["--no-run", "--quiet", "--jobs", &rest])));
+    let other_cores = thread::available_parallelism().map_or(1, |cores| (cores.get() - 1).max(1)).to_string();
+    let build = thread::spawn(move || check(tests().args(["--no-run", "--quiet", "--jobs", &other_cores])));
     steps.run("kernels", ptx::build_and_check);
     steps.run("dependencies", || {
         deny.join().unwrap_or_else(|_| bail!("building cargo-deny panicked"))?;

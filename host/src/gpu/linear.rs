@@ -13,8 +13,6 @@ use crate::gpu::{
 use crate::operation::{HalfType, Operation};
 use crate::{Error, Linear, OutputType};
 
-/// Rows of codes begin at multiples of this many bytes, which TMA reads fast.
-const CODE_STRIDE_ALIGNMENT: usize = 64;
 /// Alignment of scratch memory.
 const SCRATCH_ALIGNMENT: u64 = 16;
 
@@ -50,12 +48,15 @@ pub struct QuantizedSpan {
 }
 
 impl QuantizedSpan {
+    /// Rows of codes begin at multiples of this many bytes, which TMA reads fast.
+    pub const STRIDE_ALIGNMENT: usize = 64;
+
     /// Returns the bytes that activations `[m, k]` take in scratch memory.
     ///
     /// # Errors
     /// [`Error::TooLarge`] if they exceed the address space.
     pub fn bytes(m: usize, k: usize) -> Result<usize, Error> {
-        let stride = k.next_multiple_of(CODE_STRIDE_ALIGNMENT);
+        let stride = k.next_multiple_of(Self::STRIDE_ALIGNMENT);
         let too_large = Error::TooLarge { what: "activation matrix", rows: m, columns: k };
         checked_elements("activation matrix", m, stride)?.checked_add(m.saturating_mul(4)).ok_or(too_large)
     }
@@ -69,7 +70,7 @@ impl QuantizedSpan {
         if m > 0 {
             scratch.check("scratch", Self::bytes(m, k)?, SCRATCH_ALIGNMENT)?;
         }
-        let code_stride = k.next_multiple_of(CODE_STRIDE_ALIGNMENT);
+        let code_stride = k.next_multiple_of(Self::STRIDE_ALIGNMENT);
         let code_bytes = m * code_stride;
         let part = |offset: usize, bytes| {
             // SAFETY: both parts lie inside the scratch memory, or are empty.
@@ -320,4 +321,4 @@ impl DeviceLinear {
     }
 }
 
-const _: () = assert!(CODE_STRIDE_ALIGNMENT.is_multiple_of(CODE_ALIGNMENT as usize));
+const _: () = assert!(QuantizedSpan::STRIDE_ALIGNMENT.is_multiple_of(CODE_ALIGNMENT as usize));

@@ -1,26 +1,22 @@
 //! The ops: their arguments are checked, and the launches go to torch's current stream.
 //! `python/liquidgemm/torch.py` has their schemas, and makes the same checks for CPU and fake tensors.
 
+use std::ffi::c_void;
 use std::ptr;
 
 use liquidgemm::gpu::{
-    CombineOperands, DeviceExperts, DeviceRowIndex, DeviceSpan, DeviceWeights, GroupedOperands, Operands,
+    CombineOperands, DeviceExperts, DeviceRowIndex, DeviceWeights, GroupedOperands, Operands,
     QuantizeOperands, QuantizedSpan, StreamHandle,
 };
 
 use super::Lane;
-use super::tensor::{Arguments, Device, Tensor, Torch, Type, check_optional, span};
+use super::tensor::{Arguments, Device, Tensor, Torch, Type, check_given, span};
 use crate::arguments::*;
 use crate::launch::lg_stream;
 use crate::status::Failure;
 
 /// What an op returns: one tensor, or two.
 pub(super) type Outputs = [Option<Tensor>; 2];
-
-/// Bytes from one row of codes to the next are a multiple of this, which the GPU reads fast.
-const CODE_STRIDE: usize = 64;
-/// The GPU writes zeros behind each row up to a multiple of this.
-const CODE_ALIGNMENT: usize = 16;
 
 fn refuse<T>(message: String) -> Result<T, Failure> {
     Err(Failure::argument(message))
@@ -52,7 +48,7 @@ struct Rows {
     dtype: Type,
     input_type: lg_type,
     device: Device,
-    data: *const std::ffi::c_void,
+    data: *const c_void,
 }
 
 impl Rows {
@@ -141,25 +137,8 @@ fn result(output: &Tensor, dtype: Type) -> Result<lg_output, Failure> {
 /// # Safety
 /// The arguments are on the stack.
 pub(super) unsafe fn linear(arguments: &mut Arguments) -> Result<Outputs, Failure> {
-    // SAFETY: they have these types in this order.
-    let call = unsafe {
-        Linear {
-            torch: arguments.torch,
-            x: arguments.tensor(),
-            packed: arguments.tensor(),
-            bias: arguments.optional_tensor(),
-            smoothing: arguments.optional_tensor(),
-            shape: [arguments.integer(), arguments.integer(), arguments.integer()],
-            operation: LG_OPERATION_PLAIN.into(),
-            norm_weight: None,
-            norm_bias: None,
-            epsilon: 0.0,
-            interleaved: false,
-            residual: None,
-            dtype: arguments.optional_dtype(),
-        }
-    };
-    call.forward()
+    // SAFETY: the caller vouches for them.
+    unsafe { Linear::read(arguments, false) }.forward()
 }
 
 /// `fused_linear`: the arguments of `linear` up to the group, then `int operation, Tensor? norm_weight, Tensor? norm_bias,
@@ -168,25 +147,8 @@ pub(super) unsafe fn linear(arguments: &mut Arguments) -> Result<Outputs, Failur
 /// # Safety
 /// The arguments are on the stack.
 pub(super) unsafe fn fused_linear(arguments: &mut Arguments) -> Result<Outputs, Failure> {
-    // SAFETY: they have these types in this order.
-    let call = unsafe {
-        Linear {
-            torch: arguments.torch,
-            x: arguments.tensor(),
-            packed: arguments.tensor(),
-            bias: arguments.optional_tensor(),
-            smoothing: arguments.optional_tensor(),
-            shape: [arguments.integer(), arguments.integer(), arguments.integer()],
-            operation: arguments.integer(),
-            norm_weight: arguments.optional_tensor(),
-            norm_bias: arguments.optional_tensor(),
-            epsilon: arguments.float(),
-            interleaved: arguments.boolean(),
-            residual: arguments.optional_tensor(),
-            dtype: arguments.optional_dtype(),
-        }
-    };
-    call.forward()
+    // SAFETY: the caller vouches for them.
+    unsafe { Linear::read(arguments, true) }.forward()
 }
 
 /// A call of `linear` or `fused_linear`.
@@ -207,6 +169,41 @@ struct Linear {
 }
 
 impl Linear {
+    /// Reads the arguments of `fused_linear`, or of `linear`.
+    ///
+    /// # Safety
+    /// They are on the stack.
+    unsafe fn read(arguments: &mut Arguments, is_fused: bool) -> Self {
+        // SAFETY: they have these types in this order.
+        unsafe {
+            let mut call = Self {
+                torch: arguments.torch,
+                x: arguments.tensor(),
+                packed: arguments.tensor(),
+                bias: arguments.optional_tensor(),
+                smoothing: arguments.optional_tensor(),
+                shape: [arguments.integer(), arguments.integer(), arguments.integer()],
+                operation: LG_OPERATION_PLAIN.into(),
+                norm_weight: None,
+                norm_bias: None,
+                epsilon: 0.0,
+                interleaved: false,
+                residual: None,
+                dtype: None,
+            };
+            if is_fused {
+                call.operation = arguments.integer();
+                call.norm_weight = arguments.optional_tensor();
+                call.norm_bias = arguments.optional_tensor();
+                call.epsilon = arguments.float();
+                call.interleaved = arguments.boolean();
+                call.residual = arguments.optional_tensor();
+            }
+            call.dtype = arguments.optional_dtype();
+            call
+        }
+    }
+
     fn forward(&self) -> Result<Outputs, Failure> {
         let rows = Rows::new(&self.x)?;
         let (m, device) = (rows.count(), rows.device);
@@ -216,8 +213,8 @@ impl Linear {
         rows.check_columns(k, operation)?;
         let packed_bytes = DeviceWeights::bytes_for(n, k, group_of(group))?;
         let packed = self.packed.check("packed", Type::U8, device, packed_bytes)?;
-        let bias = check_optional("bias", &self.bias, Type::F32, device, n)?;
-        let smoothing = check_optional("smoothing", &self.smoothing, Type::F32, device, k)?;
+        let bias = check_given("bias", &self.bias, Type::F32, device, n)?;
+        let smoothing = check_given("smoothing", &self.smoothing, Type::F32, device, k)?;
         let dtype = self.dtype.unwrap_or(rows.dtype);
         dtype.of_output()?;
         let output = rows.output(self.torch, n, dtype)?;
@@ -257,13 +254,11 @@ impl Linear {
                 if self.norm_weight.is_none() {
                     return refuse("a norm needs norm_weight".to_owned());
                 }
-                let vector =
-                    |what, tensor| check_optional(what, tensor, rows.dtype, rows.device, rows.columns);
+                let vector = |what, tensor| check_given(what, tensor, rows.dtype, rows.device, rows.columns);
                 input.norm_weight = vector("norm_weight", &self.norm_weight)?;
                 input.norm_bias = vector("norm_bias", &self.norm_bias)?;
                 let elements = self.x.elements()?;
-                input.residual =
-                    check_optional("residual", &self.residual, rows.dtype, rows.device, elements)?;
+                input.residual = check_given("residual", &self.residual, rows.dtype, rows.device, elements)?;
             }
             LG_OPERATION_PLAIN | LG_OPERATION_SILU_MUL | LG_OPERATION_GELU_TANH_MUL => {
                 if [&self.norm_weight, &self.norm_bias, &self.residual].into_iter().any(Option::is_some) {
@@ -283,7 +278,8 @@ impl Linear {
 
 /// Allocates codes, whose rows are a multiple of 64 bytes apart, and scales of `m` rows.
 fn quantized(torch: &'static Torch, m: usize, k: usize, device: Device) -> Result<[Tensor; 2], Failure> {
-    let codes = Tensor::empty(torch, &[m, k.next_multiple_of(CODE_STRIDE)], Type::I8, device)?;
+    let codes =
+        Tensor::empty(torch, &[m, k.next_multiple_of(QuantizedSpan::STRIDE_ALIGNMENT)], Type::I8, device)?;
     Ok([codes, Tensor::empty(torch, &[m], Type::F32, device)?])
 }
 
@@ -301,7 +297,7 @@ unsafe fn launch_quantize(
         k: input.k,
         smoothing: device_or_none(input.smoothing),
         codes: device(codes.data()?.cast_const()),
-        code_stride: input.k.next_multiple_of(CODE_STRIDE),
+        code_stride: input.k.next_multiple_of(QuantizedSpan::STRIDE_ALIGNMENT),
         scales: device(scales.data()?.cast_const()),
     };
     // SAFETY: the caller vouches for the input; codes and scales are as large as the operands need.
@@ -319,10 +315,11 @@ pub(super) unsafe fn quantize(arguments: &mut Arguments) -> Result<Outputs, Fail
     let rows = Rows::new(&x)?;
     let (m, k) = (rows.count(), rows.columns);
     let mut input = rows.input(m, k, LG_OPERATION_PLAIN);
-    input.smoothing = check_optional("smoothing", &smoothing, Type::F32, rows.device, k)?.cast();
+    input.smoothing = check_given("smoothing", &smoothing, Type::F32, rows.device, k)?.cast();
     let outputs = quantized(torch, m, k, rows.device)?;
     if m > 0 {
-        if k.next_multiple_of(CODE_ALIGNMENT) != k.next_multiple_of(CODE_STRIDE) {
+        if !k.is_multiple_of(QuantizedSpan::STRIDE_ALIGNMENT) {
+            // The kernel's own zeros behind a row may not reach the next one.
             outputs[0].zero()?;
         }
         // SAFETY: the tensors are checked, and live until the launch is on the stream.
@@ -350,7 +347,7 @@ pub(super) unsafe fn gemm(arguments: &mut Arguments) -> Result<Outputs, Failure>
     };
     let [n, k, group] = sizes("n, k and group", shape)?;
     let (device_of_codes, found) = (codes.device()?, codes.sizes()?);
-    let stride = k.checked_next_multiple_of(CODE_STRIDE).unwrap_or(usize::MAX);
+    let stride = k.checked_next_multiple_of(QuantizedSpan::STRIDE_ALIGNMENT).unwrap_or(usize::MAX);
     let m = match found[..] {
         [m, columns] if columns == stride => m,
         _ => {
@@ -364,7 +361,7 @@ pub(super) unsafe fn gemm(arguments: &mut Arguments) -> Result<Outputs, Failure>
     let token_scales = scales.check("scales", Type::F32, device_of_codes, m)?;
     let packed_bytes = DeviceWeights::bytes_for(n, k, group_of(group))?;
     let memory = packed.check("packed", Type::U8, device_of_codes, packed_bytes)?;
-    let bias = check_optional("bias", &bias, Type::F32, device_of_codes, n)?;
+    let bias = check_given("bias", &bias, Type::F32, device_of_codes, n)?;
     dtype.of_output()?;
     let output = Tensor::empty(torch, &[m, n], dtype, device_of_codes)?;
     if m == 0 {
@@ -424,8 +421,8 @@ pub(super) unsafe fn grouped_linear(arguments: &mut Arguments) -> Result<Outputs
     let packed_bytes = DeviceExperts::bytes_for(experts, [n, k], group_of(group))?;
     let memory = packed.check("packed", Type::U8, found.device, packed_bytes)?;
     let offsets = offsets.check("offsets", Type::I32, found.device, experts + 1)?;
-    let bias = check_optional("bias", &bias, Type::F32, found.device, elements("bias", [experts, n])?)?;
-    let index = check_optional("gather", &gather, Type::I32, found.device, rows)?;
+    let bias = check_given("bias", &bias, Type::F32, found.device, elements("bias", [experts, n])?)?;
+    let index = check_given("gather", &gather, Type::I32, found.device, rows)?;
     let dtype = dtype.unwrap_or(found.dtype);
     dtype.of_output()?;
     let output = Tensor::empty(torch, &[rows, n], dtype, found.device)?;
@@ -444,7 +441,7 @@ pub(super) unsafe fn grouped_linear(arguments: &mut Arguments) -> Result<Outputs
         index: DeviceRowIndex::Offsets(device(offsets.cast_const())),
         expected_rows: None,
         activations: device(activations[0].data()?.cast_const()),
-        activation_stride: k.next_multiple_of(CODE_STRIDE),
+        activation_stride: k.next_multiple_of(QuantizedSpan::STRIDE_ALIGNMENT),
         token_scales: device(activations[1].data()?.cast_const()),
         bias: span(bias),
         output: target.output,
@@ -487,18 +484,17 @@ pub(super) unsafe fn combine(arguments: &mut Arguments) -> Result<Outputs, Failu
         return one(output);
     }
     let (lane, stream) = Lane::current(torch, found.device)?;
-    let memory = |address: *const std::ffi::c_void| -> DeviceSpan { device(address) };
     let operands = CombineOperands {
         tokens,
         top_k,
         row_count,
         n,
         element_type: output_type(found.input_type)?,
-        rows: memory(found.data),
+        rows: device(found.data),
         rows_stride: n,
-        positions: memory(positions),
-        weights: memory(weights),
-        output: memory(output.data()?),
+        positions: device(positions.cast_const()),
+        weights: device(weights.cast_const()),
+        output: device(output.data()?.cast_const()),
         output_stride: n,
     };
     // SAFETY: the tensors are checked, and live until the launch is on the stream. The positions may have any values.

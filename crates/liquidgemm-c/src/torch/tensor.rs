@@ -319,8 +319,8 @@ impl Tensor {
     }
 }
 
-/// Checks a tensor that may be absent, and returns its memory, or null.
-pub(super) fn check_optional(
+/// Checks a tensor if it is given, and returns its memory, or null.
+pub(super) fn check_given(
     what: &str,
     tensor: &Option<Tensor>,
     dtype: Type,
